@@ -1,0 +1,1 @@
+"""Fast torch operations for lifting many camera views into 3D keypoints."""
