@@ -1,0 +1,141 @@
+"""Keypoint health: are the discovered keypoints alive, distinct and inside the volume?
+
+The failures that self-supervised keypoints are known for are visible in the tracks alone, without labels: a flat
+probability volume puts the soft-argmax at the volume's centre, two keypoints follow one part, a keypoint hides at the
+border, or never moves. All lengths are in *sides*: divided by the longest side of the volume.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from bkind3d.errors import InputError
+
+# A keypoint is `dead` when its RMS distance from its own mean position is below this (in sides): it does not follow
+# anything; or when a position is not finite.
+DEAD_SPREAD = 0.01
+# `twin`: the median distance to the nearest other keypoint is below this (in sides).
+TWIN_DISTANCE = 0.02
+# `centre`: within this distance (in sides) of the volume's centre ...
+CENTRE_RADIUS = 0.03
+# `border`: nearer than this (in sides) to a face of the volume, or outside; soft-argmax cannot reach the face itself.
+BORDER_MARGIN = 0.03
+# ... in at least this share of the frames (both flags).
+FRAME_SHARE = 0.8
+
+FLAGS = ("dead", "twin", "centre", "border")
+
+
+@dataclass
+class Health:
+    """Health of J keypoints over F frames; every list has J entries.
+
+    ``spread``: RMS distance from the mean position, in sides. ``peak``: mean peak probability mass.
+    ``at_centre``, ``at_border``: share of the frames. ``twin``: index of the nearest other keypoint (-1 when J = 1),
+    ``twin_distance``: median distance to it, in sides (infinite when J = 1). ``flags``: of :data:`FLAGS`.
+    """
+
+    frames: int
+    spread: list[float]
+    peak: list[float]
+    at_centre: list[float]
+    at_border: list[float]
+    twin: list[int]
+    twin_distance: list[float]
+    flags: list[list[str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON; a distance that does not exist is None."""
+        data = asdict(self)
+        data["twin_distance"] = [value if np.isfinite(value) else None for value in self.twin_distance]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Health":
+        """Inverse of :meth:`to_dict`; other keys, such as the training step, are ignored.
+
+        Raises:
+            InputError: a key is missing.
+        """
+        missing = [item.name for item in fields(cls) if item.name not in data]
+        if missing:
+            raise InputError(f"health record: key {missing[0]!r} is missing")
+        known = {item.name: data[item.name] for item in fields(cls)}
+        known["twin_distance"] = [float("inf") if value is None else value for value in known["twin_distance"]]
+        return cls(**known)
+
+    def count(self, flag: str) -> int:
+        """Number of keypoints that carry ``flag``."""
+        return sum(flag in flags for flags in self.flags)
+
+    def summary(self) -> str:
+        """One line for the training log."""
+        total = len(self.flags)
+        well = sum(not flags for flags in self.flags)
+        counts = ", ".join(f"{self.count(flag)} {flag}" for flag in FLAGS if self.count(flag))
+        return (
+            f"keypoints {well}/{total} healthy{f' ({counts})' if counts else ''}; "
+            f"median spread {np.median(self.spread):.3f} sides, median peak {np.median(self.peak):.3f}"
+        )
+
+
+def keypoint_health(
+    positions: np.ndarray, confidence: np.ndarray, grid_center: np.ndarray, grid_sides: np.ndarray
+) -> Health:
+    """Measure keypoint tracks against the volume that they were found in.
+
+    Args:
+        positions: (F, J, 3), world units, in axes parallel to the volume's.
+        confidence: (F, J) peak of each probability volume.
+        grid_center: (3,) centre of the volume, world units.
+        grid_sides: (3,) its sides, world units.
+
+    Raises:
+        InputError: shapes that do not fit, no frame, or a side that is not positive.
+    """
+    positions = np.asarray(positions, dtype=np.float64)
+    confidence = np.asarray(confidence, dtype=np.float64)
+    center, sides = np.asarray(grid_center, dtype=np.float64), np.asarray(grid_sides, dtype=np.float64)
+    if positions.ndim != 3 or positions.shape[2] != 3 or 0 in positions.shape:
+        raise InputError(f"positions: expected shape (F, J, 3) with at least one frame, got {positions.shape}")
+    if confidence.shape != positions.shape[:2]:
+        raise InputError(f"confidence: expected shape {positions.shape[:2]}, got {confidence.shape}")
+    if center.shape != (3,) or sides.shape != (3,) or not (sides > 0).all():
+        raise InputError(f"volume: expected a centre (3,) and three positive sides, got {center} and {sides}")
+
+    # Not-finite positions become NaN: they fail every comparison below, and their spread of 0 marks them dead.
+    positions = np.where(np.isfinite(positions), positions, np.nan)
+    local = (positions - center) / sides.max()  # (F, J, 3), sides
+    spread = np.nan_to_num(np.sqrt(np.square(local - local.mean(axis=0)).sum(axis=2).mean(axis=0)))
+    at_centre = (np.linalg.norm(local, axis=2) < CENTRE_RADIUS).mean(axis=0)
+    to_face = (sides / sides.max() / 2 - np.abs(local)).min(axis=2)  # (F, J)
+    at_border = (to_face < BORDER_MARGIN).mean(axis=0)
+    twin, twin_distance = _nearest_twin(local)
+    marks = {
+        "dead": spread < DEAD_SPREAD,
+        "twin": twin_distance < TWIN_DISTANCE,
+        "centre": at_centre >= FRAME_SHARE,
+        "border": at_border >= FRAME_SHARE,
+    }
+    return Health(
+        frames=len(positions),
+        spread=spread.tolist(),
+        peak=np.nan_to_num(confidence.mean(axis=0)).tolist(),
+        at_centre=at_centre.tolist(),
+        at_border=at_border.tolist(),
+        twin=twin.tolist(),
+        twin_distance=twin_distance.tolist(),
+        flags=[[flag for flag in FLAGS if marks[flag][j]] for j in range(len(spread))],
+    )
+
+
+def _nearest_twin(local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(F, J, 3) -> the keypoint with the smallest median distance to each one (J,), and that distance (J,)."""
+    joints = local.shape[1]
+    distance = np.full((joints, joints), np.inf)
+    for i in range(joints - 1):  # a row at a time: (F, J) in memory, not (F, J, J)
+        to_later = np.median(np.linalg.norm(local[:, i + 1 :] - local[:, i : i + 1], axis=2), axis=0)
+        distance[i, i + 1 :] = distance[i + 1 :, i] = np.nan_to_num(to_later, nan=np.inf)
+    nearest = distance.argmin(axis=1)
+    return np.where(joints > 1, nearest, -1), distance[np.arange(joints), nearest]

@@ -1,0 +1,190 @@
+"""Pictures of views with keypoints drawn over them, quick enough for the training loop."""
+
+import colorsys
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from bkind3d.errors import InputError
+
+SUPERSAMPLE = 2  # Pillow draws without smoothing: draw larger, then reduce
+GAP = 4  # white pixels between views
+WHITE, INK, SHADOW = (255, 255, 255), (40, 40, 40), (0, 0, 0)
+
+
+def palette(count: int) -> np.ndarray:
+    """(count, 3) uint8 colours; keypoint j has the same colour everywhere, whatever the count.
+
+    Hues step by the golden ratio, so that neighbours in the list are far apart, in three alternating shades.
+    """
+    shades = ((0.85, 1.0), (0.55, 1.0), (0.95, 0.75))
+    rows = [colorsys.hsv_to_rgb((j * 0.6180339887) % 1.0, *shades[j % 3]) for j in range(count)]
+    return (np.asarray(rows).reshape(count, 3) * 255).round().astype(np.uint8)
+
+
+def overlay(
+    images: np.ndarray,
+    keypoints: np.ndarray,
+    edges: np.ndarray,
+    *,
+    scale: int = 2,
+    confidence: np.ndarray | None = None,
+    names: list[str] | None = None,
+) -> np.ndarray:
+    """Views side by side, enlarged, with keypoints as dots and edges as lines.
+
+    Args:
+        images: (M, H, W, 3) uint8.
+        keypoints: (M, J, 2), (x, y) pixels of ``images``, centres at integers; a keypoint that is not finite (behind
+            the camera) is not drawn, nor are its edges.
+        edges: (E, 2) keypoint pairs.
+        scale: enlargement, a whole number.
+        confidence: (J,) optional; dots shrink with it, down to half size at 0, relative to the largest.
+        names: M view names, optional, written into the corner.
+
+    Returns:
+        (H · scale, M · W · scale + gaps, 3) uint8.
+
+    Raises:
+        InputError: shapes that do not fit.
+    """
+    images, keypoints = np.asarray(images), np.asarray(keypoints, dtype=np.float64)
+    edges = np.asarray(edges, dtype=np.int64).reshape(-1, 2)
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise InputError(f"images: expected (M, H, W, 3) uint8, got {images.shape} {images.dtype}")
+    if keypoints.ndim != 3 or keypoints.shape[0] != len(images) or keypoints.shape[2] != 2:
+        raise InputError(f"keypoints: expected ({len(images)}, J, 2), got {keypoints.shape}")
+    if edges.size and not (edges.min() >= 0 and edges.max() < keypoints.shape[1]):
+        raise InputError(f"edges: expected keypoint numbers below {keypoints.shape[1]}, got up to {edges.max()}")
+    sizes = np.ones(keypoints.shape[1])
+    if confidence is not None and len(sizes):
+        sizes = 0.5 + 0.5 * np.clip(np.asarray(confidence) / max(float(np.max(confidence)), 1e-12), 0, 1)
+    views = [_draw_view(images[m], keypoints[m], edges, scale, sizes) for m in range(len(images))]
+    if names is not None:
+        for view, name in zip(views, names):
+            _label(view, name)
+    return np.asarray(_row(views))
+
+
+def sample_sheet(
+    path: str | Path,
+    images: np.ndarray,
+    keypoints: np.ndarray,
+    edges: np.ndarray,
+    target: np.ndarray,
+    reconstruction: np.ndarray,
+    *,
+    names: list[str] | None = None,
+    confidence: np.ndarray | None = None,
+    title: str = "",
+) -> None:
+    """Write a PNG with one column per view: input, keypoints and edges, target, reconstruction.
+
+    Args:
+        path: PNG file, replaced only once the new one is complete.
+        images: (M, H, W, 3) uint8.
+        keypoints: (M, J, 2) pixels of ``images``.
+        edges: (E, 2) keypoint pairs to draw.
+        target: (M, h, w) or (M, 3, h, w) floats; both maps are shown on the target's own range, black to white.
+        reconstruction: same shape as ``target``.
+        names: M view names.
+        confidence: (J,), see :func:`overlay`.
+        title: one line above the sheet.
+
+    Raises:
+        InputError: shapes that do not fit, or the file cannot be written.
+    """
+    if np.shape(target) != np.shape(reconstruction) or np.ndim(target) not in (3, 4) or len(target) != len(images):
+        raise InputError(
+            f"target and reconstruction: expected both ({len(images)}, h, w) or ({len(images)}, 3, h, w), "
+            f"got {np.shape(target)} and {np.shape(reconstruction)}"
+        )
+    scale = max(1, round(256 / np.shape(images)[1]))
+    height, width = np.shape(images)[1] * scale, np.shape(images)[2] * scale
+    low, high = float(np.min(target)), float(np.max(target))
+    bands = {
+        "input": _row([_resized(image, width, height) for image in images]),
+        "keypoints": Image.fromarray(
+            overlay(images, keypoints, edges, scale=scale, confidence=confidence, names=names)
+        ),
+        "target": _row([_resized(view, width, height) for view in _grey(target, low, high)]),
+        "reconstruction": _row([_resized(view, width, height) for view in _grey(reconstruction, low, high)]),
+    }
+    _save_png(_stack(bands, title), Path(path))
+
+
+def _draw_view(image: np.ndarray, points: np.ndarray, edges: np.ndarray, scale: int, sizes: np.ndarray) -> Image.Image:
+    """One view, (H, W, 3) -> (H · scale, W · scale) with dots and lines."""
+    height, width = image.shape[0] * scale, image.shape[1] * scale
+    zoom = scale * SUPERSAMPLE
+    canvas = Image.fromarray(image).resize((width * SUPERSAMPLE, height * SUPERSAMPLE), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(canvas)
+    unit = max(1.0, min(height, width) / 256) * SUPERSAMPLE
+    at = (points + 0.5) * zoom - 0.5
+    shown = np.asarray((np.abs(at) < 1e5).all(axis=1))  # False for NaN
+    lines = [(*at[i], *at[j]) for i, j in edges if shown[i] and shown[j]]
+    for colour, thickness in ((SHADOW, 3.2), (WHITE, 1.6)):
+        for line in lines:
+            draw.line(line, fill=colour, width=max(1, round(thickness * unit)))
+    colours = palette(len(points))
+    for j in np.flatnonzero(shown):
+        (x, y), radius = at[j], 4.2 * unit * sizes[j]
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=SHADOW)
+        radius -= 1.0 * unit
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(int(c) for c in colours[j]))
+    return canvas.resize((width, height), Image.Resampling.BOX)
+
+
+def _label(view: Image.Image, text: str) -> None:
+    draw, font = ImageDraw.Draw(view), ImageFont.load_default(size=max(10, view.height // 18))
+    draw.text((5, 3), text, fill=WHITE, font=font, stroke_width=2, stroke_fill=SHADOW)
+
+
+def _row(views: list[Image.Image]) -> Image.Image:
+    width = sum(view.width for view in views) + GAP * (len(views) - 1)
+    row = Image.new("RGB", (width, max(view.height for view in views)), WHITE)
+    left = 0
+    for view in views:
+        row.paste(view, (left, 0))
+        left += view.width + GAP
+    return row
+
+
+def _stack(bands: dict[str, Image.Image], title: str) -> Image.Image:
+    """Bands one above the other, each under its name."""
+    font = ImageFont.load_default(size=15)
+    strip, top = 22, 26 if title else 0
+    height = top + sum(band.height + strip for band in bands.values())
+    sheet = Image.new("RGB", (max(band.width for band in bands.values()), height), WHITE)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((2, 3), title, fill=INK, font=font)
+    for name, band in bands.items():
+        draw.text((2, top + 2), name, fill=INK, font=font)
+        sheet.paste(band, (0, top + strip))
+        top += band.height + strip
+    return sheet
+
+
+def _grey(maps: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(M, h, w) or (M, 3, h, w) floats -> (M, h, w, 3) uint8; black at ``low``, white at ``high``."""
+    level = np.asarray(maps, dtype=np.float64)
+    level = level.mean(axis=1) if level.ndim == 4 else level
+    level = np.clip((level - low) / max(high - low, 1e-12), 0, 1)
+    return np.repeat((level * 255).astype(np.uint8)[..., None], 3, axis=3)
+
+
+def _resized(image: np.ndarray, width: int, height: int) -> Image.Image:
+    return Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _save_png(image: Image.Image, path: Path) -> None:
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        image.save(scratch, format="PNG", compress_level=4)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write the picture ({error.strerror or error})") from error
+    finally:
+        scratch.unlink(missing_ok=True)
