@@ -1,1 +1,29 @@
-"""Fast torch operations for lifting many camera views into 3D keypoints."""
+"""Fast torch operations for lifting many camera views into 3D keypoints.
+
+Three operations, each a function and a module, and the grid that places voxels in the world:
+:func:`unproject`, :func:`soft_argmax3d`, :func:`rasterize_edges` and :class:`VoxelGrid`.
+"""
+
+from . import backends, geometry
+from .backends import BackendUnavailable, explain, resolve
+from .geometry import VoxelGrid
+from .rasterize_edges import EdgeRasterizer, rasterize_edges
+from .soft_argmax3d import SoftArgmax3d, soft_argmax3d
+from .unproject import Unproject, unproject
+
+__all__ = [
+    "BackendUnavailable",
+    "EdgeRasterizer",
+    "SoftArgmax3d",
+    "Unproject",
+    "VoxelGrid",
+    "backends",
+    "explain",
+    "geometry",
+    "rasterize_edges",
+    "resolve",
+    "soft_argmax3d",
+    "unproject",
+]
+
+backends.load()

@@ -1,0 +1,66 @@
+"""Input checks that the operations share: one line that names the argument, its shape and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .geometry import VoxelGrid
+
+FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(value: Any) -> str:
+    """Shape of a tensor, or the type of anything else."""
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_tensor(name: str, tensor: Any, dims: str) -> None:
+    """Raise unless ``tensor`` is a tensor with as many dimensions as ``dims``, such as "(N, M, C, H, W)"."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor {dims}, got {type(tensor).__name__}")
+    if tensor.ndim != dims.count(",") + 1:
+        raise ValueError(f"{name} {describe(tensor)}: expected {dims}")
+
+
+def check_features(name: str, tensor: Any, dims: str) -> None:
+    """Raise unless ``tensor`` is a floating tensor of that rank with no empty dimension after the first."""
+    check_tensor(name, tensor, dims)
+    if tensor.dtype not in FEATURE_DTYPES:
+        raise ValueError(
+            f"{name} {describe(tensor)}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}"
+        )
+    if 0 in tensor.shape[1:]:
+        raise ValueError(f"{name} {describe(tensor)}: expected {dims} with no empty dimension but N")
+
+
+def check_device(name: str, tensor: Tensor, other: str, reference: Tensor) -> None:
+    """Raise unless both tensors are on one device."""
+    if tensor.device != reference.device:
+        raise ValueError(
+            f"{name} {describe(tensor)}: expected device {reference.device} as {other} has, got {tensor.device}"
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} {value!r}: expected a finite number above 0")
+
+
+def check_grid(grid: Any, n: int, other: str, reference: Tensor) -> None:
+    """Raise unless ``grid`` is a VoxelGrid for 1 or ``n`` samples on the device of ``reference``."""
+    if not isinstance(grid, VoxelGrid):
+        raise TypeError(f"grid: expected a VoxelGrid, got {type(grid).__name__}")
+    if grid.affine.shape[0] not in (1, n):
+        raise ValueError(f"grid.affine {describe(grid.affine)}: expected (1, 3, 4) or ({n}, 3, 4)")
+    check_device("grid.affine", grid.affine, other, reference)

@@ -1,0 +1,119 @@
+"""3D soft-argmax: the expected world position under the softmax of a volume of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import backends
+from .checks import check_features, check_grid, check_positive, describe
+from .geometry import VoxelGrid, no_autocast
+
+
+def soft_argmax3d(
+    logits: Tensor,
+    grid: VoxelGrid,
+    *,
+    temperature: float = 1.0,
+    return_peak: bool = False,
+    return_covariance: bool = False,
+    backend: str = "auto",
+) -> Any:
+    r"""Expected position of each keypoint under the softmax of its logits (BKinD-3D, Section 3.1).
+
+    .. math:: p = \mathrm{softmax}_x(\mathrm{logits} / \tau), \quad u = \sum_x p(x) \, A x, \quad
+              \Sigma = \sum_x p(x) \, (A x - u)(A x - u)^T
+
+    Args:
+        logits: (N, J, X, Y, Z), float32, bfloat16, float16 or float64.
+        grid: its shape is (X, Y, Z), its affine A has 1 or N entries.
+        temperature: τ > 0. A small one sharpens; flat logits put every keypoint at the centre of the volume.
+        return_peak: also return the largest probability, a confidence in (0, 1].
+        return_covariance: also return Σ, in world units squared.
+        backend: "auto", or a name in :data:`bkind3d_kernels.backends.BACKENDS`.
+
+    Returns:
+        Coordinates u (N, J, 3) in world units, or a tuple (coordinates, peak (N, J), covariance (N, J, 3, 3)) of what
+        was asked for, in that order. All in float32 (float64 for float64 logits), all differentiable with respect to
+        the logits and ``grid.affine``.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
+        TypeError: an argument is not a tensor or not a VoxelGrid.
+        BackendUnavailable: the backend that was named cannot run here.
+
+    Example:
+        >>> grid = VoxelGrid.cube(center=(0.0, 0.0, 0.0), side=2.0, size=5)
+        >>> logits = torch.zeros(1, 1, 5, 5, 5)
+        >>> logits[0, 0, 4, 2, 1] = 100.0
+        >>> coordinates, peak = soft_argmax3d(logits, grid, return_peak=True)
+        >>> coordinates.tolist(), peak.tolist()
+        ([[[1.0, 0.0, -0.5]]], [[1.0]])
+    """
+    check_features("logits", logits, "(N, J, X, Y, Z)")
+    check_grid(grid, logits.shape[0], "logits", logits)
+    if tuple(logits.shape[2:]) != grid.shape:
+        raise ValueError(f"logits {describe(logits)}: expected (N, J, X, Y, Z) with the grid's shape {grid.shape}")
+    check_positive("temperature", temperature)
+    run = backends.implementation("soft_argmax3d", backend, logits.device, logits.dtype)
+    mean, peak, covariance = run(logits, float(temperature), return_covariance)
+    affine = grid.affine.to(mean.dtype)
+    with no_autocast(mean):
+        coordinates = mean @ affine[..., :3].mT + affine[..., 3].unsqueeze(-2)
+        outputs = [coordinates]
+        if return_peak:
+            outputs.append(peak)
+        if return_covariance:
+            linear = affine[..., :3].unsqueeze(1)  # (N or 1, 1, 3, 3)
+            outputs.append(linear @ covariance @ linear.mT)
+    return tuple(outputs) if len(outputs) > 1 else coordinates
+
+
+class SoftArgmax3d(nn.Module):
+    """:func:`soft_argmax3d` with its options fixed; no parameters.
+
+    Args:
+        temperature: τ > 0.
+        return_peak: whether the peak probability is returned too.
+        return_covariance: whether the covariance is returned too.
+        backend: "auto" or a backend's name.
+
+    Example:
+        >>> SoftArgmax3d(temperature=0.5)
+        SoftArgmax3d(temperature=0.5, return_peak=False, return_covariance=False, backend=auto)
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        return_peak: bool = False,
+        return_covariance: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_positive("temperature", temperature)
+        backends.check_name(backend)
+        self.temperature = temperature
+        self.return_peak = return_peak
+        self.return_covariance = return_covariance
+        self.backend = backend
+
+    def forward(self, logits: Tensor, grid: VoxelGrid) -> Any:
+        """Coordinates (N, J, 3), or a tuple; arguments as in :func:`soft_argmax3d`."""
+        return soft_argmax3d(
+            logits,
+            grid,
+            temperature=self.temperature,
+            return_peak=self.return_peak,
+            return_covariance=self.return_covariance,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return (
+            f"temperature={self.temperature}, return_peak={self.return_peak}, "
+            f"return_covariance={self.return_covariance}, backend={self.backend}"
+        )
