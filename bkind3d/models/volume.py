@@ -1,0 +1,101 @@
+"""The volume network ρ (V2V-PoseNet, Moon et al. 2018): aggregated features to one heatmap per keypoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from bkind3d.models.layers import norm3d
+
+
+class ConvNorm3d(nn.Sequential):
+    """Convolution, normalisation, ReLU on a volume; the size stays."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, norm: str) -> None:
+        super().__init__(
+            nn.Conv3d(inputs, outputs, kernel, padding=kernel // 2), norm3d(norm, outputs), nn.ReLU(inplace=True)
+        )
+
+
+class Residual3d(nn.Module):
+    """Two 3³ convolutions beside a skip connection (1³ convolution where the number of channels changes)."""
+
+    def __init__(self, inputs: int, outputs: int, norm: str) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            ConvNorm3d(inputs, outputs, 3, norm), nn.Conv3d(outputs, outputs, 3, padding=1), norm3d(norm, outputs)
+        )
+        self.skip = (
+            nn.Identity()
+            if inputs == outputs
+            else nn.Sequential(nn.Conv3d(inputs, outputs, 1), norm3d(norm, outputs))
+        )
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, X, Y, Z) -> (N, C_out, X, Y, Z)."""
+        return self.relu(self.branch(x) + self.skip(x))
+
+
+class Upsample3d(nn.Module):
+    """Transposed 2³ convolution with stride 2, cut to the size of the level above, normalisation, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, norm: str) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose3d(inputs, outputs, 2, stride=2)
+        self.norm = norm3d(norm, outputs)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        """(N, C_in, X', Y', Z') with X' = ⌈X / 2⌉ -> (N, C_out, X, Y, Z), the size of `like`."""
+        nx, ny, nz = like.shape[-3:]
+        return self.relu(self.norm(self.conv(x)[..., :nx, :ny, :nz]))
+
+
+class VolumeNetwork(nn.Module):
+    """V2V: a 7³ stem, residual blocks, a 3D hourglass with skip connections, and a 1³ head; a volume of any shape.
+
+    Pooling rounds up and upsampling is cut to size, so no side need be a power of two. The paper's network is
+    ``channels = (16, 32, 64, 128, 128, 128, 128)``: the stem, then six levels (148 GMAC for one 64³ volume).
+
+    Args:
+        inputs: Channels C of the aggregated volume.
+        outputs: Number J of keypoints.
+        channels: Channels of the stem, then of each level of the hourglass, fine to coarse.
+        norm: "group" or "batch".
+    """
+
+    def __init__(self, inputs: int, outputs: int, channels: Sequence[int], norm: str) -> None:
+        super().__init__()
+        stem, levels = channels[0], list(channels[1:])
+        fine = levels[0]
+        self.front = nn.Sequential(
+            ConvNorm3d(inputs, stem, 7, norm),
+            Residual3d(stem, fine, norm),
+            Residual3d(fine, fine, norm),
+            Residual3d(fine, fine, norm),
+        )
+        self.pool = nn.MaxPool3d(2, ceil_mode=True)
+        pairs = list(zip(levels[:-1], levels[1:], strict=True))
+        self.skips = nn.ModuleList(Residual3d(above, above, norm) for above, _ in pairs)
+        self.down = nn.ModuleList(Residual3d(above, below, norm) for above, below in pairs)
+        self.middle = Residual3d(levels[-1], levels[-1], norm)
+        self.up_blocks = nn.ModuleList(Residual3d(below, below, norm) for _, below in pairs)
+        self.up = nn.ModuleList(Upsample3d(below, above, norm) for above, below in pairs)
+        self.back = nn.Sequential(
+            Residual3d(fine, fine, norm), ConvNorm3d(fine, fine, 1, norm), ConvNorm3d(fine, fine, 1, norm)
+        )
+        self.head = nn.Conv3d(fine, outputs, 1)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """Aggregated volume (N, C, X, Y, Z) -> logits (N, J, X, Y, Z)."""
+        x = self.front(volume)
+        kept = []
+        for skip, down in zip(self.skips, self.down, strict=True):
+            kept.append(skip(x))
+            x = down(self.pool(x))
+        x = self.middle(x)
+        for block, up, skip in zip(reversed(self.up_blocks), reversed(self.up), reversed(kept), strict=True):
+            x = skip + up(block(x), skip)
+        return self.head(self.back(x))

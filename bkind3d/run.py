@@ -1,0 +1,205 @@
+"""The run folder: one place for everything that a training run writes, and the way back in.
+
+``config.yaml`` (effective settings), ``env.json`` (versions, device, backends), ``metrics.csv``, ``health.jsonl``,
+``checkpoints/``, ``samples/*.png``, ``skeleton.json``, ``poses/<recording>.nc``, ``evaluation.json``, ``report.html``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+import bkind3d_kernels
+from bkind3d.config import Config, load_config, to_dict
+from bkind3d.data import FrameCache, Project, Volume, build_cache, load_project, propose_volume
+from bkind3d.errors import InputError
+from bkind3d.models.volumetric import VolumetricModel
+
+OPERATIONS = ("unproject", "soft_argmax3d", "rasterize_edges")
+PACKAGES = ("torch", "numpy", "accelerate", "av", "kornia", "triton")
+CHECKPOINT = re.compile(r"step_(\d+)")
+
+
+@dataclass
+class Inputs:
+    """What a run looks at.
+
+    Attributes:
+        project: The project file's content.
+        volume: Box that the voxels fill, project units.
+        cache: Undistorted frames and cameras at the network's size.
+        projections: (1, M, 3, 4) float32, world to network pixels.
+        grid: The voxels.
+    """
+
+    project: Project
+    volume: Volume
+    cache: FrameCache
+    projections: Tensor
+    grid: bkind3d_kernels.VoxelGrid
+
+    def recordings(self, *splits: str) -> list[str]:
+        """Names of the recordings in any of the splits."""
+        return [recording.name for recording in self.project.recordings if recording.split in splits]
+
+
+def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
+    """Load the project and its frame cache, which is built first where it does not exist."""
+    project = load_project(config.project)
+    volume = project.volume or propose_volume(project.cameras, project.up)
+    cache = build_cache(
+        project,
+        config.data.height,
+        config.data.width,
+        config.cache_directory,
+        crop=config.data.crop,
+        progress=progress,
+    )
+    projections = cache.cameras.projection_matrices().float()[None]
+    return Inputs(project, volume, cache, projections, volume.grid(config.model.voxels))
+
+
+def build_model(config: Config) -> VolumetricModel:
+    """Build the networks from the run's seed: the same settings always give the same untrained network."""
+    torch.manual_seed(config.train.seed)
+    return VolumetricModel(config.model, outputs=1 if config.loss.target_channels == "grey" else 3)
+
+
+def create_run(path: Path, *, force: bool) -> None:
+    """Make an empty run folder.
+
+    Raises:
+        InputError: Something is there already and `force` is not set, or it is not a run; or the place is not writable.
+    """
+    try:
+        if path.exists():
+            if not path.is_dir() or (any(path.iterdir()) and not (path / "config.yaml").exists()):
+                raise InputError(f"{path}: exists and is not a run folder; choose another --out")
+            if any(path.iterdir()):
+                if not force:
+                    raise InputError(f"{path}: this run exists; resume it, choose another --out, or give --force")
+                shutil.rmtree(path)
+        (path / "checkpoints").mkdir(parents=True)
+        (path / "samples").mkdir()
+        if not os.access(path, os.W_OK):
+            raise InputError(f"{path}: not writable; choose another --out")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+def open_run(path: Path) -> Config:
+    """Read the settings of an existing run.
+
+    Raises:
+        InputError: There is no such run.
+    """
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{path}: not a run folder (no config.yaml); make one with `bkind3d train`")
+    return load_config(path / "config.yaml")
+
+
+def checkpoints(path: Path) -> list[tuple[int, Path]]:
+    """All finished checkpoints of a run as (step, folder), oldest first."""
+    found = []
+    for folder in (path / "checkpoints").glob("step_*"):
+        match = CHECKPOINT.fullmatch(folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), folder))
+    return sorted(found)
+
+
+def latest_checkpoint(path: Path) -> tuple[int, Path]:
+    """Step and folder of the newest checkpoint.
+
+    Raises:
+        InputError: The run has none.
+    """
+    found = checkpoints(path)
+    if not found:
+        raise InputError(f"{path / 'checkpoints'}: no checkpoint; train first with `bkind3d train`")
+    return found[-1]
+
+
+def load_model(path: Path, config: Config) -> tuple[VolumetricModel, int]:
+    """Load the newest checkpoint's networks, in evaluation mode, with the step that they were saved at.
+
+    Raises:
+        InputError: No checkpoint, or one that cannot be read or does not fit the settings.
+    """
+    step, folder = latest_checkpoint(path)
+    model = build_model(config)
+    file = folder / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(corrupt(file, error)) from error
+    return model.eval(), step
+
+
+def corrupt(file: Path, error: Exception) -> str:
+    """One line for a checkpoint that cannot be used."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{file}: corrupt or foreign checkpoint ({reason}); delete {file.parent} to use the one before it"
+
+
+def write_environment(path: Path, device: torch.device) -> None:
+    """Write env.json: versions, machine, device and the backend of each operation."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    environment = {
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"bkind3d": importlib.metadata.version("bkind3d"), **versions},
+        "backends": {name: bkind3d_kernels.backends.resolve(name, "auto", device=device) for name in OPERATIONS},
+    }
+    write_json(path / "env.json", environment)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON so that a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)
+
+
+def write_skeleton(path: Path, model: VolumetricModel) -> None:
+    """Write skeleton.json: keypoint names, active edges and all weights."""
+    skeleton = model.skeleton
+    rows = [
+        [*pair, round(weight, 6)]
+        for pair, weight in zip(skeleton.pairs.tolist(), skeleton.weights.detach().tolist(), strict=True)
+    ]
+    content = {
+        "keypoints": keypoint_names(model.config.keypoints),
+        "edges": [row for row, active in zip(rows, skeleton.active.tolist(), strict=True) if active],
+        "threshold": skeleton.threshold,
+        "all_weights": rows,
+    }
+    write_json(path / "skeleton.json", content)
+
+
+def keypoint_names(count: int) -> list[str]:
+    """kp00, kp01, ..."""
+    return [f"kp{index:02d}" for index in range(count)]
+
+
+def describe(config: Config) -> dict[str, object]:
+    """Settings as plain data for reports."""
+    return to_dict(config)

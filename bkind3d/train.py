@@ -1,0 +1,394 @@
+"""The training loop (paper, Section 3.2.4)."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from bkind3d.config import Config, TrainConfig, save_config
+from bkind3d.data import PairDataset, gap_in_frames
+from bkind3d.errors import InputError
+from bkind3d.health import keypoint_health
+from bkind3d.losses import Objective, difference_target
+from bkind3d.models.volumetric import Reconstruction, VolumetricModel
+from bkind3d.report.pictures import sample_sheet
+from bkind3d.run import (
+    Inputs,
+    build_model,
+    checkpoints,
+    corrupt,
+    create_run,
+    latest_checkpoint,
+    open_inputs,
+    open_run,
+    write_environment,
+    write_json,
+    write_skeleton,
+)
+from bkind3d_kernels.geometry import project_points
+
+COLUMNS = (
+    "step", "epoch", "loss", "reconstruction", "length", "separation", "active_edges", "lr", "grad_norm", "seconds"
+)  # fmt: skip
+HEALTH_FRAMES = 400
+
+
+class EpochSampler(Sampler[int]):
+    """A new order of all pairs in each epoch, drawn from (seed, epoch) alone, so that a resumed run sees the same."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        yield from torch.randperm(self.size, generator=generator).tolist()
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from 1 to `final_lr` at the last step."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    progress = min(1.0, step / max(1, config.steps))
+    return warm * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def build_optimizer(model: VolumetricModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or SGD as published, with a learning rate of its own and no decay for the edge weights."""
+    edges = [model.skeleton.parameter]
+    networks = [p for p in model.parameters() if p is not model.skeleton.parameter]
+    groups: list[dict[str, Any]] = [
+        {"params": networks, "lr": config.lr, "base_lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": edges, "lr": config.edge_lr, "base_lr": config.edge_lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, momentum=0.9) if config.optimizer == "sgd" else torch.optim.AdamW(groups)
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed; the second press stops at once."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+    @contextmanager
+    def watch(self) -> Iterator[Interrupt]:
+        """Listen inside the block, where a handler may be set (the main thread)."""
+        try:
+            before = signal.signal(signal.SIGINT, self)
+        except ValueError:
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class Trainer:
+    """One run: builds everything from the settings, trains, logs and saves.
+
+    Args:
+        config: All settings.
+        run: Run folder, already made.
+        progress: Whether to show a progress bar.
+    """
+
+    def __init__(self, config: Config, run: Path, *, progress: bool = True) -> None:
+        self.config, self.run, self.progress = config, run, progress
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        self.accelerator = Accelerator(
+            mixed_precision=config.train.precision,
+            log_with="tensorboard" if importlib.util.find_spec("tensorboard") else None,
+            project_dir=run,
+            # The order of pairs comes from EpochSampler; accelerate must not draw one of its own.
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+        )
+        with self.accelerator.main_process_first():
+            self.inputs = open_inputs(config, progress=progress)
+        names = self.inputs.recordings("train", "both")
+        if not names:
+            raise InputError(f"{config.project}: no recording with split train or both")
+        fps = self.inputs.cache.recordings[names[0]].fps
+        self.gap = gap_in_frames(config.data.gap, fps)
+        self.pairs = PairDataset(self.inputs.cache, names, self.gap)
+        self.seconds_of_gap = self.gap / fps
+        self.model = build_model(config)
+        set_seed(config.train.seed)
+        self.objective = Objective(config.loss, self.inputs.volume_side)
+        loader: DataLoader[Tensor] = DataLoader(
+            self.pairs,
+            batch_size=config.train.batch,
+            sampler=EpochSampler(len(self.pairs), config.train.seed),
+            num_workers=config.train.workers,
+            drop_last=True,
+            persistent_workers=config.train.workers > 0,
+        )
+        if len(loader) == 0:
+            raise InputError(f"train.batch: {len(self.pairs)} pairs do not fill one batch of {config.train.batch}")
+        self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(
+            self.model, build_optimizer(self.model, config.train), loader
+        )
+        self.objective.to(self.accelerator.device)
+        self.accelerator.register_for_checkpointing(self.objective)
+        self.projections = self.inputs.projections.to(self.accelerator.device)
+        self.grid = self.inputs.grid.to(self.accelerator.device)
+        self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=max(1, HEALTH_FRAMES // (2 * config.train.batch)))
+        self.step = 0
+        self.seconds = 0.0
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def train(self) -> bool:
+        """Train to the last step; returns False if Ctrl-C ended it earlier. Either way the state is saved."""
+        steps = self.config.train.steps
+        bar = tqdm(
+            total=steps, initial=self.step, unit="step", desc="train",
+            disable=not (self.progress and self.accelerator.is_main_process),
+        )  # fmt: skip
+        self.wrapped.train()
+        self.objective.train()
+        with Interrupt().watch() as interrupt, bar:
+            started = time.perf_counter() - self.seconds
+            for images in self._batches():
+                row = self._train_step(images)
+                self.seconds = time.perf_counter() - started
+                self._after_step(row, images, bar)
+                if interrupt.pressed or self.step >= steps:
+                    break
+        if not self._saved():
+            self._save()
+        self.accelerator.end_training()
+        return self.step >= steps
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Batches from the current step on, epoch after epoch."""
+        per_epoch = len(self.loader)
+        while self.step < self.config.train.steps:
+            epoch, skipped = divmod(self.step, per_epoch)
+            self.loader.set_epoch(epoch)
+            yield from self.accelerator.skip_first_batches(self.loader, skipped) if skipped else self.loader
+
+    @property
+    def epoch(self) -> float:
+        """Epochs since the start, with fraction."""
+        return self.step / len(self.loader)
+
+    def _train_step(self, images: Tensor) -> dict[str, Tensor]:
+        factor = learning_rate_factor(self.step, self.config.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        images = images.float() / 255.0
+        with self.accelerator.autocast():
+            found: Reconstruction = self.wrapped(images, self.projections, self.grid)
+        target = difference_target(images, self.config.loss)
+        terms = self.objective(found, target, self.model.skeleton, self.epoch)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(terms["loss"])
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.train.clip)
+        self.optimizer.step()
+        self.recent.append((found.positions.detach().flatten(0, 1), found.confidence.detach().flatten(0, 1)))
+        self.step += 1
+        return {**{name: term.detach() for name, term in terms.items()}, "grad_norm": norm}
+
+    def _after_step(self, row: dict[str, Tensor], images: Tensor, bar: Any) -> None:
+        every = self.config.train
+        bar.update()
+        last = self.step == every.steps
+        if self.step % every.log_every == 0 or last:
+            self._log(row, bar)
+        if self.step % every.sample_every == 0 or last:
+            self._sample(bar)
+        if self.step % every.save_every == 0 or last:
+            self._save()
+
+    # -- what it writes ------------------------------------------------------------------------------------------------
+
+    def _log(self, row: dict[str, Tensor], bar: Any) -> None:
+        values = {name: float(value) for name, value in row.items()}
+        if not math.isfinite(values["loss"]):
+            raise InputError(
+                f"{self.run}: the loss is {values['loss']} at step {self.step}; lower train.lr or set train.precision "
+                "to no, and resume from the last checkpoint"
+            )
+        active = int(self.model.skeleton.active.sum())
+        bar.set_postfix(loss=f"{values['loss']:.4f}", edges=active)
+        if not self.accelerator.is_main_process:
+            return
+        lr = self.optimizer.param_groups[0]["lr"]
+        values |= {"step": self.step, "epoch": self.epoch, "active_edges": active, "lr": lr, "seconds": self.seconds}
+        path = self.run / "metrics.csv"
+        fresh = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if fresh:
+                writer.writeheader()
+            writer.writerow({name: f"{values[name]:.6g}" for name in COLUMNS})
+        self.accelerator.log(values, step=self.step)
+
+    @torch.no_grad()
+    def _sample(self, bar: Any) -> None:
+        """Write keypoint health, the skeleton and a picture of one pair (always the same one)."""
+        if not self.accelerator.is_main_process:
+            return
+        positions = torch.cat([pair[0] for pair in self.recent]).float().cpu().numpy()
+        confidence = torch.cat([pair[1] for pair in self.recent]).float().cpu().numpy()
+        volume = self.inputs.volume
+        health = keypoint_health(positions, confidence, volume.center, volume.size)
+        with (self.run / "health.jsonl").open("a") as file:
+            file.write(json.dumps({"step": self.step, **health.to_dict()}) + "\n")
+        bar.write(f"step {self.step}: {health.summary()}")
+        write_skeleton(self.run, self.model)
+
+        self.wrapped.eval()
+        images = self.pairs[len(self.pairs) // 2][None].to(self.accelerator.device)
+        scaled = images.float() / 255.0
+        found = self.model(scaled, self.projections, self.grid)
+        target = difference_target(scaled, self.config.loss)
+        pixels, _ = project_points(self.projections, found.positions[0][:, None])
+        skeleton = self.model.skeleton
+        sample_sheet(
+            self.run / "samples" / f"step_{self.step:06d}.png",
+            images[0].permute(0, 1, 3, 4, 2).cpu().numpy(),
+            pixels.float().cpu().numpy(),
+            skeleton.pairs[skeleton.active].cpu().numpy(),
+            target[0].mean(1).cpu().numpy(),
+            found.difference[0].float().mean(1).cpu().numpy(),
+        )
+        self.wrapped.train()
+
+    def _saved(self) -> bool:
+        return (self.run / "checkpoints" / f"step_{self.step:06d}").is_dir()
+
+    def _save(self) -> None:
+        """Save everything that a resumed run needs; a reader never sees half a checkpoint."""
+        final = self.run / "checkpoints" / f"step_{self.step:06d}"
+        partial = final.with_suffix(".partial")
+        try:
+            self.accelerator.save_state(str(partial))
+            if not self.accelerator.is_main_process:
+                return
+            write_json(partial / "trainer.json", {"step": self.step, "seconds": self.seconds})
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for _, folder in checkpoints(self.run)[: -self.config.train.keep]:
+                shutil.rmtree(folder)
+            write_skeleton(self.run, self.model)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise InputError(f"{final}: checkpoint not written ({error.strerror}); earlier ones are untouched") from error
+
+    def restore(self) -> None:
+        """Go back to the newest checkpoint, and cut the logs to its step.
+
+        Raises:
+            InputError: No checkpoint, or a corrupt one.
+        """
+        step, folder = latest_checkpoint(self.run)
+        try:
+            self.accelerator.load_state(str(folder))
+            state = json.loads((folder / "trainer.json").read_text())
+        except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+            raise InputError(corrupt(folder / "model.safetensors", error)) from error
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        if self.accelerator.is_main_process:
+            cut_logs(self.run, step)
+        self.accelerator.wait_for_everyone()
+
+
+def cut_logs(run: Path, step: int) -> None:
+    """Drop the rows of metrics.csv and health.jsonl that come after `step`, which a resumed run writes again."""
+    metrics, health = run / "metrics.csv", run / "health.jsonl"
+    if metrics.exists():
+        header, *rows = metrics.read_text().splitlines(keepends=True)
+        metrics.write_text(header + "".join(row for row in rows if float(row.split(",")[0]) <= step))
+    if health.exists():
+        rows = health.read_text().splitlines(keepends=True)
+        health.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+
+
+def train(config: Config, run: Path, *, force: bool = False, progress: bool = True) -> bool:
+    """Train a new run.
+
+    Args:
+        config: All settings.
+        run: Folder to make.
+        force: Replace an earlier run in that folder.
+        progress: Whether to show progress bars.
+
+    Returns:
+        True if the last step was reached, False if Ctrl-C ended it earlier; the state is saved either way.
+
+    Raises:
+        InputError: Settings, project, videos or folder that cannot be used, or not enough memory.
+    """
+    config.project = config.project.resolve()
+    trainer = Trainer(config, run, progress=progress)
+    if trainer.accelerator.is_main_process:
+        create_run(run, force=force)
+        save_config(config, run / "config.yaml")
+        write_environment(run, trainer.accelerator.device)
+    trainer.accelerator.wait_for_everyone()
+    return _guarded(trainer)
+
+
+def resume(run: Path, *, steps: int | None = None, progress: bool = True) -> bool:
+    """Go on with a run from its newest checkpoint, exactly as if it had never stopped.
+
+    Args:
+        run: Run folder.
+        steps: New number of steps, to go on for longer; as configured when left out.
+        progress: Whether to show progress bars.
+
+    Returns:
+        As `train`.
+
+    Raises:
+        InputError: No such run, no checkpoint, or a corrupt one.
+    """
+    config = open_run(run)
+    latest_checkpoint(run)
+    if steps is not None:
+        config.train.steps = steps
+        save_config(config, run / "config.yaml")
+    trainer = Trainer(config, run, progress=progress)
+    trainer.restore()
+    return _guarded(trainer)
+
+
+def _guarded(trainer: Trainer) -> bool:
+    try:
+        return trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "out of memory: lower train.batch, model.voxels or data.height and data.width, or set train.precision to bf16"
+        ) from error
