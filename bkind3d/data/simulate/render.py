@@ -1,0 +1,332 @@
+"""A small renderer for a body of tapered capsules in a static room, in NumPy.
+
+Each capsule is tested only against the rays inside its own box on the screen. All (capsule, ray) pairs of a frame, the
+fragments, lie in one flat array, so a frame is a fixed number of array operations, and a z-buffer keeps the nearest
+hit. The animal is drawn at SUPERSAMPLE² rays per pixel and averaged onto the room, which is drawn once per camera.
+Rays are given per camera, so lens distortion costs nothing: it is in the rays and in the boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from bkind3d.data.simulate.body import CAPSULES
+
+Project = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+SUPERSAMPLE = 2
+_SUN = np.array([0.42, 0.28, 0.86]) / np.linalg.norm([0.42, 0.28, 0.86])  # towards the light
+_BOX_MARGIN = 1.35  # a sphere seen obliquely through a wide lens covers more than focal * radius / depth
+_ROOM = 2.6, 2.4  # half width and height of the room, metres
+_NOISE_SIGMA = 1.6  # sensor noise, grey levels
+# Direction towards the light, width of the shadow against the body's, share of light lost: the sun, and the open sky.
+_SHADOWS = ((_SUN, 1.25, 0.42), (np.array([0.0, 0.0, 1.0]), 1.9, 0.28))
+
+
+@dataclass(frozen=True)
+class View:
+    """What a camera needs to render: float32 rays and the size of a metre at unit depth."""
+
+    center: np.ndarray  # (3,) metres
+    rays: np.ndarray  # (H * s, W * s, 3) unit directions in the world, s = SUPERSAMPLE
+    focal: float  # pixels
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the picture."""
+        return self.rays.shape[0] // SUPERSAMPLE, self.rays.shape[1] // SUPERSAMPLE
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """All (capsule, ray) pairs that may meet: flat arrays (F,)."""
+
+    capsule: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The nearest surface per ray, only for rays that hit: flat arrays (V,) or (V, 3)."""
+
+    row: np.ndarray
+    column: np.ndarray
+    capsule: np.ndarray
+    depth: np.ndarray  # along the ray, metres
+    point: np.ndarray
+    normal: np.ndarray
+    along: np.ndarray  # 0 at the capsule's first end .. 1 at its second
+
+
+def boxes(pixels: np.ndarray, depth: np.ndarray, radii: np.ndarray, focal: float, size: tuple[int, int]) -> np.ndarray:
+    """Screen boxes (K, 4) int64: first row, first column, rows, columns; clipped to the picture.
+
+    `pixels` (K, E, 2) are the projected ends, `depth` and `radii` (K, E) in metres, `size` (height, width).
+    """
+    reach = _BOX_MARGIN * focal * radii / depth + 1.0  # (K, E)
+    low = np.floor((pixels - reach[..., None]).min(axis=1))
+    high = np.ceil((pixels + reach[..., None]).max(axis=1)) + 1
+    limit = np.array([size[1], size[0]])
+    low, high = np.clip(low, 0, limit).astype(np.int64), np.clip(high, 0, limit).astype(np.int64)
+    return np.stack([low[:, 1], low[:, 0], high[:, 1] - low[:, 1], high[:, 0] - low[:, 0]], axis=1)
+
+
+def fragments(screen_boxes: np.ndarray) -> Fragments:
+    """Every pixel of every box, flat."""
+    counts = screen_boxes[:, 2] * screen_boxes[:, 3]
+    capsule = np.repeat(np.arange(len(counts)), counts)
+    first = np.cumsum(counts) - counts
+    local = np.arange(counts.sum()) - first[capsule]
+    row, column = np.divmod(local, np.maximum(screen_boxes[:, 3], 1)[capsule])
+    return Fragments(capsule, row + screen_boxes[capsule, 0], column + screen_boxes[capsule, 1])
+
+
+def intersect(
+    center: np.ndarray, rays: np.ndarray, which: np.ndarray, ends: np.ndarray, radii: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distance (F,) along each ray to its tapered capsule (inf: missed) and where on the axis (F,) in [0, 1].
+
+    `rays` (F, 3) unit directions from `center`; `which` (F,) picks the capsule; `ends` (K, 2, 3); `radii` (K, 2).
+
+    A sphere slides along the unit axis w from a to b with radius r_a + k y. With c² = 1 - k², the surface that it
+    sweeps is c²|p - a|² = (y + k r_a)² + c² r_a², y = (p - a)·w, touched by the sphere at s = (y + k r_a) / c²: a
+    quadratic along the ray. Where s falls outside [0, length], the ray meets an end sphere instead or misses.
+    """
+    first, second = ends[:, 0], ends[:, 1]
+    length = np.linalg.norm(second - first, axis=1)
+    axis = (second - first) / length[:, None]
+    taper = (radii[:, 1] - radii[:, 0]) / length
+    c2 = 1.0 - taper**2
+    offset = center - first  # (K, 3)
+    shifted = (offset * axis).sum(axis=1) + taper * radii[:, 0]  # y + k r_a at the ray's origin
+    constant = c2 * (offset**2).sum(axis=1) - shifted**2 - c2 * radii[:, 0] ** 2
+
+    slope = np.einsum("fi,fi->f", rays, axis[which])
+    a = c2[which] - slope**2
+    b = c2[which] * np.einsum("fi,fi->f", rays, offset[which]) - shifted[which] * slope
+    root = b * b - a * constant[which]
+    with np.errstate(divide="ignore", invalid="ignore"):  # parallel and missing rays are sorted out below
+        cone = (-b - np.sqrt(root)) / a
+        s = (shifted[which] + cone * slope) / c2[which]
+        # A ray steeper than the cone stays in it: it enters through the end that it comes from.
+        use_second = np.where(a > 0, s > length[which], slope < 0)
+        end = use_second.astype(np.int64)
+        to_end = center - ends[which, end]
+        radius = radii[which, end]
+        half = np.einsum("fi,fi->f", rays, to_end)
+        sphere = -half - np.sqrt(half**2 - (to_end**2).sum(axis=1) + radius**2)
+        on_cone = (root >= 0) & (s >= 0) & (s <= length[which])
+        distance = np.where(on_cone, cone, np.where((root >= 0) | (a <= 0), sphere, np.nan))
+        along = np.where(on_cone, s / length[which], end)
+    missed = ~(distance > 0)
+    return np.where(missed, np.inf, distance), along
+
+
+def trace(view: View, ends: np.ndarray, pixels: np.ndarray, depth: np.ndarray, radii: np.ndarray) -> Hits:
+    """Nearest hits of the capsules with `ends` (K, 2, 3), projected to `pixels` (K, 2, 2) of the picture at `depth`.
+
+    Rows and columns of the result count supersampled rays.
+    """
+    s = SUPERSAMPLE
+    fine = (pixels + 0.5) * s - 0.5
+    height, width = view.rays.shape[:2]
+    part = fragments(boxes(fine, depth, radii, view.focal * s, (height, width)))
+    rays = view.rays[part.row, part.column]
+    ends = ends.astype(np.float32)
+    distance, along = intersect(view.center, rays, part.capsule, ends, radii)
+    pixel = part.row * width + part.column
+    nearest = np.full(height * width, np.inf, dtype=np.float32)
+    np.minimum.at(nearest, pixel, distance)
+    keep = np.flatnonzero((distance == nearest[pixel]) & np.isfinite(distance))
+    pixel, first = np.unique(pixel[keep], return_index=True)
+    keep = keep[first]
+    capsule, along = part.capsule[keep], along[keep].astype(np.float32)
+    point = view.center + distance[keep, None] * rays[keep]
+    touched = ends[capsule, 0] + along[:, None] * (ends[capsule, 1] - ends[capsule, 0])
+    radius = radii[capsule, 0] + along * (radii[capsule, 1] - radii[capsule, 0])
+    normal = (point - touched) / radius[:, None]
+    return Hits(part.row[keep], part.column[keep], capsule, distance[keep], point, normal, along)
+
+
+class Fur:
+    """Colour of the body: gradients along each capsule, a paler belly, and a solid noise carved by the surface."""
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.noise = _smooth_noise(rng, (48, 48, 48), 3)
+
+    def shade(self, hits: Hits, ends: np.ndarray, frames: np.ndarray, rays: np.ndarray) -> np.ndarray:
+        """(V, 3) colours in [0, 1]; `frames` (F, 3, 3) the trunk frames, `rays` (V, 3)."""
+        capsule, up = hits.capsule, frames[CAPSULES.frames, :, 2].astype(np.float32)
+        colors = CAPSULES.colors[capsule]
+        color = colors[:, 0] + hits.along[:, None] * (colors[:, 1] - colors[:, 0])
+        back = np.einsum("vi,vi->v", hits.normal, up[capsule])
+        belly = np.clip(-1.4 * back - 0.3, 0, 0.45)[:, None]
+        color = color + belly * (np.float32(0.8) - color)
+        local = hits.point - ends[capsule, 0]
+        turned = np.einsum("vi,vij->vj", local, frames[CAPSULES.frames].astype(np.float32)[capsule])
+        cell = (turned * 260.0 + 7.0 * capsule[:, None]).astype(np.int64) % 48
+        color = color * (0.8 + 0.4 * self.noise[cell[:, 0], cell[:, 1], cell[:, 2]])[:, None]
+        sun = np.clip(hits.normal @ _SUN.astype(np.float32), 0, None)
+        sky = 0.5 + 0.5 * hits.normal[:, 2]
+        rim = (1.0 + np.einsum("vi,vi->v", hits.normal, rays)) ** 3
+        light = 0.30 + 0.30 * sky + 0.62 * sun
+        return color * light[:, None] + 0.10 * rim[:, None]
+
+
+def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], width: int) -> np.ndarray:
+    """Periodic noise in [0, 1], smoothed over about `width` cells."""
+    noise = rng.standard_normal(shape).astype(np.float32)
+    for axis in range(len(shape)):
+        noise = np.sum([np.roll(noise, shift, axis) for shift in range(width)], axis=0)
+    rank = noise.ravel().argsort().argsort().reshape(shape)
+    return (rank / rank.max()).astype(np.float32)
+
+
+def background(view: View, seed: int) -> np.ndarray:
+    """The empty room (H, W, 3) float32 in [0, 1]: a stained, tiled floor and four walls with broad bands."""
+    rng = np.random.default_rng(seed)
+    fine, coarse = _smooth_noise(rng, (256, 256), 2), _smooth_noise(rng, (256, 256), 11)
+    half, tall = _ROOM
+    rays = view.rays.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        to_floor = np.where(rays[..., 2] < 0, -view.center[2] / rays[..., 2], np.inf)
+        to_walls = (np.sign(rays[..., :2]) * half - view.center[:2]) / rays[..., :2]
+        to_ceiling = np.where(rays[..., 2] > 0, (tall - view.center[2]) / rays[..., 2], np.inf)
+    distances = np.stack([to_floor, to_walls[..., 0], to_walls[..., 1], to_ceiling], axis=-1)
+    surface = distances.argmin(axis=-1)
+    point = view.center + distances.min(axis=-1)[..., None] * rays
+
+    u = np.where(surface == 1, point[..., 1], point[..., 0])
+    v = np.where((surface == 0) | (surface == 3), point[..., 1], point[..., 2])
+
+    def stain(texture: np.ndarray, scale: float) -> np.ndarray:
+        return texture[(u * scale).astype(np.int64) % 256, (v * scale).astype(np.int64) % 256]
+
+    grain = 0.6 * stain(coarse, 90.0) + 0.4 * stain(fine, 110.0)
+    tile = (np.floor(u / 0.3) + np.floor(v / 0.3)) % 2
+    seam = np.minimum(np.abs(u / 0.3 - np.round(u / 0.3)), np.abs(v / 0.3 - np.round(v / 0.3))) < 0.02
+    floor = (0.60 + 0.05 * tile - 0.10 * seam)[..., None] * np.array([1.0, 0.96, 0.88])
+    band = 0.46 + 0.06 * (np.floor(v / 0.4) % 2) + 0.05 * np.sin(3.0 * u)
+    sides = np.where(np.where(surface == 1, point[..., 0], point[..., 1]) > 0, 0, 1) + 2 * (surface == 2)
+    tints = np.array([[0.80, 0.92, 1.05], [1.0, 0.90, 0.82], [0.86, 1.0, 0.86], [0.96, 0.88, 1.02]])
+    picture = np.where((surface == 0)[..., None], floor, band[..., None] * tints[sides])
+    picture = picture * (0.82 + 0.32 * grain)[..., None]
+    return _average(picture.astype(np.float32))
+
+
+def _average(picture: np.ndarray) -> np.ndarray:
+    """Mean over SUPERSAMPLE² rays: (H * s, W * s, C) to (H, W, C)."""
+    height, width = picture.shape[0] // SUPERSAMPLE, picture.shape[1] // SUPERSAMPLE
+    return picture.reshape(height, SUPERSAMPLE, width, SUPERSAMPLE, -1).mean(axis=(1, 3))
+
+
+def floor_points(view: View) -> np.ndarray:
+    """Where the middle of each pixel meets the floor: (H, W, 2) metres, NaN where it does not."""
+    rays = _average(view.rays)
+    with np.errstate(divide="ignore"):
+        distance = np.where(rays[..., 2] < -1e-3, -view.center[2] / rays[..., 2], np.nan)
+    return view.center[:2] + distance[..., None] * rays[..., :2]
+
+
+def shadow(ends: np.ndarray, radii: np.ndarray, floor: np.ndarray, screen: np.ndarray) -> np.ndarray:
+    """Share of light lost on the floor (H, W): a soft disc slides along each capsule's shadow.
+
+    `ends` (K, 2, 2) are the shadow's ends on the floor, `radii` (K, 2) its half widths, `screen` (K, 4) boxes.
+    """
+    part = fragments(screen)
+    point = floor[part.row, part.column]
+    first, second = ends[part.capsule, 0], ends[part.capsule, 1]
+    axis = second - first
+    share = np.einsum("fi,fi->f", point - first, axis) / np.maximum(np.einsum("fi,fi->f", axis, axis), 1e-9)
+    share = np.clip(share, 0, 1)
+    distance = np.linalg.norm(point - first - share[:, None] * axis, axis=1)
+    width = radii[part.capsule, 0] + share * (radii[part.capsule, 1] - radii[part.capsule, 0])
+    dark = np.clip(1.0 - (distance / width) ** 2, 0, 1)
+    out = np.zeros(floor.shape[:2], dtype=np.float32)
+    np.maximum.at(out, (part.row, part.column), np.nan_to_num(dark).astype(np.float32))
+    return out
+
+
+class Film:
+    """Pictures of a moving body through one camera.
+
+    Args:
+        view: the camera's rays.
+        points: (T, P, 3) float64, metres, in the order of body.POINTS.
+        frames: (T, F, 3, 3) trunk frames.
+        project: world points (..., 3) to pixels (..., 2), lens included, and depths (...).
+        room_seed: of the room's textures, the same for all cameras.
+        sensor_seed: of this camera's noise; picture i draws from (sensor_seed, i) alone.
+    """
+
+    def __init__(
+        self, view: View, points: np.ndarray, frames: np.ndarray, project: Project, room_seed: int, sensor_seed: int
+    ) -> None:
+        self.view, self.frames, self.sensor_seed = view, frames, sensor_seed
+        self.ends = points[:, CAPSULES.ends].astype(np.float32)  # (T, K, 2, 3)
+        self.pixels, self.depth = (values[:, CAPSULES.ends] for values in project(points))
+        self.shadows = []
+        for direction, softness, strength in _SHADOWS:
+            fallen = points - points[..., 2:] * (direction / direction[2])
+            pixels, depth = (values[:, CAPSULES.ends] for values in project(fallen))
+            ends = fallen[:, CAPSULES.ends, :2].astype(np.float32)
+            self.shadows.append((ends, pixels, depth, CAPSULES.radii * softness, strength))
+        self.room = background(view, room_seed)
+        self.floor = floor_points(view)
+        self.fur = Fur(room_seed)
+        # Noise is drawn once; each picture takes a stretch of it, at a place of its own.
+        pool = np.random.default_rng(sensor_seed).standard_normal(4 * self.room.size, dtype=np.float32)
+        self.noise = _NOISE_SIGMA * pool
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def hits(self, i: int) -> Hits:
+        """What each ray of picture i meets."""
+        return trace(self.view, self.ends[i], self.pixels[i], self.depth[i], CAPSULES.radii)
+
+    def parts(self, i: int) -> np.ndarray:
+        """Nearest capsule per ray of picture i: (H * s, W * s) int16, -1 where the room is seen."""
+        hits = self.hits(i)
+        out = np.full(self.view.rays.shape[:2], -1, dtype=np.int16)
+        out[hits.row, hits.column] = hits.capsule
+        return out
+
+    def picture(self, i: int) -> np.ndarray:
+        """Picture i as the sensor gives it: (H, W, 3) uint8."""
+        image = self.room * self._light(i)[..., None]
+        hits = self.hits(i)
+        if len(hits.row):
+            color = self.fur.shade(hits, self.ends[i], self.frames[i], self.view.rays[hits.row, hits.column])
+            self._paint(image, hits, color)
+        image *= 255.0
+        start = int(np.random.default_rng((self.sensor_seed, i)).integers(self.noise.size - image.size))
+        image += self.noise[start : start + image.size].reshape(image.shape) + 0.5
+        return np.clip(image, 0, 255, out=image).astype(np.uint8)
+
+    def _light(self, i: int) -> np.ndarray:
+        """Share of light that is left on the room (H, W)."""
+        light = np.ones(self.view.size, dtype=np.float32)
+        for ends, pixels, depth, radii, strength in self.shadows:
+            screen = boxes(pixels[i], depth[i], radii, self.view.focal, self.view.size)
+            light *= 1.0 - strength * shadow(ends[i], radii, self.floor, screen)
+        return light
+
+    @staticmethod
+    def _paint(image: np.ndarray, hits: Hits, color: np.ndarray) -> None:
+        """Average the samples of each pixel onto `image`, in place."""
+        s = SUPERSAMPLE
+        top, left = hits.row.min() // s, hits.column.min() // s
+        height, width = hits.row.max() // s + 1 - top, hits.column.max() // s + 1 - left
+        samples = np.zeros((height * s, width * s, 4), dtype=np.float32)
+        samples[hits.row - top * s, hits.column - left * s, :3] = color
+        samples[hits.row - top * s, hits.column - left * s, 3] = 1.0
+        mean = _average(samples)
+        patch = image[top : top + height, left : left + width]
+        patch *= 1.0 - mean[..., 3:]
+        patch += mean[..., :3]
