@@ -13,9 +13,11 @@ import numpy as np
 
 from bkind3d.data.simulate.body import EXTRAS, FRAMES, INDEX, JOINTS, LEGS, PAW_RADIUS, POINTS, TRUNK
 
-GOAL_RANGE = 0.27  # goals lie within ± this, so that nose and tail stay inside a volume of ± 0.6
+GOAL_RANGE = 0.26  # goals lie within ± this, so that nose and tail stay inside a volume of ± 0.6
 STAND_HEIGHT = 0.172  # of the pelvis
 _HEADING_BINS = 8
+_DRAFTS = 8  # paths drawn for a motion; the most ordinary one is taken
+_REAR_SHARE = 0.1  # of the time, in an ordinary motion
 _MINIMUM_RATE = 60.0  # integration steps per second
 _WARM_UP = 1.5  # seconds left out at the start, while the feet find their places
 _SWING_TIME = 0.16  # seconds a paw is in the air
@@ -49,7 +51,8 @@ def animate(frames: int, fps: float, rng: np.random.Generator) -> Animation:
     rate = fps * substeps
     warm_up = int(_WARM_UP * fps) * substeps
     steps = warm_up + frames * substeps
-    path = _walk(steps, 1.0 / rate, rng)
+    drafts = [_walk(steps, 1.0 / rate, rng) for _ in range(_DRAFTS)]
+    path = min(drafts, key=lambda draft: _oddity(draft, warm_up))
     points, rotations = _pose_trunk(path, rate, rng)
     paws = _step_paws(points, rotations, path.rear, 1.0 / rate)
     keep = slice(warm_up, None, substeps)
@@ -57,6 +60,13 @@ def animate(frames: int, fps: float, rng: np.random.Generator) -> Animation:
     _solve_legs(points, rotations, path.heading[keep], paws[keep])
     _attach_extras(points, rotations, path.heading[keep], path.rear[keep])
     return Animation(points, rotations)
+
+
+def _oddity(path: _Path, first: int) -> float:
+    """How far a path is from even headings and the usual share of rearing: a short clip should hold all there is."""
+    bins = np.floor(path.heading[first:] / (2 * np.pi) * _HEADING_BINS).astype(np.int64) % _HEADING_BINS
+    counts = np.bincount(bins, minlength=_HEADING_BINS)
+    return float(counts.std() / counts.mean() + 5.0 * abs(path.rear[first:].mean() - _REAR_SHARE))
 
 
 def _wrap(angle: float) -> float:
@@ -105,7 +115,7 @@ class _Bouts:
         return goals[np.argmin(costs)]
 
     def _bin(self, heading: float) -> int:
-        return int(heading / (2 * np.pi) * _HEADING_BINS) % _HEADING_BINS
+        return int(np.floor(heading / (2 * np.pi) * _HEADING_BINS)) % _HEADING_BINS
 
 
 def _walk(steps: int, dt: float, rng: np.random.Generator) -> _Path:

@@ -19,7 +19,7 @@ Project = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 SUPERSAMPLE = 2
 _SUN = np.array([0.42, 0.28, 0.86]) / np.linalg.norm([0.42, 0.28, 0.86])  # towards the light
-_BOX_MARGIN = 1.35  # a sphere seen obliquely through a wide lens covers more than focal * radius / depth
+_REACH = 1.15  # a sphere seen obliquely covers more than focal * radius / depth
 _ROOM = 2.6, 2.4  # half width and height of the room, metres
 _NOISE_SIGMA = 1.6  # sensor noise, grey levels
 # Direction towards the light, width of the shadow against the body's, share of light lost: the sun, and the open sky.
@@ -31,22 +31,25 @@ class View:
     """What a camera needs to render: float32 rays and the size of a metre at unit depth."""
 
     center: np.ndarray  # (3,) metres
-    rays: np.ndarray  # (H * s, W * s, 3) unit directions in the world, s = SUPERSAMPLE
+    rays: np.ndarray  # (3, H * s, W * s) unit directions in the world, s = SUPERSAMPLE
     focal: float  # pixels
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the picture."""
-        return self.rays.shape[0] // SUPERSAMPLE, self.rays.shape[1] // SUPERSAMPLE
+        return self.rays.shape[1] // SUPERSAMPLE, self.rays.shape[2] // SUPERSAMPLE
 
 
 @dataclass(frozen=True)
 class Fragments:
-    """All (capsule, ray) pairs that may meet: flat arrays (F,)."""
+    """All (capsule, ray) pairs that may meet, capsule by capsule: `counts` (K,) of them each, flat ray indices (F,)."""
 
-    capsule: np.ndarray
-    row: np.ndarray
-    column: np.ndarray
+    counts: np.ndarray
+    pixel: np.ndarray
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """One value per capsule (K,) to one per fragment (F,)."""
+        return np.repeat(values, self.counts)
 
 
 @dataclass(frozen=True)
@@ -57,73 +60,88 @@ class Hits:
     column: np.ndarray
     capsule: np.ndarray
     depth: np.ndarray  # along the ray, metres
+    ray: np.ndarray
     point: np.ndarray
     normal: np.ndarray
     along: np.ndarray  # 0 at the capsule's first end .. 1 at its second
 
 
-def boxes(pixels: np.ndarray, depth: np.ndarray, radii: np.ndarray, focal: float, size: tuple[int, int]) -> np.ndarray:
-    """Screen boxes (K, 4) int64: first row, first column, rows, columns; clipped to the picture.
+def cover(ends: np.ndarray, depth: np.ndarray, radii: np.ndarray, focal: float, size: tuple[int, int]) -> Fragments:
+    """The fragments of capsules on a screen of `size` (height, width): pixels near enough to the projected axis.
 
-    `pixels` (K, E, 2) are the projected ends, `depth` and `radii` (K, E) in metres, `size` (height, width).
+    `ends` (K, 2, 2) are the projected ends in pixels, `depth` and `radii` (K, 2) in metres.
     """
-    reach = _BOX_MARGIN * focal * radii / depth + 1.0  # (K, E)
-    low = np.floor((pixels - reach[..., None]).min(axis=1))
-    high = np.ceil((pixels + reach[..., None]).max(axis=1)) + 1
+    reach = (_REACH * focal * radii / depth).max(axis=1) + 1.0  # (K,)
     limit = np.array([size[1], size[0]])
-    low, high = np.clip(low, 0, limit).astype(np.int64), np.clip(high, 0, limit).astype(np.int64)
-    return np.stack([low[:, 1], low[:, 0], high[:, 1] - low[:, 1], high[:, 0] - low[:, 0]], axis=1)
+    low = np.clip(np.ceil(ends.min(axis=1) - reach[:, None]), 0, limit).astype(np.int64)
+    high = np.clip(np.floor(ends.max(axis=1) + reach[:, None]) + 1, 0, limit).astype(np.int64)
+    columns, rows = (high - low).T
+    counts = columns * rows
+    box = Fragments(counts, np.empty(0))
+    local = np.arange(counts.sum()) - box.spread(np.cumsum(counts) - counts)
+    row, column = np.divmod(local, box.spread(np.maximum(columns, 1)))
+    row += box.spread(low[:, 1])
+    column += box.spread(low[:, 0])
+    squared, _ = _to_segment(column.astype(np.float32), row.astype(np.float32), ends.astype(np.float32), box)
+    near = squared <= box.spread((reach**2).astype(np.float32))
+    owner = box.spread(np.arange(len(counts)))[near]
+    return Fragments(np.bincount(owner, minlength=len(counts)), (row * size[1] + column)[near])
 
 
-def fragments(screen_boxes: np.ndarray) -> Fragments:
-    """Every pixel of every box, flat."""
-    counts = screen_boxes[:, 2] * screen_boxes[:, 3]
-    capsule = np.repeat(np.arange(len(counts)), counts)
-    first = np.cumsum(counts) - counts
-    local = np.arange(counts.sum()) - first[capsule]
-    row, column = np.divmod(local, np.maximum(screen_boxes[:, 3], 1)[capsule])
-    return Fragments(capsule, row + screen_boxes[capsule, 0], column + screen_boxes[capsule, 1])
+def _to_segment(x: np.ndarray, y: np.ndarray, ends: np.ndarray, part: Fragments) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distance (F,) of points to their capsule's axis in the plane, `ends` (K, 2, 2), and where on it (F,)."""
+    axis = ends[:, 1] - ends[:, 0]
+    scaled = axis / np.maximum((axis**2).sum(axis=1, keepdims=True), 1e-9)
+    x = x - part.spread(ends[:, 0, 0])
+    y = y - part.spread(ends[:, 0, 1])
+    along = np.clip(x * part.spread(scaled[:, 0]) + y * part.spread(scaled[:, 1]), 0, 1)
+    x -= along * part.spread(axis[:, 0])
+    y -= along * part.spread(axis[:, 1])
+    return x * x + y * y, along
 
 
 def intersect(
-    center: np.ndarray, rays: np.ndarray, which: np.ndarray, ends: np.ndarray, radii: np.ndarray
+    center: np.ndarray, rays: np.ndarray, part: Fragments, ends: np.ndarray, radii: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distance (F,) along each ray to its tapered capsule (inf: missed) and where on the axis (F,) in [0, 1].
 
-    `rays` (F, 3) unit directions from `center`; `which` (F,) picks the capsule; `ends` (K, 2, 3); `radii` (K, 2).
+    `rays` (3, F) unit directions from `center` (3,); `ends` (K, 2, 3); `radii` (K, 2); all float32.
 
     A sphere slides along the unit axis w from a to b with radius r_a + k y. With c² = 1 - k², the surface that it
     sweeps is c²|p - a|² = (y + k r_a)² + c² r_a², y = (p - a)·w, touched by the sphere at s = (y + k r_a) / c²: a
     quadratic along the ray. Where s falls outside [0, length], the ray meets an end sphere instead or misses.
     """
-    first, second = ends[:, 0], ends[:, 1]
-    length = np.linalg.norm(second - first, axis=1)
-    axis = (second - first) / length[:, None]
+    length = np.linalg.norm(ends[:, 1] - ends[:, 0], axis=1)
+    axis = (ends[:, 1] - ends[:, 0]) / length[:, None]
     taper = (radii[:, 1] - radii[:, 0]) / length
-    c2 = 1.0 - taper**2
-    offset = center - first  # (K, 3)
-    shifted = (offset * axis).sum(axis=1) + taper * radii[:, 0]  # y + k r_a at the ray's origin
-    constant = c2 * (offset**2).sum(axis=1) - shifted**2 - c2 * radii[:, 0] ** 2
+    c2 = 1 - taper**2
+    offset = center - ends  # (K, 2, 3)
+    shifted = (offset[:, 0] * axis).sum(axis=1) + taper * radii[:, 0]  # y + k r_a at the ray's origin
+    constant = c2 * (offset[:, 0] ** 2).sum(axis=1) - shifted**2 - c2 * radii[:, 0] ** 2
+    beyond = (offset**2).sum(axis=2) - radii**2  # (K, 2): squared length of the tangents to the end spheres
 
-    slope = np.einsum("fi,fi->f", rays, axis[which])
-    a = c2[which] - slope**2
-    b = c2[which] * np.einsum("fi,fi->f", rays, offset[which]) - shifted[which] * slope
-    root = b * b - a * constant[which]
+    def dot(vectors: np.ndarray) -> np.ndarray:
+        x, y, z = (part.spread(component) for component in vectors.T)
+        return rays[0] * x + rays[1] * y + rays[2] * z
+
+    slope, to_first = dot(axis), dot(offset[:, 0])
+    span, c2, shifted = part.spread(length), part.spread(c2), part.spread(shifted)
+    a = c2 - slope * slope
+    b = c2 * to_first - shifted * slope
+    root = b * b - a * part.spread(constant)
     with np.errstate(divide="ignore", invalid="ignore"):  # parallel and missing rays are sorted out below
         cone = (-b - np.sqrt(root)) / a
-        s = (shifted[which] + cone * slope) / c2[which]
-        # A ray steeper than the cone stays in it: it enters through the end that it comes from.
-        use_second = np.where(a > 0, s > length[which], slope < 0)
-        end = use_second.astype(np.int64)
-        to_end = center - ends[which, end]
-        radius = radii[which, end]
-        half = np.einsum("fi,fi->f", rays, to_end)
-        sphere = -half - np.sqrt(half**2 - (to_end**2).sum(axis=1) + radius**2)
-        on_cone = (root >= 0) & (s >= 0) & (s <= length[which])
-        distance = np.where(on_cone, cone, np.where((root >= 0) | (a <= 0), sphere, np.nan))
-        along = np.where(on_cone, s / length[which], end)
-    missed = ~(distance > 0)
-    return np.where(missed, np.inf, distance), along
+        s = (shifted + cone * slope) / c2
+        # A ray steeper than the cone's side stays inside: it enters through the end that it comes from.
+        second = np.where(a > 0, s > span, slope < 0)
+        half = to_first - second * span * slope  # (o - b)·d = (o - a)·d - length w·d
+        tangent = np.where(second, part.spread(beyond[:, 1]), part.spread(beyond[:, 0]))
+        sphere = -half - np.sqrt(half * half - tangent)
+        on_cone = (root >= 0) & (s >= 0) & (s <= span)
+        distance = np.where(on_cone, cone, np.where((root >= 0) | (a <= 0), sphere, np.inf))
+        along = np.where(on_cone, s / span, second)
+    distance[~(distance > 0)] = np.inf
+    return distance, along.astype(np.float32)
 
 
 def trace(view: View, ends: np.ndarray, pixels: np.ndarray, depth: np.ndarray, radii: np.ndarray) -> Hits:
@@ -132,24 +150,22 @@ def trace(view: View, ends: np.ndarray, pixels: np.ndarray, depth: np.ndarray, r
     Rows and columns of the result count supersampled rays.
     """
     s = SUPERSAMPLE
-    fine = (pixels + 0.5) * s - 0.5
-    height, width = view.rays.shape[:2]
-    part = fragments(boxes(fine, depth, radii, view.focal * s, (height, width)))
-    rays = view.rays[part.row, part.column]
-    ends = ends.astype(np.float32)
-    distance, along = intersect(view.center, rays, part.capsule, ends, radii)
-    pixel = part.row * width + part.column
-    nearest = np.full(height * width, np.inf, dtype=np.float32)
-    np.minimum.at(nearest, pixel, distance)
-    keep = np.flatnonzero((distance == nearest[pixel]) & np.isfinite(distance))
-    pixel, first = np.unique(pixel[keep], return_index=True)
-    keep = keep[first]
-    capsule, along = part.capsule[keep], along[keep].astype(np.float32)
-    point = view.center + distance[keep, None] * rays[keep]
+    part = cover((pixels + 0.5) * s - 0.5, depth, radii, view.focal * s, view.rays.shape[1:])
+    flat = view.rays.reshape(3, -1)
+    distance, along = intersect(view.center, flat[:, part.pixel], part, ends, radii)
+    nearest = np.full(flat.shape[1], np.inf, dtype=np.float32)
+    np.minimum.at(nearest, part.pixel, distance)
+    winner = np.full(flat.shape[1], -1)
+    first = np.flatnonzero((distance == nearest[part.pixel]) & (distance < np.inf))
+    winner[part.pixel[first]] = first  # of equally near ones, the last
+    keep = winner[np.flatnonzero(winner >= 0)]
+    pixel, capsule, along = part.pixel[keep], part.spread(np.arange(len(ends)))[keep], along[keep]
+    ray = flat[:, pixel].T
+    point = view.center + distance[keep, None] * ray
     touched = ends[capsule, 0] + along[:, None] * (ends[capsule, 1] - ends[capsule, 0])
     radius = radii[capsule, 0] + along * (radii[capsule, 1] - radii[capsule, 0])
-    normal = (point - touched) / radius[:, None]
-    return Hits(part.row[keep], part.column[keep], capsule, distance[keep], point, normal, along)
+    row, column = np.divmod(pixel, view.rays.shape[2])
+    return Hits(row, column, capsule, distance[keep], ray, point, (point - touched) / radius[:, None], along)
 
 
 class Fur:
@@ -159,8 +175,8 @@ class Fur:
         rng = np.random.default_rng(seed)
         self.noise = _smooth_noise(rng, (48, 48, 48), 3)
 
-    def shade(self, hits: Hits, ends: np.ndarray, frames: np.ndarray, rays: np.ndarray) -> np.ndarray:
-        """(V, 3) colours in [0, 1]; `frames` (F, 3, 3) the trunk frames, `rays` (V, 3)."""
+    def shade(self, hits: Hits, ends: np.ndarray, frames: np.ndarray) -> np.ndarray:
+        """(V, 3) colours in [0, 1]; `ends` (K, 2, 3), `frames` (F, 3, 3) the trunk frames."""
         capsule, up = hits.capsule, frames[CAPSULES.frames, :, 2].astype(np.float32)
         colors = CAPSULES.colors[capsule]
         color = colors[:, 0] + hits.along[:, None] * (colors[:, 1] - colors[:, 0])
@@ -173,7 +189,7 @@ class Fur:
         color = color * (0.8 + 0.4 * self.noise[cell[:, 0], cell[:, 1], cell[:, 2]])[:, None]
         sun = np.clip(hits.normal @ _SUN.astype(np.float32), 0, None)
         sky = 0.5 + 0.5 * hits.normal[:, 2]
-        rim = (1.0 + np.einsum("vi,vi->v", hits.normal, rays)) ** 3
+        rim = (1.0 + np.einsum("vi,vi->v", hits.normal, hits.ray)) ** 3
         light = 0.30 + 0.30 * sky + 0.62 * sun
         return color * light[:, None] + 0.10 * rim[:, None]
 
@@ -192,7 +208,7 @@ def background(view: View, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     fine, coarse = _smooth_noise(rng, (256, 256), 2), _smooth_noise(rng, (256, 256), 11)
     half, tall = _ROOM
-    rays = view.rays.astype(np.float64)
+    rays = np.moveaxis(view.rays, 0, -1).astype(np.float64)
     with np.errstate(divide="ignore"):
         to_floor = np.where(rays[..., 2] < 0, -view.center[2] / rays[..., 2], np.inf)
         to_walls = (np.sign(rays[..., :2]) * half - view.center[:2]) / rays[..., :2]
@@ -226,30 +242,23 @@ def _average(picture: np.ndarray) -> np.ndarray:
 
 
 def floor_points(view: View) -> np.ndarray:
-    """Where the middle of each pixel meets the floor: (H, W, 2) metres, NaN where it does not."""
-    rays = _average(view.rays)
-    with np.errstate(divide="ignore"):
-        distance = np.where(rays[..., 2] < -1e-3, -view.center[2] / rays[..., 2], np.nan)
-    return view.center[:2] + distance[..., None] * rays[..., :2]
+    """Where the middle of each pixel meets the floor: (2, H * W) metres; far away where it does not."""
+    x, y, z = _average(np.moveaxis(view.rays, 0, -1)).reshape(-1, 3).T
+    distance = view.center[2] / np.maximum(-z, 1e-3)
+    return np.stack([view.center[0] + distance * x, view.center[1] + distance * y])
 
 
-def shadow(ends: np.ndarray, radii: np.ndarray, floor: np.ndarray, screen: np.ndarray) -> np.ndarray:
-    """Share of light lost on the floor (H, W): a soft disc slides along each capsule's shadow.
+def shadow(floor: np.ndarray, part: Fragments, ends: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Share of light lost per pixel (H * W): a soft disc slides along each capsule's shadow.
 
-    `ends` (K, 2, 2) are the shadow's ends on the floor, `radii` (K, 2) its half widths, `screen` (K, 4) boxes.
+    `floor` (2, H * W) where each pixel meets the floor, `ends` (K, 2, 2) the shadow's ends there, `radii` (K, 2).
     """
-    part = fragments(screen)
-    point = floor[part.row, part.column]
-    first, second = ends[part.capsule, 0], ends[part.capsule, 1]
-    axis = second - first
-    share = np.einsum("fi,fi->f", point - first, axis) / np.maximum(np.einsum("fi,fi->f", axis, axis), 1e-9)
-    share = np.clip(share, 0, 1)
-    distance = np.linalg.norm(point - first - share[:, None] * axis, axis=1)
-    width = radii[part.capsule, 0] + share * (radii[part.capsule, 1] - radii[part.capsule, 0])
-    dark = np.clip(1.0 - (distance / width) ** 2, 0, 1)
-    out = np.zeros(floor.shape[:2], dtype=np.float32)
-    np.maximum.at(out, (part.row, part.column), np.nan_to_num(dark).astype(np.float32))
-    return out
+    squared, along = _to_segment(floor[0, part.pixel], floor[1, part.pixel], ends, part)
+    width = part.spread(radii[:, 0]) + along * part.spread(radii[:, 1] - radii[:, 0])
+    dark = np.maximum(1 - squared / (width * width), 0)
+    lost = np.zeros(floor.shape[1], dtype=np.float32)
+    np.maximum.at(lost, part.pixel, dark)
+    return lost
 
 
 class Film:
@@ -276,12 +285,12 @@ class Film:
             pixels, depth = (values[:, CAPSULES.ends] for values in project(fallen))
             ends = fallen[:, CAPSULES.ends, :2].astype(np.float32)
             self.shadows.append((ends, pixels, depth, CAPSULES.radii * softness, strength))
-        self.room = background(view, room_seed)
+        self.room = 255 * background(view, room_seed)
         self.floor = floor_points(view)
         self.fur = Fur(room_seed)
         # Noise is drawn once; each picture takes a stretch of it, at a place of its own.
         pool = np.random.default_rng(sensor_seed).standard_normal(4 * self.room.size, dtype=np.float32)
-        self.noise = _NOISE_SIGMA * pool
+        self.noise = _NOISE_SIGMA * pool + np.float32(0.5)  # so that cutting off the fraction rounds
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -293,7 +302,7 @@ class Film:
     def parts(self, i: int) -> np.ndarray:
         """Nearest capsule per ray of picture i: (H * s, W * s) int16, -1 where the room is seen."""
         hits = self.hits(i)
-        out = np.full(self.view.rays.shape[:2], -1, dtype=np.int16)
+        out = np.full(self.view.rays.shape[1:], -1, dtype=np.int16)
         out[hits.row, hits.column] = hits.capsule
         return out
 
@@ -302,20 +311,18 @@ class Film:
         image = self.room * self._light(i)[..., None]
         hits = self.hits(i)
         if len(hits.row):
-            color = self.fur.shade(hits, self.ends[i], self.frames[i], self.view.rays[hits.row, hits.column])
-            self._paint(image, hits, color)
-        image *= 255.0
+            self._paint(image, hits, self.fur.shade(hits, self.ends[i], self.frames[i]))
         start = int(np.random.default_rng((self.sensor_seed, i)).integers(self.noise.size - image.size))
-        image += self.noise[start : start + image.size].reshape(image.shape) + 0.5
+        image += self.noise[start : start + image.size].reshape(image.shape)
         return np.clip(image, 0, 255, out=image).astype(np.uint8)
 
     def _light(self, i: int) -> np.ndarray:
         """Share of light that is left on the room (H, W)."""
-        light = np.ones(self.view.size, dtype=np.float32)
+        light = np.ones(self.floor.shape[1], dtype=np.float32)
         for ends, pixels, depth, radii, strength in self.shadows:
-            screen = boxes(pixels[i], depth[i], radii, self.view.focal, self.view.size)
-            light *= 1.0 - strength * shadow(ends[i], radii, self.floor, screen)
-        return light
+            part = cover(pixels[i], depth[i], radii, self.view.focal, self.view.size)
+            light *= 1 - strength * shadow(self.floor, part, ends[i], radii)
+        return light.reshape(self.view.size)
 
     @staticmethod
     def _paint(image: np.ndarray, hits: Hits, color: np.ndarray) -> None:
@@ -329,4 +336,4 @@ class Film:
         mean = _average(samples)
         patch = image[top : top + height, left : left + width]
         patch *= 1.0 - mean[..., 3:]
-        patch += mean[..., :3]
+        patch += 255 * mean[..., :3]

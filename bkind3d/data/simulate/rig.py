@@ -123,8 +123,8 @@ def place_cameras(views: int, image_size: tuple[int, int], distortion: bool, rng
     translation = -np.einsum("mij,mj->mi", rotation, centers)
     lens = np.zeros((views, 5))
     if distortion:
-        lens[:, 0] = rng.uniform(-0.26, -0.18, views)
-        lens[:, 1] = rng.uniform(0.03, 0.07, views)
+        lens[:, 0] = rng.uniform(-0.36, -0.26, views)
+        lens[:, 1] = rng.uniform(0.08, 0.16, views)
         lens[:, 2:4] = rng.uniform(-0.002, 0.002, (views, 2))
     return Cameras(
         names=tuple(f"cam{i}" for i in range(views)),
@@ -172,12 +172,12 @@ def make_view(camera: Cameras) -> View:
     x = (torch.arange(width * SUPERSAMPLE, dtype=torch.float64) + 0.5) / SUPERSAMPLE - 0.5
     y = (torch.arange(height * SUPERSAMPLE, dtype=torch.float64) + 0.5) / SUPERSAMPLE - 0.5
     pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (H s, W s, 2)
-    straight = camera.undistort_points(pixels[None])[0]
+    straight = camera.undistort_points(pixels[None])[0] if camera.distortion.any() else pixels
     homogeneous = torch.cat([straight, torch.ones_like(straight[..., :1])], dim=-1)
     inverse = torch.linalg.inv(camera.intrinsics[0] @ camera.rotation[0])
     rays = torch.nn.functional.normalize(homogeneous @ inverse.T, dim=-1)
     focal = float(camera.intrinsics[0, [0, 1], [0, 1]].max())
-    return View(camera.centers[0].float().numpy(), rays.float().numpy(), focal)
+    return View(camera.centers[0].float().numpy(), rays.float().permute(2, 0, 1).contiguous().numpy(), focal)
 
 
 def make_film(camera: Cameras, animation: Animation, room_seed: int, sensor_seed: int) -> Film:
@@ -196,7 +196,9 @@ def _film(shot: _Shot, report: Callable[[int], None]) -> None:
     film = make_film(shot.cameras, shot.animation, *shot.seed)
     width, height = shot.cameras.image_size[0].tolist()
     with av.open(str(shot.path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(shot.fps), options={"crf": str(shot.crf)})
+        stream = container.add_stream(
+            "libx264", rate=Fraction(shot.fps), options={"crf": str(shot.crf), "preset": "veryfast"}
+        )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1  # the encoder's decisions must not depend on the machine
         for i in range(len(film)):
