@@ -113,6 +113,7 @@ def resolve(
         BackendUnavailable: the backend that was named cannot run this call. Never a silent fallback.
 
     Example:
+        >>> from bkind3d_kernels import resolve
         >>> resolve("unproject", "reference")
         'reference'
     """
@@ -134,6 +135,7 @@ def explain(op: str, *, device: torch.device | str = "cpu", dtype: torch.dtype =
     """Every backend of ``op``, fastest first, whether it can run on this device and dtype, and why not.
 
     Example:
+        >>> from bkind3d_kernels import explain
         >>> explain("unproject")[-1]
         Availability(backend='reference', available=True, reason='plain PyTorch, any device')
     """

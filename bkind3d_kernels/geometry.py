@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 GEOMETRY_DTYPES = (torch.float32, torch.float64)
-MIN_DEPTH = 1e-6  # below this share of the numerator's scale a depth is not divided by: the gradient stays finite
+MIN_DEPTH = 1e-6  # world units: no division by a smaller depth, so that values and gradients stay finite
 
 
 def checks_values(tensor: Tensor) -> bool:
@@ -40,6 +40,13 @@ def no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def _checked_shape(name: str, shape: Any) -> tuple[int, int, int]:
+    shape = tuple(shape)
+    if len(shape) != 3 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
+        raise ValueError(f"{name} {shape!r}: expected three integers (X, Y, Z) of at least 1")
+    return shape
+
+
 @dataclass(frozen=True, eq=False)
 class VoxelGrid:
     """A grid of voxels placed in the world by an affine map; no coordinate volume is ever stored.
@@ -56,6 +63,7 @@ class VoxelGrid:
             only and not while tracing); ``shape`` is not three integers of at least 1.
 
     Example:
+        >>> from bkind3d_kernels import VoxelGrid
         >>> grid = VoxelGrid.cube(center=(0.0, 0.0, 1.0), side=2.0, size=3)
         >>> grid.coordinates()[0, 0, 0, 0].tolist(), grid.coordinates()[0, 2, 2, 2].tolist()
         ([-1.0, -1.0, 0.0], [1.0, 1.0, 2.0])
@@ -68,10 +76,7 @@ class VoxelGrid:
         check_geometry("grid.affine", self.affine, "(N or 1, 3, 4)")
         if self.affine.ndim != 3 or self.affine.shape[1:] != (3, 4):
             raise ValueError(f"grid.affine {tuple(self.affine.shape)}: expected (N or 1, 3, 4)")
-        shape = tuple(self.shape)
-        if len(shape) != 3 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
-            raise ValueError(f"grid.shape {self.shape!r}: expected three integers (X, Y, Z) of at least 1")
-        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "shape", _checked_shape("grid.shape", self.shape))
         if checks_values(self.affine) and bool((torch.linalg.det(self.affine.detach()[..., :3].double()) == 0).any()):
             raise ValueError(
                 f"grid.affine {tuple(self.affine.shape)}: expected an invertible 3 x 3 part, it is singular"
@@ -107,9 +112,11 @@ class VoxelGrid:
         if rotation is None:
             rotation = torch.eye(3, dtype=center.dtype, device=center.device)
         rotation = torch.as_tensor(rotation, dtype=center.dtype, device=center.device)
-        if rotation.ndim not in (2, 3) or rotation.shape[-2:] != (3, 3):
-            raise ValueError(f"rotation {tuple(rotation.shape)}: expected (3, 3) or (N, 3, 3)")
-        samples = torch.tensor([int(s) for s in shape], dtype=center.dtype, device=center.device)
+        n = center.shape[0]
+        if rotation.ndim not in (2, 3) or rotation.shape[-2:] != (3, 3) or len({1, n, *rotation.shape[:-2]}) > 2:
+            raise ValueError(f"rotation {tuple(rotation.shape)}: expected (3, 3) or (N, 3, 3), for {n} centers")
+        shape = _checked_shape("shape", shape)
+        samples = torch.tensor(shape, dtype=center.dtype, device=center.device)
         step = sides / (samples - 1).clamp(min=1)
         with no_autocast(center):
             linear = rotation * step  # (3, 3) or (N, 3, 3): column c is axis c times its step
@@ -159,8 +166,18 @@ def _unflatten(leaves: Any, shape: tuple[int, int, int]) -> VoxelGrid:
     return grid
 
 
+def _flatten_with_keys(grid: VoxelGrid) -> tuple[list[tuple[Any, Tensor]], tuple[int, int, int]]:
+    return [(pytree.GetAttrKey("affine"), grid.affine)], grid.shape
+
+
 # A grid may then be an argument of an exported or compiled model; its shape is static.
-pytree.register_pytree_node(VoxelGrid, _flatten, _unflatten, serialized_type_name="bkind3d_kernels.VoxelGrid")
+pytree.register_pytree_node(
+    VoxelGrid,
+    _flatten,
+    _unflatten,
+    serialized_type_name="bkind3d_kernels.VoxelGrid",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
 
 
 def project_points(projections: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,6 +195,8 @@ def project_points(projections: Tensor, points: Tensor) -> tuple[Tensor, Tensor]
         mean nothing, so mask by depth. Near z = 0 the division is by ±1e-6, so that values and gradients stay finite.
 
     Example:
+        >>> import torch
+        >>> from bkind3d_kernels.geometry import project_points
         >>> P = torch.tensor([[100.0, 0, 32, 0], [0, 100, 24, 0], [0, 0, 1, 0]])
         >>> project_points(P, torch.tensor([[0.1, -0.1, 2.0]]))
         (tensor([[37., 19.]]), tensor([2.]))
@@ -201,6 +220,8 @@ def rescale_points(points: Tensor, from_size: tuple[int, int], to_size: tuple[in
     """Move pixels (..., 2), order (x, y), from an image (H, W) to its resized copy (h, w): u' = (u + 0.5)·w/W − 0.5.
 
     Example:
+        >>> import torch
+        >>> from bkind3d_kernels.geometry import rescale_points
         >>> rescale_points(torch.tensor([-0.5, 1.5]), (64, 64), (16, 32))
         tensor([-0.5000,  0.0000])
     """
@@ -227,6 +248,7 @@ def all_pairs(count: int) -> Tensor:
     """All pairs i < j of ``count`` keypoints in lexicographic order: (count·(count-1)/2, 2) int64, on the CPU.
 
     Example:
+        >>> from bkind3d_kernels.geometry import all_pairs
         >>> all_pairs(3).tolist()
         [[0, 1], [0, 2], [1, 2]]
     """

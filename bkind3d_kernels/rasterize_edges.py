@@ -24,7 +24,7 @@ def rasterize_edges(
     edges: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
-    r"""Draw weighted edges between keypoints; each pixel shows its strongest edge (BKinD-3D, Section 3.1).
+    r"""Draw weighted edges between keypoints; each pixel shows its strongest edge (BKinD-3D, Section 3.1.3).
 
     .. math:: \mathrm{map}(p) = \max\left(0, \max_e \; w_e \exp(-d_e(p)^2 / \sigma^2)\right)
 
@@ -54,6 +54,8 @@ def rasterize_edges(
         BackendUnavailable: the backend that was named cannot run here.
 
     Example:
+        >>> import torch
+        >>> from bkind3d_kernels import rasterize_edges
         >>> keypoints = torch.tensor([[[1.0, 1.0], [3.0, 1.0]]])
         >>> rasterize_edges(keypoints, torch.tensor([1.0]), (3, 5), 1.0)[0, 1]
         tensor([0.3679, 1.0000, 1.0000, 1.0000, 0.3679])
@@ -127,6 +129,7 @@ class EdgeRasterizer(nn.Module):
         backend: "auto" or a backend's name.
 
     Example:
+        >>> from bkind3d_kernels import EdgeRasterizer
         >>> EdgeRasterizer([(8, 8), (16, 16)], [1.0, 1.5])
         EdgeRasterizer(size=[(8, 8), (16, 16)], sigma=[1.0, 1.5], edges=all pairs, backend=auto)
     """

@@ -29,7 +29,8 @@ def soft_argmax3d(
         logits: (N, J, X, Y, Z), float32, bfloat16, float16 or float64.
         grid: its shape is (X, Y, Z), its affine A has 1 or N entries.
         temperature: τ > 0. A small one sharpens; flat logits put every keypoint at the centre of the volume.
-        return_peak: also return the largest probability, a confidence in (0, 1].
+        return_peak: also return the largest probability, a confidence in (0, 1]; its gradient goes through the lowest
+            index of a tie.
         return_covariance: also return Σ, in world units squared.
         backend: "auto", or a name in :data:`bkind3d_kernels.backends.BACKENDS`.
 
@@ -44,6 +45,8 @@ def soft_argmax3d(
         BackendUnavailable: the backend that was named cannot run here.
 
     Example:
+        >>> import torch
+        >>> from bkind3d_kernels import VoxelGrid, soft_argmax3d
         >>> grid = VoxelGrid.cube(center=(0.0, 0.0, 0.0), side=2.0, size=5)
         >>> logits = torch.zeros(1, 1, 5, 5, 5)
         >>> logits[0, 0, 4, 2, 1] = 100.0
@@ -80,6 +83,7 @@ class SoftArgmax3d(nn.Module):
         backend: "auto" or a backend's name.
 
     Example:
+        >>> from bkind3d_kernels import SoftArgmax3d
         >>> SoftArgmax3d(temperature=0.5)
         SoftArgmax3d(temperature=0.5, return_peak=False, return_covariance=False, backend=auto)
     """

@@ -31,7 +31,7 @@ def unproject(
     r"""Sample the features of every view at the projection of every voxel, and aggregate over the views.
 
     With :math:`v_m(x)` the bilinear sample of ``features[n, m]`` at the projection of voxel x into view m (zero
-    padding outside the map), and S the views that take part (BKinD-3D, Section 3.1, for softmax),
+    padding outside the map), and S the views that take part (BKinD-3D, Section 3.1.2, for softmax),
 
     ============  =====================================================================
     aggregation   volume at x
@@ -73,6 +73,8 @@ def unproject(
     Example:
         A camera at the origin looking along z, and 3³ voxels around (0, 0, 2):
 
+        >>> import torch
+        >>> from bkind3d_kernels import VoxelGrid, unproject
         >>> features = torch.ones(1, 1, 4, 8, 8)
         >>> projections = torch.tensor([[[[4.0, 0, 3.5, 0], [0, 4, 3.5, 0], [0, 0, 1, 0]]]])
         >>> grid = VoxelGrid.cube(center=(0.0, 0.0, 2.0), side=1.0, size=3)
@@ -141,6 +143,7 @@ class Unproject(nn.Module):
         backend: "auto" or a backend's name.
 
     Example:
+        >>> from bkind3d_kernels import Unproject
         >>> Unproject(unseen="exclude")
         Unproject(aggregation=softmax, unseen=exclude, return_counts=False, backend=auto)
     """

@@ -56,11 +56,13 @@ def _map(keypoints: Tensor, weights: Tensor, edges: Tensor, size: tuple[int, int
 
 def squared_distance(p: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Squared distance of points p to the segments a–b, (..., 2) each -> (...); finite gradients at zero length."""
-    ab, ap = b - a, p - a
-    length = (ab * ab).sum(-1)
+    ab, ap, bp = b - a, p - a, p - b
+    length = (ab * ab).sum(-1, keepdim=True)
     proper = length > MIN_LENGTH_SQUARED
-    t = ((ap * ab).sum(-1) / length.where(proper, 1.0)).clamp(0, 1).where(proper, 0.0)
-    offset = ap - t.unsqueeze(-1) * ab
+    t = ((ap * ab).sum(-1, keepdim=True) / length.where(proper, 1.0)).clamp(0, 1).where(proper, 0.0)
+    s = ((bp * -ab).sum(-1, keepdim=True) / length.where(proper, 1.0)).clamp(0, 1)  # 1 - t
+    # From the nearer end: the other may be far outside, and exact where the nearest point is an end.
+    offset = torch.where(t < 0.5, ap - t * ab, bp + s * ab)
     return (offset * offset).sum(-1)
 
 
@@ -88,6 +90,10 @@ def _scores(keypoints: Tensor, weights: Tensor, edges: Tensor, size: tuple[int, 
     term in x and a term in y.
     """
     a, b = keypoints[:, edges[:, 0]] / sigma, keypoints[:, edges[:, 1]] / sigma  # (N, E, 2)
+    # Measured from the end nearer to the map's centre: one far outside would cost digits.
+    centre = a.new_tensor([size[1] / (2 * sigma), size[0] / (2 * sigma)])
+    swap = ((b - centre).square().sum(-1) < (a - centre).square().sum(-1)).unsqueeze(-1)
+    a, b = torch.where(swap, b, a), torch.where(swap, a, b)
     ab = b - a
     length = ab.norm(dim=-1)
     unit = ab / length.clamp(min=torch.finfo(a.dtype).tiny).unsqueeze(-1)
@@ -99,4 +105,4 @@ def _scores(keypoints: Tensor, weights: Tensor, edges: Tensor, size: tuple[int, 
     across = (y * ux).unsqueeze(-1) - (x * uy).unsqueeze(-2)
     beyond = along - torch.minimum(along.clamp(min=0), length[..., None, None])
     log_weight = torch.where(weights <= 0, -torch.inf, weights.log())
-    return log_weight[..., None, None] - (across * across + beyond * beyond)
+    return log_weight[..., None, None] - torch.addcmul(across.square(), beyond, beyond)

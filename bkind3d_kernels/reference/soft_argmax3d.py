@@ -24,7 +24,8 @@ def run(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, T
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     scaled = logits.to(dtype).reshape(n, j, -1) / temperature
     probability = scaled.softmax(-1)
-    peak = probability.amax(-1)
+    # Of the logits, not of the probability, where rounding makes ties; those go to the lowest index.
+    peak = probability.gather(-1, scaled.argmax(-1, keepdim=True)).squeeze(-1)
     probability = probability.view(n, j, *shape)
     # Marginals over pairs of axes: xy, xz, yz.
     xy, xz, yz = probability.sum(4), probability.sum(3), probability.sum(2)
