@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from kornia.geometry.calibration import distort_points, undistort_points
+from kornia.geometry import calibration
 from torch import Tensor
 
 from bkind3d.errors import InputError
@@ -128,7 +128,8 @@ class Cameras:
         rays, depth = self._normalized(points)
         if distort:
             rays = self._distort(rays)
-        return self._to_pixels(rays).unflatten(1, points.shape[:-1]), depth.unflatten(1, points.shape[:-1])
+        shape = (len(self), *points.shape[:-1])
+        return self._to_pixels(rays).reshape(*shape, 2), depth.reshape(shape)
 
     def in_view(self, points: Tensor) -> Tensor:
         """Whether each camera's image shows each world point: (..., 3) -> (M, ...) bool.
@@ -140,7 +141,7 @@ class Cameras:
         pixels = self._to_pixels(self._distort(rays))
         inside = ((pixels >= -0.5) & (pixels <= self.image_size[:, None] - 0.5)).all(-1)
         seen = (depth > _SMALLEST_DEPTH) & inside & self._unfolded(rays)
-        return seen.unflatten(1, points.shape[:-1])
+        return seen.reshape(len(self), *points.shape[:-1])
 
     def undistort_points(self, pixels: Tensor) -> Tensor:
         """Pixels of the raw images (M, ..., 2) to pixels of the undistorted images with the same K (M, ..., 2).
@@ -150,12 +151,12 @@ class Cameras:
         flat = pixels.double().reshape(len(self), -1, 2)
         raw = self._to_rays(flat)
         identity = torch.eye(3, dtype=torch.float64).expand(len(self), 3, 3)
-        rays = undistort_points(raw, identity, self.distortion, num_iters=_UNDISTORT_ITERATIONS)
+        rays = calibration.undistort_points(raw, identity, self.distortion, num_iters=_UNDISTORT_ITERATIONS)
         error = (self._to_pixels(self._distort(rays)) - flat).abs().amax(-1)
         solved = (error < _UNDISTORT_TOLERANCE) & self._unfolded(rays)
         return torch.where(solved[..., None], self._to_pixels(rays), torch.nan).reshape(pixels.shape)
 
-    def distort_pixels(self, pixels: Tensor) -> Tensor:
+    def distort_points(self, pixels: Tensor) -> Tensor:
         """Inverse of :meth:`undistort_points`: pixels of the undistorted images to those of the raw images.
 
         NaN beyond the radius up to which the lens polynomial grows.
@@ -183,7 +184,7 @@ class Cameras:
     # kornia's lens model ignores the skew, so it is asked for normalised rays (K = I) and K is applied here.
     def _distort(self, rays: Tensor) -> Tensor:
         identity = torch.eye(3, dtype=torch.float64).expand(len(self), 3, 3)
-        return distort_points(rays, identity, self.distortion)
+        return calibration.distort_points(rays, identity, self.distortion)
 
     def _to_pixels(self, rays: Tensor) -> Tensor:
         return rays @ self.intrinsics[:, :2, :2].transpose(1, 2) + self.intrinsics[:, None, :2, 2]

@@ -1,0 +1,330 @@
+"""The project file: which videos, which calibration, which units, which volume."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from bkind3d.cameras import UNITS, Cameras, load_toml
+from bkind3d.data.volume import Triple, Volume, propose_volume
+from bkind3d.errors import InputError
+
+SPLITS = ("train", "test", "both")
+
+_PROJECT_KEYS = ("name", "units", "calibration", "up", "volume", "recordings")
+_VOLUME_KEYS = ("center", "size")
+_RECORDING_KEYS = ("name", "split", "videos", "offsets", "frames", "truth")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One take of all cameras.
+
+    Args:
+        name: names its files (cache, poses): letters, digits, ``_``, ``-`` and ``.``.
+        split: "train", "test", or "both" (trained on, and evaluated by blocked cross-validation).
+        videos: camera name to video file, one for every camera of the calibration.
+        offsets: camera name to the index, in that camera's video, of the recording's frame 0; 0 where not named.
+        truth: npz file with the true joints, for evaluation only.
+        frames: number of frames to use; None uses all, which asks that all videos end together.
+    """
+
+    name: str
+    split: str
+    videos: dict[str, Path]
+    offsets: dict[str, int] = field(default_factory=dict)
+    truth: Path | None = None
+    frames: int | None = None
+
+    def offset(self, camera: str) -> int:
+        """Index in that camera's video of the recording's frame 0."""
+        return self.offsets.get(camera, 0)
+
+
+@dataclass(frozen=True)
+class Project:
+    """A rig and its recordings, as the project file describes them.
+
+    Args:
+        path: the project file.
+        name: of the project.
+        units: length unit of the calibration, the volume and the truth: "m", "cm", "mm" or "um".
+        calibration: Anipose TOML file.
+        cameras: loaded from it, in the natural order of their names.
+        recordings: at least one.
+        volume: the box to look into, in ``units``; None has it proposed (see :meth:`working_volume`).
+        up: the world's vertical.
+    """
+
+    path: Path
+    name: str
+    units: str
+    calibration: Path
+    cameras: Cameras
+    recordings: list[Recording]
+    volume: Volume | None = None
+    up: Triple = (0.0, 0.0, 1.0)
+
+    def working_volume(self) -> Volume:
+        """The volume of the project file, or the one proposed from the cameras' common view where it names none."""
+        return self.volume or propose_volume(self.cameras, self.up)
+
+    def recording(self, name: str) -> Recording:
+        """The recording of that name.
+
+        Raises:
+            InputError: there is none.
+        """
+        for recording in self.recordings:
+            if recording.name == name:
+                return recording
+        known = ", ".join(recording.name for recording in self.recordings)
+        raise InputError(f"{self.path}: there is no recording {name!r}; it has {known}")
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """True joints of a recording, for evaluation only: points3d (T, K, 3) in the project's units, NaN where unknown."""
+
+    points3d: np.ndarray
+    names: list[str]
+    edges: np.ndarray  # (E, 2) int
+    fps: float
+
+
+def load_project(path: Path | str) -> Project:
+    """Read a project file; paths in it are relative to it.
+
+    Raises:
+        InputError: a key is unknown or missing, a value is of the wrong kind, a file does not exist, or the cameras of
+            a recording and those of the calibration are not the same.
+    """
+    path = Path(path)
+    content = _read_yaml(path)
+    _check_keys(f"{path}", content, _PROJECT_KEYS, ("name", "units", "calibration", "recordings"))
+    units = content["units"]
+    if units not in UNITS:
+        raise InputError(f"{path}: units: {units!r} is not a unit of length; expected one of {', '.join(UNITS)}")
+    calibration = _existing_file(path, "calibration", content["calibration"])
+    cameras = load_toml(calibration, units)
+    rows = content["recordings"]
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path}: recordings: expected a list of at least one recording")
+    recordings = [_recording(path, index, row, cameras) for index, row in enumerate(rows)]
+    names = [recording.name for recording in recordings]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{path}: two recordings are named {twice!r}; give every recording its own name")
+    return Project(
+        path=path,
+        name=_text(f"{path}: name", content["name"]),
+        units=units,
+        calibration=calibration,
+        cameras=cameras,
+        recordings=recordings,
+        volume=_volume(path, content.get("volume")),
+        up=_up(path, content.get("up", [0, 0, 1])),
+    )
+
+
+def save_project(project: Project, path: Path | str) -> None:
+    """Write a project file; files below its folder are named relative to it. The calibration is not written.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = Path(path)
+
+    def relative(file: Path) -> str:
+        absolute, folder = Path(file).resolve(), path.resolve().parent
+        return str(absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute)
+
+    content: dict[str, Any] = {
+        "name": project.name,
+        "units": project.units,
+        "calibration": relative(project.calibration),
+        "up": list(project.up),
+    }
+    if project.volume is not None:
+        content["volume"] = {"center": list(project.volume.center), "size": list(project.volume.size)}
+    content["recordings"] = []
+    for recording in project.recordings:
+        row: dict[str, Any] = {"name": recording.name, "split": recording.split}
+        row["videos"] = {camera: relative(video) for camera, video in recording.videos.items()}
+        if recording.offsets:
+            row["offsets"] = dict(recording.offsets)
+        if recording.frames is not None:
+            row["frames"] = recording.frames
+        if recording.truth is not None:
+            row["truth"] = relative(recording.truth)
+        content["recordings"].append(row)
+    try:
+        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: the project file cannot be written ({error.strerror})") from None
+
+
+def save_truth(path: Path | str, truth: Truth, units: str) -> None:
+    """Write the true joints of a recording: npz with points3d, names, edges, fps and units."""
+    np.savez_compressed(
+        path, points3d=truth.points3d, names=np.array(truth.names), edges=truth.edges, fps=truth.fps, units=units
+    )
+
+
+def load_truth(recording: Recording, project: Project) -> Truth:
+    """Read the true joints of a recording.
+
+    Raises:
+        InputError: the recording names no truth, the file cannot be read, an array is missing or misshapen, or its
+            units are not the project's.
+    """
+    if recording.truth is None:
+        raise InputError(f"{project.path}: recording {recording.name!r} has no 'truth' to evaluate against")
+    path = recording.truth
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("points3d", "names", "edges", "fps", "units")}
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not an npz file of arrays ({error})") from None
+    except KeyError as error:
+        raise InputError(f"{path}: {error.args[0]}; expected points3d, names, edges, fps and units") from None
+    points, names = arrays["points3d"], [str(name) for name in arrays["names"]]
+    if points.ndim != 3 or points.shape[1:] != (len(names), 3):
+        raise InputError(f"{path}: points3d {points.shape} must be (frames, {len(names)} names, 3)")
+    units = str(arrays["units"])
+    if units != project.units:
+        raise InputError(f"{path}: its units are {units!r}, the project's are {project.units!r}; convert one of them")
+    edges = arrays["edges"].astype(np.int64).reshape(-1, 2)
+    return Truth(points3d=points.astype(np.float64), names=names, edges=edges, fps=float(arrays["fps"]))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: the project file cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _check_keys(where: str, content: Any, known: tuple[str, ...], required: Iterable[str] = ()) -> None:
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: expected the keys {', '.join(known)}, not {content!r}")
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+            raise InputError(f"{where}: unknown key {key!r}; {mend}")
+    for key in required:
+        if content.get(key) is None:
+            raise InputError(f"{where}: the key {key!r} is required")
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value):
+        raise InputError(f"{where}: expected text, not {value!r}")
+    return str(value)
+
+
+def _existing_file(project: Path, where: str, value: Any) -> Path:
+    file = project.parent / Path(_text(f"{project}: {where}", value)).expanduser()
+    if not file.is_file():
+        raise InputError(f"{project}: {where}: the file {file} does not exist; paths are relative to the project file")
+    return file
+
+
+def _volume(path: Path, content: Any) -> Volume | None:
+    if content is None:
+        return None
+    _check_keys(f"{path}: volume", content, _VOLUME_KEYS, _VOLUME_KEYS)
+    try:
+        return Volume(content["center"], content["size"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _up(path: Path, value: Any) -> Triple:
+    try:
+        x, y, z = (float(number) for number in value)
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: up must be three numbers such as [0, 0, 1], not {value!r}") from None
+    if not 0 < math.hypot(x, y, z) < math.inf:
+        raise InputError(f"{path}: up must be a direction such as [0, 0, 1], not {value!r}")
+    return x, y, z
+
+
+def _recording(path: Path, index: int, row: Any, cameras: Cameras) -> Recording:
+    where = f"{path}: recordings[{index}]"
+    _check_keys(where, row, _RECORDING_KEYS, ("name", "split", "videos"))
+    name = _text(f"{where}: name", row["name"])
+    if not re.fullmatch(r"[\w][\w.-]*", name, flags=re.ASCII):
+        raise InputError(f"{where}: name {name!r} names files: use letters, digits, '_', '-' and '.' only")
+    where = f"{path}: recording {name!r}"
+    if row["split"] not in SPLITS:
+        raise InputError(f"{where}: split {row['split']!r} must be one of {', '.join(SPLITS)}")
+    videos = _camera_mapping(f"{where}: videos", row["videos"])
+    _match_cameras(where, videos, cameras)
+    frames = row.get("frames")
+    if frames is not None and not _is_whole(frames, least=1):
+        raise InputError(f"{where}: frames must be a whole number of at least 1, not {frames!r}")
+    truth = row.get("truth")
+    return Recording(
+        name=name,
+        split=row["split"],
+        videos={
+            camera: _existing_file(path, f"recording {name!r}: video of camera {camera!r}", videos[camera])
+            for camera in cameras.names
+        },
+        offsets=_offsets(where, row.get("offsets", {}), cameras),
+        truth=None if truth is None else _existing_file(path, f"recording {name!r}: truth", truth),
+        frames=frames,
+    )
+
+
+def _camera_mapping(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected 'camera: value' pairs, not {value!r}")
+    return {str(camera): item for camera, item in value.items()}
+
+
+def _match_cameras(where: str, videos: dict[str, Any], cameras: Cameras) -> None:
+    known = ", ".join(cameras.names)
+    for camera in videos:
+        if camera not in cameras.names:
+            raise InputError(
+                f"{where}: camera {camera!r} has a video but is not in the calibration ({known}); "
+                "match the names, or remove the video"
+            )
+    for camera in cameras.names:
+        if camera not in videos:
+            raise InputError(
+                f"{where}: camera {camera!r} of the calibration has no video; "
+                "add it under 'videos', or remove the camera from the calibration"
+            )
+
+
+def _offsets(where: str, value: Any, cameras: Cameras) -> dict[str, int]:
+    offsets = _camera_mapping(f"{where}: offsets", value)
+    for camera, offset in offsets.items():
+        if camera not in cameras.names:
+            known = ", ".join(cameras.names)
+            raise InputError(f"{where}: offsets: camera {camera!r} is not in the calibration ({known})")
+        if not _is_whole(offset, least=0):
+            raise InputError(
+                f"{where}: the offset of camera {camera!r} must be a whole number of frames, 0 or more, not "
+                f"{offset!r}; a camera that started late is matched by raising the others"
+            )
+    return offsets
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
