@@ -13,10 +13,10 @@ import numpy as np
 
 from bkind3d.data.simulate.body import EXTRAS, FRAMES, INDEX, JOINTS, LEGS, PAW_RADIUS, POINTS, TRUNK
 
-GOAL_RANGE = 0.26  # goals lie within ± this, so that nose and tail stay inside a volume of ± 0.6
+GOAL_RANGE = 0.25  # goals lie within ± this, so that nose and tail stay inside a volume of ± 0.6
 STAND_HEIGHT = 0.172  # of the pelvis
 _HEADING_BINS = 8
-_DRAFTS = 8  # paths drawn for a motion; the most ordinary one is taken
+_DRAFTS = 12  # paths drawn for a motion; the most ordinary one is taken
 _REAR_SHARE = 0.1  # of the time, in an ordinary motion
 _MINIMUM_RATE = 60.0  # integration steps per second
 _WARM_UP = 1.5  # seconds left out at the start, while the feet find their places
@@ -66,7 +66,7 @@ def _oddity(path: _Path, first: int) -> float:
     """How far a path is from even headings and the usual share of rearing: a short clip should hold all there is."""
     bins = np.floor(path.heading[first:] / (2 * np.pi) * _HEADING_BINS).astype(np.int64) % _HEADING_BINS
     counts = np.bincount(bins, minlength=_HEADING_BINS)
-    return float(counts.std() / counts.mean() + 5.0 * abs(path.rear[first:].mean() - _REAR_SHARE))
+    return float(1.0 - counts.min() / counts.mean() + 4.0 * abs(path.rear[first:].mean() - _REAR_SHARE))
 
 
 def _wrap(angle: float) -> float:

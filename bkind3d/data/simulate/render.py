@@ -109,7 +109,7 @@ def intersect(
 
     A sphere slides along the unit axis w from a to b with radius r_a + k y. With c² = 1 - k², the surface that it
     sweeps is c²|p - a|² = (y + k r_a)² + c² r_a², y = (p - a)·w, touched by the sphere at s = (y + k r_a) / c²: a
-    quadratic along the ray. Where s falls outside [0, length], the ray meets an end sphere instead or misses.
+    quadratic along the ray, valid where s is in [0, length]. The nearest of this and the two end spheres counts.
     """
     length = np.linalg.norm(ends[:, 1] - ends[:, 0], axis=1)
     axis = (ends[:, 1] - ends[:, 0]) / length[:, None]
@@ -129,17 +129,19 @@ def intersect(
     a = c2 - slope * slope
     b = c2 * to_first - shifted * slope
     root = b * b - a * part.spread(constant)
-    with np.errstate(divide="ignore", invalid="ignore"):  # parallel and missing rays are sorted out below
-        cone = (-b - np.sqrt(root)) / a
+
+    def sphere(half: np.ndarray, tangent: np.ndarray) -> np.ndarray:
+        return -half - np.sqrt(half * half - part.spread(tangent))
+
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN: the ray misses
+        cone = (-b - np.sqrt(root)) / a  # the crossing inwards, whatever the sign of a
         s = (shifted + cone * slope) / c2
-        # A ray steeper than the cone's side stays inside: it enters through the end that it comes from.
-        second = np.where(a > 0, s > span, slope < 0)
-        half = to_first - second * span * slope  # (o - b)·d = (o - a)·d - length w·d
-        tangent = np.where(second, part.spread(beyond[:, 1]), part.spread(beyond[:, 0]))
-        sphere = -half - np.sqrt(half * half - tangent)
-        on_cone = (root >= 0) & (s >= 0) & (s <= span)
-        distance = np.where(on_cone, cone, np.where((root >= 0) | (a <= 0), sphere, np.inf))
-        along = np.where(on_cone, s / span, second)
+        cone[~((s >= 0) & (s <= span))] = np.inf
+        first = sphere(to_first, beyond[:, 0])
+        second = sphere(to_first - span * slope, beyond[:, 1])  # (o - b)·d = (o - a)·d - length w·d
+    cap = np.fmin(first, second)
+    distance = np.fmin(cone, cap)
+    along = np.where(cone <= np.fmin(cap, np.inf), s / span, second == cap)
     distance[~(distance > 0)] = np.inf
     return distance, along.astype(np.float32)
 

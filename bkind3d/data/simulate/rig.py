@@ -15,16 +15,17 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from bkind3d.cameras import Cameras, save_toml
+from bkind3d.data.project import Project, Recording, Truth, save_project, save_truth
 from bkind3d.data.simulate.body import EDGES, JOINTS
 from bkind3d.data.simulate.motion import Animation, animate
 from bkind3d.data.simulate.render import SUPERSAMPLE, Film, View
+from bkind3d.data.volume import Volume
 from bkind3d.errors import InputError
 
-VOLUME_CENTER, VOLUME_SIZE = (0.0, 0.0, 0.3), (1.2, 1.2, 0.6)  # metres
+VOLUME = Volume(center=(0.0, 0.0, 0.3), size=(1.2, 1.2, 0.6))  # metres
 _FEW_PICTURES = 400  # below this, starting worker processes costs more than it saves
 _REPORT_EVERY = 20  # pictures between two updates of the progress bar
 
@@ -38,7 +39,8 @@ class _Shot:
     animation: Animation
     fps: int
     crf: int
-    seed: tuple[int, int]  # of the room, of the sensor
+    room_seed: int
+    sensor_seed: int
 
 
 def simulate_rig(
@@ -96,15 +98,14 @@ def simulate_rig(
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
             target = Path(scratch) / "rig"
-            shots = []
-            for name, animation in animations.items():
-                (target / name).mkdir(parents=True)
-                _write_truth(target / name / "truth.npz", animation, fps)
-                for camera in cameras.names:
-                    path, one = target / name / f"{camera}.mp4", cameras.select([camera])
-                    shots.append(_Shot(path, one, animation, fps, crf, (room, next(sensors))))
-            save_toml(cameras, target / "calibration.toml")
-            _write_project(target / "project.yaml", cameras.names, list(animations))
+            _write_project(target, cameras, animations, fps)
+            shots = [
+                _Shot(
+                    target / name / f"{camera}.mp4", cameras.select([camera]), animation, fps, crf, room, next(sensors)
+                )
+                for name, animation in animations.items()
+                for camera in cameras.names
+            ]
             _film_all(shots, workers, progress)
             _put_in_place(target, directory, Path(scratch) / "replaced")
     except OSError as error:
@@ -192,8 +193,7 @@ def make_film(camera: Cameras, animation: Animation, room_seed: int, sensor_seed
 
 def _film(shot: _Shot, report: Callable[[int], None]) -> None:
     """Render and encode one video; `report` hears of every few pictures."""
-    torch.set_num_threads(1)  # one process per core already
-    film = make_film(shot.cameras, shot.animation, *shot.seed)
+    film = make_film(shot.cameras, shot.animation, shot.room_seed, shot.sensor_seed)
     width, height = shot.cameras.image_size[0].tolist()
     with av.open(str(shot.path), "w") as container:
         stream = container.add_stream(
@@ -211,9 +211,10 @@ def _film(shot: _Shot, report: Callable[[int], None]) -> None:
 _counter: Synchronized[int]
 
 
-def _adopt_counter(counter: Synchronized[int]) -> None:
+def _start_worker(counter: Synchronized[int]) -> None:
     global _counter
     _counter = counter
+    torch.set_num_threads(1)  # there is one process per core already
 
 
 def _film_and_count(shot: _Shot) -> None:
@@ -224,11 +225,15 @@ def _film_and_count(shot: _Shot) -> None:
     _film(shot, count)
 
 
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _film_all(shots: list[_Shot], workers: int | None, progress: bool) -> None:
     """Make every video, several at a time; which process makes which has no influence on the result."""
     total = sum(len(shot.animation.points) for shot in shots)
     if workers is None:
-        workers = 1 if total < _FEW_PICTURES else len(os.sched_getaffinity(0))
+        workers = 1 if total < _FEW_PICTURES else _usable_cores()
     workers = min(workers, len(shots))
     with tqdm(total=total, desc="rendering", unit="picture", disable=not progress) as bar:
         if workers == 1:
@@ -238,7 +243,7 @@ def _film_all(shots: list[_Shot], workers: int | None, progress: bool) -> None:
         # Spawned, not forked: the caller's process may run torch's threads.
         context = multiprocessing.get_context("spawn")
         counter = context.Value("q", 0)
-        with ProcessPoolExecutor(workers, context, _adopt_counter, (counter,)) as pool:
+        with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
             pending = {pool.submit(_film_and_count, shot) for shot in shots}
             try:
                 while pending:
@@ -251,28 +256,26 @@ def _film_all(shots: list[_Shot], workers: int | None, progress: bool) -> None:
                 raise
 
 
-def _write_truth(path: Path, animation: Animation, fps: int) -> None:
-    np.savez(path, points3d=animation.joints, names=np.array(JOINTS), edges=EDGES, fps=float(fps), units="m")
-
-
-def _write_project(path: Path, cameras: tuple[str, ...], recordings: list[str]) -> None:
-    project = {
-        "name": "simulated",
-        "units": "m",
-        "calibration": "calibration.toml",
-        "up": [0, 0, 1],
-        "volume": {"center": list(VOLUME_CENTER), "size": list(VOLUME_SIZE)},
-        "recordings": [
-            {
-                "name": name,
-                "split": name,
-                "videos": {camera: f"{name}/{camera}.mp4" for camera in cameras},
-                "truth": f"{name}/truth.npz",
-            }
-            for name in recordings
-        ],
-    }
-    path.write_text(yaml.safe_dump(project, sort_keys=False), encoding="utf-8")
+def _write_project(target: Path, cameras: Cameras, animations: dict[str, Animation], fps: int) -> None:
+    """All files of the rig but its videos."""
+    recordings = []
+    for name, animation in animations.items():
+        videos = {camera: target / name / f"{camera}.mp4" for camera in cameras.names}
+        recordings.append(Recording(name=name, split=name, videos=videos, truth=target / name / "truth.npz"))
+        (target / name).mkdir(parents=True)
+        truth = Truth(points3d=animation.joints, names=list(JOINTS), edges=EDGES, fps=float(fps))
+        save_truth(target / name / "truth.npz", truth, cameras.units)
+    save_toml(cameras, target / "calibration.toml")
+    project = Project(
+        path=target / "project.yaml",
+        name="simulated",
+        units=cameras.units,
+        calibration=target / "calibration.toml",
+        cameras=cameras,
+        recordings=recordings,
+        volume=VOLUME,
+    )
+    save_project(project, project.path)
 
 
 def _put_in_place(target: Path, directory: Path, replaced: Path) -> None:
