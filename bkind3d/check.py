@@ -1,0 +1,310 @@
+"""A look at a project before training: files, frame counts, calibration, what the cameras see of the volume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bkind3d.cameras import Cameras
+from bkind3d.data import (
+    Project,
+    Recording,
+    RecordingInfo,
+    Volume,
+    gap_in_frames,
+    load_truth,
+    probe_recording,
+    read_frames,
+    require_visible,
+    visible_views,
+)
+from bkind3d.data.volume import BOX_EDGES
+from bkind3d.errors import InputError
+
+# Numbers kept for the backward pass, per image pixel (encoder, decoder) and per voxel (volume network), measured on the
+# paper's networks; smaller ones need less.
+FLOATS_PER_PIXEL = 800
+FLOATS_PER_VOXEL = 700
+
+_SAME_PLACE = 1e-3  # of the distance to the volume: two cameras closer than this stand at one place
+_SHALLOW_ANGLE = 5.0  # degrees between the lines of sight, below which depth is hardly resolved
+_FAR = 50.0  # volume sides: a camera farther off than this hints at mixed units
+_EDGE_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class CameraCheck:
+    """One camera: distance to the volume's centre and to the nearest other camera (units), share of voxels it sees."""
+
+    name: str
+    width: int
+    height: int
+    distance: float
+    nearest: float
+    share: float
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What :func:`check_project` found.
+
+    Args:
+        project: what was checked.
+        recordings: frames and frame rate of each recording.
+        gaps: gap in frames of each recording that is trained on.
+        cameras: one row per camera.
+        volume: the working volume.
+        voxels: its shape (X, Y, Z).
+        seen_by: share of voxels seen by exactly 0, 1, ... M cameras.
+        memory: estimated bytes for training.
+        memory_formula: how they were estimated.
+        pictures: the volume drawn into a frame of each camera.
+        warnings: what is allowed but suspicious.
+    """
+
+    project: Project
+    recordings: dict[str, RecordingInfo]
+    gaps: dict[str, int]
+    cameras: list[CameraCheck]
+    volume: Volume
+    voxels: tuple[int, int, int]
+    seen_by: list[float]
+    memory: int
+    memory_formula: str
+    pictures: list[Path]
+    warnings: list[str]
+
+    @property
+    def seen_by_two(self) -> float:
+        """Share of voxels that two or more cameras see: those in which a point can be triangulated."""
+        return sum(self.seen_by[2:])
+
+    def print(self) -> None:
+        """Print the report as a table."""
+        print("\n".join(self.lines()))
+
+    def lines(self) -> list[str]:
+        """The report, line by line."""
+        units = self.project.units
+        count = len(self.cameras)
+        lines = [f"project {self.project.name}: {count} cameras, {len(self.recordings)} recording(s), units {units}"]
+        rows = [["recording", "split", "frames", "fps", "gap"]]
+        for recording in self.project.recordings:
+            info, gap = self.recordings[recording.name], self.gaps.get(recording.name)
+            effective = f"{gap} frames = {gap / info.fps:.3f} s" if gap else "-"
+            rows.append([recording.name, recording.split, str(info.frames), f"{info.fps:.6g}", effective])
+        lines += _table(rows)
+        rows = [["camera", "image", "to volume", "to next camera", "voxels seen"]]
+        for camera in self.cameras:
+            distances = [f"{camera.distance:.4g} {units}", f"{camera.nearest:.4g} {units}"]
+            rows.append([camera.name, f"{camera.width}×{camera.height}", *distances, f"{camera.share:.1%}"])
+        lines += _table(rows)
+        origin = "" if self.project.volume else ", proposed from the cameras' common view"
+        shape = "×".join(map(str, self.voxels))
+        seen = f"0 cameras {self.seen_by[0]:.1%}, 1 {self.seen_by[1]:.1%}, 2 or more {self.seen_by_two:.1%}"
+        lines += [
+            f"volume: center {list(self.volume.center)}, size {list(self.volume.size)} {units}{origin}",
+            f"voxels: {shape}; seen by {seen}, all {count} {self.seen_by[-1]:.1%}",
+            f"memory for training: about {self.memory / 1e9:.2g} GB = {self.memory_formula}",
+        ]
+        lines += [f"picture: {path}" for path in self.pictures]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return lines
+
+
+def check_project(
+    project: Project,
+    *,
+    gap: str | int = "0.4 s",
+    voxels: int = 64,
+    out: Path | None = None,
+    height: int = 256,
+    width: int = 256,
+    batch: int = 1,
+) -> CheckReport:
+    """Check a project and draw its working volume into a frame of each camera.
+
+    Args:
+        project: the project.
+        gap: distance of the two frames of a training pair, seconds ("0.4 s") or frames (12).
+        voxels: samples along the volume's longest side.
+        out: folder for the pictures, made when missing; None draws none.
+        height: of the network's images, for the memory estimate.
+        width: of the network's images, for the memory estimate.
+        batch: moments per training step, for the memory estimate.
+
+    Raises:
+        InputError: a video is unusable, videos do not match each other, the calibration or the truth, the gap is not
+            positive or too long, the volume is not seen by two cameras, or a picture cannot be written.
+    """
+    recordings = {recording.name: probe_recording(recording, project.cameras) for recording in project.recordings}
+    gaps = {
+        recording.name: gap_in_frames(gap, recordings[recording.name].fps, recordings[recording.name].frames)
+        for recording in project.recordings
+        if recording.split != "test"
+    }
+    for recording in project.recordings:
+        _check_truth(recording, project, recordings[recording.name])
+    volume = project.working_volume()
+    require_visible(project.cameras, volume)
+    views = visible_views(project.cameras, volume, voxels)
+    cameras = _camera_rows(project.cameras, volume)
+    memory, formula = training_memory(len(cameras), height, width, volume.shape(voxels), batch)
+    return CheckReport(
+        project=project,
+        recordings=recordings,
+        gaps=gaps,
+        cameras=cameras,
+        volume=volume,
+        voxels=volume.shape(voxels),
+        seen_by=[(views == count).double().mean().item() for count in range(len(cameras) + 1)],
+        memory=memory,
+        memory_formula=formula,
+        pictures=[] if out is None else draw_volume(project, recordings, volume, Path(out)),
+        warnings=_warnings(project, cameras, volume, gaps),
+    )
+
+
+def training_memory(views: int, height: int, width: int, voxels: tuple[int, int, int], batch: int) -> tuple[int, str]:
+    """Bytes that training in float32 keeps for the backward pass, estimated, and the formula with its numbers.
+
+    2 times · batch · (views · H · W · 800 + X · Y · Z · 700) · 4 bytes, for the paper's networks: good to a factor of
+    two. Weights and optimiser state (below 1 GB) come on top.
+    """
+    x, y, z = voxels
+    pixels, volume = views * height * width * FLOATS_PER_PIXEL, x * y * z * FLOATS_PER_VOXEL
+    formula = (
+        f"2 · batch {batch} · ({views} views · {height}·{width} px · {FLOATS_PER_PIXEL} + "
+        f"{x}·{y}·{z} voxels · {FLOATS_PER_VOXEL}) · 4 bytes, paper's networks"
+    )
+    return 2 * batch * (pixels + volume) * 4, formula
+
+
+def draw_volume(project: Project, recordings: dict[str, RecordingInfo], volume: Volume, out: Path) -> list[Path]:
+    """Draw the volume's box into frame 0 of the first recording, one ``volume_<camera>.png`` per camera.
+
+    The face on the ground is filled, and an arrow points up from the centre.
+    """
+    recording = project.recordings[0]
+    paths = []
+    for index, camera in enumerate(project.cameras.names):
+        frame = _frame(recording, recordings[recording.name], camera)
+        path = out / f"volume_{camera}.png"
+        figure = _volume_figure(frame, project.cameras, index, volume, project.up)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path)
+        except OSError as error:
+            raise InputError(f"{path}: the picture cannot be written ({error.strerror})") from None
+        paths.append(path)
+    return paths
+
+
+def _frame(recording: Recording, info: RecordingInfo, camera: str) -> np.ndarray:
+    """The recording's frame 0 in that camera, (H, W, 3) uint8."""
+    for number, frame in enumerate(read_frames(info.videos[camera])):
+        if number == recording.offset(camera):
+            return frame
+    raise InputError(f"{recording.videos[camera]}: has no frame {recording.offset(camera)}")
+
+
+def _volume_figure(frame: np.ndarray, cameras: Cameras, index: int, volume: Volume, up: tuple) -> Figure:
+    height, width = frame.shape[:2]
+    inches = 8.0 / max(height, width)
+    figure = Figure(figsize=(width * inches, height * inches), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(frame)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    axes.set_axis_off()
+    corners = volume.corners()
+    vertical = int(torch.tensor(up).abs().argmax())
+    upwards = up[vertical] > 0
+    for start, end in BOX_EDGES:
+        on_ground = all((corner >> vertical & 1) != upwards for corner in (start, end))
+        line = _projected_line(cameras, index, corners[start], corners[end])
+        axes.plot(*line.T, color="yellow" if on_ground else "cyan", linewidth=2.0 if on_ground else 1.2)
+    center = torch.tensor(volume.center, dtype=torch.float64)
+    direction = torch.tensor(up, dtype=torch.float64)
+    top = center + direction / direction.norm() * max(volume.size) / 4
+    arrow = _projected_line(cameras, index, center, top)
+    axes.plot(*arrow.T, color="red", linewidth=2)
+    axes.plot(*arrow[:1].T, "o", color="red", markersize=5)
+    axes.text(
+        0.02,
+        0.98,
+        f"{cameras.names[index]}   yellow: lower face, red: up",
+        transform=axes.transAxes,
+        va="top",
+        color="black",
+        backgroundcolor="white",
+    )
+    return figure
+
+
+def _projected_line(cameras: Cameras, index: int, start: Tensor, end: Tensor) -> np.ndarray:
+    """Raw pixels (S, 2) along a straight line in the world; NaN where the camera does not see it."""
+    points = start + torch.linspace(0, 1, _EDGE_SAMPLES, dtype=torch.float64)[:, None] * (end - start)
+    pixels, _ = cameras.project(points)
+    return torch.where(cameras.in_view(points)[index][:, None], pixels[index], torch.nan).numpy()
+
+
+def _check_truth(recording: Recording, project: Project, info: RecordingInfo) -> None:
+    if recording.truth is None:
+        return
+    frames = len(load_truth(recording, project).points3d)
+    if frames != info.frames:
+        raise InputError(
+            f"{recording.truth}: holds {frames} frames, recording {recording.name!r} has {info.frames}; "
+            "they must be the same moments"
+        )
+
+
+def _camera_rows(cameras: Cameras, volume: Volume) -> list[CameraCheck]:
+    center = torch.tensor(volume.center, dtype=torch.float64)
+    between = torch.cdist(cameras.centers, cameras.centers).fill_diagonal_(torch.inf)
+    shares = cameras.in_view(volume.points(24)).double().mean((1, 2, 3))
+    return [
+        CameraCheck(
+            name=name,
+            width=int(cameras.image_size[index, 0]),
+            height=int(cameras.image_size[index, 1]),
+            distance=(cameras.centers[index] - center).norm().item(),
+            nearest=between[index].min().item(),
+            share=shares[index].item(),
+        )
+        for index, name in enumerate(cameras.names)
+    ]
+
+
+def _warnings(project: Project, rows: list[CameraCheck], volume: Volume, gaps: dict[str, int]) -> list[str]:
+    found = []
+    side = max(volume.size)
+    for row in rows:
+        if row.nearest < _SAME_PLACE * row.distance:
+            found.append(f"camera {row.name!r} stands where another one stands: together they give no depth")
+        if row.distance > _FAR * side:
+            ratio = row.distance / side
+            found.append(f"camera {row.name!r} is {ratio:.0f} volume sides away: are the units of both the same?")
+        if row.share == 0:
+            found.append(f"camera {row.name!r} sees nothing of the volume")
+    if _widest_angle(project.cameras, volume) < _SHALLOW_ANGLE:
+        found.append(f"all cameras look from within {_SHALLOW_ANGLE:g} degrees: depth is hardly resolved")
+    if not gaps:
+        found.append("no recording has the split 'train' or 'both': there is nothing to train on")
+    return found
+
+
+def _widest_angle(cameras: Cameras, volume: Volume) -> float:
+    """Greatest angle in degrees between the lines from the volume's centre to two cameras."""
+    lines = torch.nn.functional.normalize(cameras.centers - torch.tensor(volume.center), dim=-1)
+    return torch.rad2deg(torch.acos((lines @ lines.T).clamp(-1, 1)).max()).item()
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
