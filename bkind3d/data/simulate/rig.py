@@ -85,7 +85,7 @@ def simulate_rig(
         InputError: an argument is out of range, or the directory holds files already or cannot be written.
     """
     directory = Path(directory).absolute()
-    _check(views, frames, test_frames, image_size, fps, crf, workers)
+    _check(views, frames, test_frames, image_size, fps, seed, crf, workers)
     _check_target(directory, force)
     camera_seed, train_seed, test_seed, room_seed, sensor_seed = np.random.SeedSequence(seed).spawn(5)
     cameras = place_cameras(views, image_size, distortion, np.random.default_rng(camera_seed))
@@ -290,6 +290,7 @@ def _check(
     test_frames: int,
     image_size: tuple[int, int],
     fps: int,
+    seed: int,
     crf: int,
     workers: int | None,
 ) -> None:
@@ -302,6 +303,8 @@ def _check(
         raise InputError(f"image_size: width and height must be even and at least 32, not {tuple(image_size)}")
     if fps < 1:
         raise InputError(f"fps: expected a whole number of frames per second, at least 1, not {fps}")
+    if seed < 0:
+        raise InputError(f"seed: expected a whole number from 0, not {seed}")
     if not 0 <= crf <= 51:
         raise InputError(f"crf: expected 0 (lossless) to 51, not {crf}")
     if workers is not None and workers < 1:
