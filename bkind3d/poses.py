@@ -50,7 +50,7 @@ class Poses:
     units: str
     recording: str
     names: list[str] = field(default_factory=list)
-    frames: np.ndarray | None = None
+    frames: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         self.positions = np.asarray(self.positions, dtype=np.float32)
@@ -63,7 +63,7 @@ class Poses:
         self.names = [str(name) for name in self.names] or keypoint_names(joints)
         if len(self.names) != joints or len(set(self.names)) != joints:
             raise InputError(f"names: expected {joints} distinct keypoint names, got {self.names}")
-        self.frames = np.arange(count) if self.frames is None else np.asarray(self.frames, dtype=np.int64)
+        self.frames = np.asarray(self.frames, dtype=np.int64) if len(self.frames) else np.arange(count)
         if self.frames.shape != (count,) or (np.diff(self.frames) <= 0).any():
             raise InputError(f"frames: expected {count} increasing frame numbers, got shape {self.frames.shape}")
         self.fps = float(self.fps)
@@ -75,7 +75,7 @@ class Poses:
     @property
     def time(self) -> np.ndarray:
         """(F,) float64 seconds from the recording's frame 0."""
-        return np.asarray(self.frames) / self.fps
+        return self.frames / self.fps
 
     def to_xarray(self) -> xarray.Dataset:
         """The same data as a movement ``poses`` data set."""

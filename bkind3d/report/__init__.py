@@ -1,1 +1,23 @@
 """Pictures, and the report of a run: one HTML file that opens without a network."""
+
+from pathlib import Path
+
+
+def build_report(run: str | Path, force: bool = False) -> Path:
+    """Write ``report.html`` into a run folder: one file, offline, with whatever the run holds so far.
+
+    Args:
+        run: run folder.
+        force: replace an earlier report.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        InputError: not a run folder, a report is there and ``force`` is not set, a file of the run is corrupt, or the
+            report cannot be written.
+    """
+    # Training imports this package for its sample pictures; viser, jinja2 and matplotlib are for the report alone.
+    from bkind3d.report.page import write_report
+
+    return write_report(Path(run), force=force)

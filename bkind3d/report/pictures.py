@@ -2,6 +2,7 @@
 
 import colorsys
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ WHITE, INK, SHADOW = (255, 255, 255), (40, 40, 40), (0, 0, 0)
 def palette(count: int) -> np.ndarray:
     """(count, 3) uint8 colours; keypoint j has the same colour everywhere, whatever the count.
 
-    Hues step by the golden ratio, so that neighbours in the list are far apart, in three alternating shades.
+    Hues step by the golden ratio, so that neighbours in the list are far apart, in five alternating shades.
     """
-    shades = ((0.85, 1.0), (0.55, 1.0), (0.95, 0.75))
-    rows = [colorsys.hsv_to_rgb((j * 0.6180339887) % 1.0, *shades[j % 3]) for j in range(count)]
+    shades = ((0.85, 1.0), (0.5, 1.0), (0.95, 0.7), (0.6, 0.8), (1.0, 0.5))  # saturation, value
+    rows = [colorsys.hsv_to_rgb((j * 0.6180339887) % 1.0, *shades[j % len(shades)]) for j in range(count)]
     return (np.asarray(rows).reshape(count, 3) * 255).round().astype(np.uint8)
 
 
@@ -31,7 +32,8 @@ def overlay(
     *,
     scale: int = 2,
     confidence: np.ndarray | None = None,
-    names: list[str] | None = None,
+    names: Sequence[str] | None = None,
+    columns: int | None = None,
 ) -> np.ndarray:
     """Views side by side, enlarged, with keypoints as dots and edges as lines.
 
@@ -43,9 +45,10 @@ def overlay(
         scale: enlargement, a whole number.
         confidence: (J,) optional; dots shrink with it, down to half size at 0, relative to the largest.
         names: M view names, optional, written into the corner.
+        columns: views in a row; default all M.
 
     Returns:
-        (H · scale, M · W · scale + gaps, 3) uint8.
+        (rows · H · scale + gaps, columns · W · scale + gaps, 3) uint8.
 
     Raises:
         InputError: shapes that do not fit.
@@ -65,7 +68,7 @@ def overlay(
     if names is not None:
         for view, name in zip(views, names):
             _label(view, name)
-    return np.asarray(_row(views))
+    return np.asarray(_tiles(views, columns or len(views)))
 
 
 def sample_sheet(
@@ -76,7 +79,7 @@ def sample_sheet(
     target: np.ndarray,
     reconstruction: np.ndarray,
     *,
-    names: list[str] | None = None,
+    names: Sequence[str] | None = None,
     confidence: np.ndarray | None = None,
     title: str = "",
 ) -> None:
@@ -105,12 +108,14 @@ def sample_sheet(
     height, width = np.shape(images)[1] * scale, np.shape(images)[2] * scale
     low, high = float(np.min(target)), float(np.max(target))
     bands = {
-        "input": _row([_resized(image, width, height) for image in images]),
+        "input": _tiles([_resized(image, width, height) for image in images], len(images)),
         "keypoints": Image.fromarray(
             overlay(images, keypoints, edges, scale=scale, confidence=confidence, names=names)
         ),
-        "target": _row([_resized(view, width, height) for view in _grey(target, low, high)]),
-        "reconstruction": _row([_resized(view, width, height) for view in _grey(reconstruction, low, high)]),
+        "target": _tiles([_resized(view, width, height) for view in _grey(target, low, high)], len(images)),
+        "reconstruction": _tiles(
+            [_resized(view, width, height) for view in _grey(reconstruction, low, high)], len(images)
+        ),
     }
     _save_png(_stack(bands, title), Path(path))
 
@@ -122,18 +127,17 @@ def _draw_view(image: np.ndarray, points: np.ndarray, edges: np.ndarray, scale: 
     canvas = Image.fromarray(image).resize((width * SUPERSAMPLE, height * SUPERSAMPLE), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(canvas)
     unit = max(1.0, min(height, width) / 256) * SUPERSAMPLE
-    at = (points + 0.5) * zoom - 0.5
+    at = (points + 0.5) * zoom - 0.5  # Pillow cuts decimals off, so everything below is rounded first
     shown = np.asarray((np.abs(at) < 1e5).all(axis=1))  # False for NaN
-    lines = [(*at[i], *at[j]) for i, j in edges if shown[i] and shown[j]]
+    lines = [(*at[i].round(), *at[j].round()) for i, j in edges if shown[i] and shown[j]]
     for colour, thickness in ((SHADOW, 3.2), (WHITE, 1.6)):
         for line in lines:
             draw.line(line, fill=colour, width=max(1, round(thickness * unit)))
     colours = palette(len(points))
     for j in np.flatnonzero(shown):
         (x, y), radius = at[j], 4.2 * unit * sizes[j]
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=SHADOW)
-        radius -= 1.0 * unit
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(int(c) for c in colours[j]))
+        for colour, r in ((SHADOW, radius), (tuple(colours[j].tolist()), radius - unit)):
+            draw.ellipse([round(value) for value in (x - r, y - r, x + r, y + r)], fill=colour)
     return canvas.resize((width, height), Image.Resampling.BOX)
 
 
@@ -142,14 +146,13 @@ def _label(view: Image.Image, text: str) -> None:
     draw.text((5, 3), text, fill=WHITE, font=font, stroke_width=2, stroke_fill=SHADOW)
 
 
-def _row(views: list[Image.Image]) -> Image.Image:
-    width = sum(view.width for view in views) + GAP * (len(views) - 1)
-    row = Image.new("RGB", (width, max(view.height for view in views)), WHITE)
-    left = 0
-    for view in views:
-        row.paste(view, (left, 0))
-        left += view.width + GAP
-    return row
+def _tiles(views: list[Image.Image], columns: int) -> Image.Image:
+    """Views of one size, row by row."""
+    width, height, rows = views[0].width + GAP, views[0].height + GAP, -(-len(views) // columns)
+    sheet = Image.new("RGB", (columns * width - GAP, rows * height - GAP), WHITE)
+    for index, view in enumerate(views):
+        sheet.paste(view, (index % columns * width, index // columns * height))
+    return sheet
 
 
 def _stack(bands: dict[str, Image.Image], title: str) -> Image.Image:

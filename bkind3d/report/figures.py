@@ -1,0 +1,97 @@
+"""Figures of a report as SVG text, drawn without a display."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bkind3d.health import Health
+
+BLUE, ORANGE, GREY = "#3465a4", "#c4621b", "#8a9099"
+TEXT = "#2b2f36"
+
+
+def loss_curves(metrics: dict[str, np.ndarray]) -> dict[str, str]:
+    """Panels over the training steps: title -> SVG."""
+    groups: dict[str, tuple[list[str], bool]] = {
+        "Loss": (["loss", "reconstruction"], True),
+        "Regularisers": (["length", "separation"], False),
+        "Active edges": (["active_edges"], False),
+        "Gradient norm": (["grad_norm"], True),
+    }
+    return {title: _curves(metrics, names, logarithmic) for title, (names, logarithmic) in groups.items()}
+
+
+def _curves(metrics: dict[str, np.ndarray], names: list[str], logarithmic: bool) -> str:
+    figure, axis = _panel()
+    values = np.concatenate([metrics[name] for name in names])
+    for name, colour in zip(names, (BLUE, ORANGE)):
+        axis.plot(metrics["step"], metrics[name], color=colour, linewidth=1.2, label=name)
+    if logarithmic and (values > 0).all():
+        axis.set_yscale("log")
+    if len(names) > 1:
+        axis.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def edge_matrix(names: Sequence[str], weights: Sequence[Sequence[float]], active: Sequence[Sequence[float]]) -> str:
+    """Edge weights as a symmetric matrix, a dot on each active edge."""
+    count = len(names)
+    matrix = np.full((count, count), np.nan)
+    for i, j, weight in weights:
+        matrix[int(i), int(j)] = matrix[int(j), int(i)] = weight
+    size = max(3.6, 0.26 * count + 1.6)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(matrix, cmap="Blues", vmin=0.0)
+    bar = figure.colorbar(image, ax=axis, shrink=0.8)
+    bar.set_label("edge weight", fontsize=8, color=TEXT)
+    bar.ax.tick_params(labelsize=7, colors=TEXT)
+    bar.outline.set_visible(False)
+    for i, j, _ in active:
+        axis.plot([i, j], [j, i], ".", color=ORANGE, markersize=5, linestyle="none")
+    axis.set_xticks(range(count), names, rotation=90, fontsize=7)
+    axis.set_yticks(range(count), names, fontsize=7)
+    _quiet(axis)
+    return _svg(figure)
+
+
+def health_curves(records: Sequence[tuple[int, Health]], colours: np.ndarray) -> dict[str, str]:
+    """Panels over the training steps, one line per keypoint in its colour: title -> SVG."""
+    groups = {
+        "Spread (sides of the volume)": "spread",
+        "Peak probability": "peak",
+        "Distance to nearest twin (sides)": "twin_distance",
+    }
+    panels = {}
+    for title, field in groups.items():
+        figure, axis = _panel()
+        values = np.array([getattr(health, field) for _, health in records], dtype=np.float64)  # (records, J)
+        for track, colour in zip(values.T, colours):
+            axis.plot([step for step, _ in records], track, color=colour / 255, linewidth=1.2, marker=".", markersize=3)
+        axis.set_ylim(bottom=0)
+        panels[title] = _svg(figure)
+    return panels
+
+
+def _panel() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(3.8, 2.5), layout="constrained")
+    axis = figure.subplots()
+    axis.set_xlabel("step", fontsize=8, color=TEXT)
+    _quiet(axis)
+    return figure, axis
+
+
+def _quiet(axis: Axes) -> None:
+    axis.tick_params(labelsize=7, colors=TEXT, length=2)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GREY)
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

@@ -1,0 +1,134 @@
+"""What a report is made of: the files of a run folder, and the frames that its keypoints were found in."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bkind3d.cameras import Cameras
+from bkind3d.errors import InputError
+from bkind3d.health import Health
+from bkind3d.poses import Poses
+
+
+@dataclass
+class Scene:
+    """The recorded scene at the network's image size.
+
+    Attributes:
+        project: name of the project.
+        units: unit of length.
+        up: (3,) upward direction.
+        cameras: pinhole cameras of the frames.
+        center: (3,) centre of the volume.
+        sides: (3,) sides of the volume.
+        frames: recording name -> (T, M, H, W, 3) uint8.
+        splits: recording name -> "train", "test" or "both".
+    """
+
+    project: str
+    units: str
+    up: np.ndarray
+    cameras: Cameras
+    center: np.ndarray
+    sides: np.ndarray
+    frames: dict[str, np.ndarray]
+    splits: dict[str, str]
+
+
+@dataclass
+class RunFiles:
+    """The files of a run folder; None or empty where the run has not got that far."""
+
+    path: Path
+    config: str
+    environment: dict[str, Any] | None
+    metrics: dict[str, np.ndarray]
+    health: list[tuple[int, Health]]
+    skeleton: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    poses: dict[str, Poses]
+    samples: list[Path]
+
+
+def run_inputs(run: Path) -> Scene:
+    """Frames and network-size cameras of a run, from its project and its frame cache.
+
+    Raises:
+        InputError: the project, its videos or its cache cannot be used.
+    """
+    from bkind3d.run import open_inputs, open_run
+
+    inputs = open_inputs(open_run(run), progress=False)
+    return Scene(
+        project=inputs.project.name,
+        units=inputs.project.units,
+        up=np.asarray(inputs.project.up, dtype=np.float64),
+        cameras=inputs.cache.cameras,
+        center=np.asarray(inputs.volume.center, dtype=np.float64),
+        sides=np.asarray(inputs.volume.size, dtype=np.float64),
+        frames={name: recording.frames for name, recording in inputs.cache.recordings.items()},
+        splits={name: recording.split for name, recording in inputs.cache.recordings.items()},
+    )
+
+
+def read_run(run: Path) -> RunFiles:
+    """Read a run folder.
+
+    Raises:
+        InputError: no run folder, or a file that is there and cannot be read.
+    """
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise InputError(f"{run}: not a run folder (no config.yaml); make one with `bkind3d train`")
+    return RunFiles(
+        path=run,
+        config=config.read_text(encoding="utf-8"),
+        environment=_json(run / "env.json"),
+        metrics=_metrics(run / "metrics.csv"),
+        health=_health(run / "health.jsonl"),
+        skeleton=_json(run / "skeleton.json"),
+        evaluation=_json(run / "evaluation.json"),
+        poses={path.stem: Poses.load(path) for path in sorted((run / "poses").glob("*.nc"))},
+        samples=sorted((run / "samples").glob("*.png")),
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); delete it or write it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _metrics(path: Path) -> dict[str, np.ndarray]:
+    """Columns of metrics.csv; empty when there is no row yet."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]} if rows else {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: a row is not made of numbers ({error}); delete that row") from error
+
+
+def _health(path: Path) -> list[tuple[int, Health]]:
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            records.append((int(record["step"]), Health.from_dict(record)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: line {number} is not a health record ({error}); delete that line") from error
+    return records

@@ -1,0 +1,361 @@
+"""The report of a run as one HTML page; what the run does not hold yet is said in the page."""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from bkind3d.errors import InputError
+from bkind3d.evaluate import MEAN_POSE, METRIC_TITLES, METRICS
+from bkind3d.health import FLAGS, Health, keypoint_health
+from bkind3d.poses import Poses
+from bkind3d.report import clip, figures
+from bkind3d.report.inputs import RunFiles, Scene, read_run, run_inputs
+from bkind3d.report.pictures import palette
+from bkind3d.report.scene import SCENE_FRAMES, scene_html
+
+NAME = "report.html"
+HISTORY_ROWS = 12
+EVALUATION_KEYS = ("protocol", "options", "units", "joints", "rows", "masked", "paper", "paper_source", "note")
+SPLIT_ORDER = ("test", "both", "train")  # unseen motion is shown where there is any
+
+
+@dataclass
+class Shown:
+    """The recording that clip and 3D view show."""
+
+    poses: Poses
+    split: str
+    frames: np.ndarray  # (T, M, H, W, 3) uint8
+
+
+def write_report(run: Path, *, force: bool) -> Path:
+    """See :func:`bkind3d.report.build_report`."""
+    path = run / NAME
+    if path.exists() and not force:
+        raise InputError(f"{path}: exists; give --force to replace it")
+    files = read_run(run)
+    try:
+        scene, obstacle = run_inputs(run), ""
+    except InputError as error:  # the page says so, and shows everything else
+        scene, obstacle = None, str(error)
+    text = render(files, scene, obstacle)
+    scratch = path.with_name(f".{NAME}.partial")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise InputError(f"{path}: the report cannot be written ({error.strerror})") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def render(files: RunFiles, scene: Scene | None, obstacle: str = "") -> str:
+    """The page as text.
+
+    Args:
+        files: content of the run folder.
+        scene: frames and cameras, or None where they cannot be had.
+        obstacle: why they cannot be had, said in the page.
+    """
+    shown = choose_recording(files, scene)
+    edges = _edges(files)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bkind3d.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        title=scene.project if scene else files.path.resolve().name,
+        run=files.path.resolve().name,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        facts=_facts(files, scene),
+        obstacle=obstacle,
+        results=_results(files.evaluation),
+        clip=_clip(shown, scene, edges) if shown and scene else None,
+        scene=_scene(shown, scene, edges) if shown and scene else None,
+        losses=_panels(figures.loss_curves(files.metrics)) if files.metrics else None,
+        samples=_samples(files.samples),
+        edges=_edge_section(files.skeleton),
+        health=_health_section(files, shown, scene),
+        config=files.config,
+        versions=_flattened(files.environment or {}),
+    )
+
+
+def choose_recording(files: RunFiles, scene: Scene | None) -> Shown | None:
+    """The first recording with poses and frames, test before both before train."""
+    if scene is None:
+        return None
+    known = [name for name in files.poses if name in scene.frames]
+    known.sort(key=lambda name: (SPLIT_ORDER.index(scene.splits[name]), name))
+    for name in known:
+        poses = files.poses[name]
+        if len(poses.frames) and poses.frames[-1] < len(scene.frames[name]):
+            return Shown(poses, scene.splits[name], scene.frames[name])
+    return None
+
+
+# --- sections -----------------------------------------------------------------------------------------------------
+
+
+def _facts(files: RunFiles, scene: Scene | None) -> list[tuple[str, str]]:
+    facts = []
+    if scene:
+        width, height = scene.cameras.image_size[0].tolist()
+        facts.append(("views", f"{len(scene.cameras)}, {width} × {height} px each"))
+        facts.append(("volume", f"{' × '.join(f'{side:.4g}' for side in scene.sides)} {scene.units}"))
+    if files.skeleton:
+        facts.append(("keypoints", str(len(files.skeleton["keypoints"]))))
+        facts.append(("active edges", f"{len(files.skeleton['edges'])} of {len(files.skeleton['all_weights'])}"))
+    if files.metrics:
+        facts.append(("steps", f"{int(files.metrics['step'][-1])}"))
+        facts.append(("training time", _duration(float(files.metrics["seconds"][-1]))))
+    return facts
+
+
+def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    missing = [key for key in EVALUATION_KEYS if key not in evaluation]
+    if missing:
+        raise InputError(f"evaluation.json: key {missing[0]!r} is missing; run `bkind3d evaluate` again")
+    rows, units = evaluation["rows"], evaluation["units"]
+    largest = max(row["mpjpe"] for row in rows)
+    short = _rounder(min(row[name] for row in rows for name in METRICS))
+    return {
+        "headline": _headline(rows, units, short),
+        "units": units,
+        "protocol": evaluation["protocol"],
+        "options": ", ".join(f"{name} {_plain(value)}" for name, value in evaluation["options"].items()),
+        "metrics": [(name, METRIC_TITLES[name]) for name in METRICS],
+        "rows": [
+            {
+                "name": row["name"],
+                "values": [(short(row[name]), short(row["median"][name])) for name in METRICS],
+                "bar": round(100 * row["mpjpe"] / largest, 1) if largest > 0 else 0,
+                "frames": row["frames"],
+            }
+            for row in rows
+        ],
+        "ridges": [
+            (row["name"], ", ".join(f"{value:g}" for value in sorted(set(row["ridge"]))))
+            for row in rows
+            if "ridge" in row
+        ],
+        "skipped": rows[0]["frames_skipped"],
+        "masked": evaluation["masked"],
+        "joints": [
+            {"name": joint, "values": [short(row["per_joint"]["mpjpe"][k]) for row in rows]}
+            for k, joint in enumerate(evaluation["joints"])
+        ],
+        "note": evaluation["note"],
+        "paper": evaluation["paper"],
+        "paper_source": evaluation["paper_source"],
+    }
+
+
+def _headline(rows: Sequence[dict[str, Any]], units: str, short: Callable[[float | None], str]) -> str:
+    """One sentence: the first row's error, and what share it is of the others'."""
+    first, *others = rows
+    called = {MEAN_POSE: "mean-pose predictor"}
+    shares = [
+        f"{first['mpjpe'] / row['mpjpe']:.2f} of the {called.get(row['name'], row['name'])}'s"
+        for row in others
+        if row["mpjpe"] > 0
+    ]
+    error = f"{first['name']}: an error of {short(first['mpjpe'])} {units} per joint, the mean shift removed"
+    return f"{error}; {' and '.join(shares)}." if shares else f"{error}."
+
+
+def _clip(shown: Shown, scene: Scene, edges: np.ndarray) -> dict[str, Any]:
+    poses, names = shown.poses, scene.cameras.names
+    rows, rate = clip.clip_rows(poses.frames, poses.fps)
+    pixels = clip.project_keypoints(scene.cameras, poses.positions[rows])  # (F, M, J, 2)
+
+    def picture(f: int) -> np.ndarray:
+        return clip.draw(np.asarray(shown.frames[poses.frames[rows[f]]]), pixels[f], edges, names)
+
+    stills = [int(f) for f in np.linspace(0, len(rows) - 1, min(clip.STILLS, len(rows))).round()]
+    return {
+        "recording": poses.recording,
+        "split": shown.split,
+        "seconds": f"{len(rows) / rate:.1f}",
+        "rate": f"{rate:.4g}",
+        "video": _data_uri("video/mp4", clip.encode((picture(f) for f in range(len(rows))), rate)),
+        "stills": [(f"{poses.time[rows[f]]:.2f} s", _jpeg(picture(f))) for f in stills],
+        "keypoints": _swatches(poses.names),
+    }
+
+
+def _scene(shown: Shown, scene: Scene, edges: np.ndarray) -> dict[str, Any]:
+    poses = shown.poses
+    rows, rate = clip.clip_rows(poses.frames, poses.fps)
+    rows = rows[:SCENE_FRAMES]
+    images = np.asarray(shown.frames[poses.frames[rows[0]]])
+    side = float(scene.sides.max())
+    return {
+        "html": scene_html(scene, poses.positions[rows], edges, images, rate),
+        "recording": poses.recording,
+        "side": f"{side:.4g} {scene.units}",
+    }
+
+
+def _samples(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """First, middle and last sample picture, newest first: (caption, data URI)."""
+    picked = dict.fromkeys(paths[k] for k in (len(paths) - 1, len(paths) // 2, 0)) if paths else {}
+    return [(_caption(path.stem), _sample(path)) for path in picked]
+
+
+def _caption(stem: str) -> str:
+    """step_000300 -> step 300."""
+    return re.sub(r"^step_0*(?=\d)", "step ", stem)
+
+
+def _sample(path: Path) -> str:
+    try:
+        with Image.open(path) as image:
+            return _jpeg(np.asarray(image.convert("RGB")))
+    except OSError as error:
+        raise InputError(f"{path}: not a readable picture ({error}); delete it") from error
+
+
+def _edge_section(skeleton: dict[str, Any] | None) -> dict[str, Any] | None:
+    if skeleton is None:
+        return None
+    names = skeleton["keypoints"]
+    active = sorted(skeleton["edges"], key=lambda edge: -edge[2])
+    return {
+        "figure": _svg_uri(figures.edge_matrix(names, skeleton["all_weights"], active)),
+        "threshold": f"{skeleton['threshold']:g}",
+        "total": len(skeleton["all_weights"]),
+        "active": [(names[int(i)], names[int(j)], f"{weight:.3f}") for i, j, weight in active],
+    }
+
+
+def _health_section(files: RunFiles, shown: Shown | None, scene: Scene | None) -> dict[str, Any] | None:
+    final: Health | None = None
+    if shown and scene:
+        final = keypoint_health(shown.poses.positions, shown.poses.confidence, scene.center, scene.sides)
+        names, source = shown.poses.names, f"{final.frames} frames of recording {shown.poses.recording}"
+    elif files.health:
+        step, final = files.health[-1]
+        names, source = _names(files, final), f"training step {step}"
+    if final is None:
+        return None
+    colours = palette(len(final.spread))
+    return {
+        "summary": final.summary().capitalize(),
+        "source": source,
+        "flags": FLAGS,
+        "rows": [
+            {
+                "swatch": _swatch(colours[j]),
+                "name": names[j],
+                "spread": f"{final.spread[j]:.3f}",
+                "peak": f"{final.peak[j]:.3f}",
+                "centre": f"{100 * final.at_centre[j]:.0f} %",
+                "border": f"{100 * final.at_border[j]:.0f} %",
+                "twin": f"{names[final.twin[j]]}, {final.twin_distance[j]:.3f}" if final.twin[j] >= 0 else "–",
+                "flags": ", ".join(final.flags[j]) or "healthy",
+                "well": not final.flags[j],
+            }
+            for j in range(len(final.spread))
+        ],
+        "history": [_history_row(step, health) for step, health in _thinned(files.health)],
+        "panels": _panels(figures.health_curves(files.health, colours)) if len(files.health) > 1 else [],
+    }
+
+
+def _history_row(step: int, health: Health) -> dict[str, Any]:
+    return {
+        "step": step,
+        "healthy": f"{sum(not flags for flags in health.flags)} of {len(health.flags)}",
+        "counts": [health.count(flag) for flag in FLAGS],
+        "spread": f"{np.median(health.spread):.3f}",
+        "peak": f"{np.median(health.peak):.3f}",
+    }
+
+
+# --- small things -------------------------------------------------------------------------------------------------
+
+
+def _edges(files: RunFiles) -> np.ndarray:
+    rows = files.skeleton["edges"] if files.skeleton else []
+    return np.array([[int(i), int(j)] for i, j, _ in rows], dtype=np.int64).reshape(-1, 2)
+
+
+def _names(files: RunFiles, health: Health) -> list[str]:
+    return list(files.skeleton["keypoints"]) if files.skeleton else [f"keypoint {j}" for j in range(len(health.spread))]
+
+
+def _thinned(records: Sequence[tuple[int, Health]]) -> list[tuple[int, Health]]:
+    """At most HISTORY_ROWS records, first and last among them."""
+    picked = np.unique(np.linspace(0, len(records) - 1, min(HISTORY_ROWS, len(records))).round().astype(int))
+    return [records[k] for k in picked]
+
+
+def _swatches(names: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name, _swatch(colour)) for name, colour in zip(names, palette(len(names)))]
+
+
+def _swatch(colour: np.ndarray) -> str:
+    return "#" + "".join(f"{int(value):02x}" for value in colour)
+
+
+def _flattened(data: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in data.items():
+        nested = isinstance(value, dict)
+        rows += _flattened(value, f"{prefix}{key} · ") if nested else [(f"{prefix}{key}", _plain(value))]
+    return rows
+
+
+def _panels(svgs: dict[str, str]) -> list[tuple[str, str]]:
+    return [(title, _svg_uri(svg)) for title, svg in svgs.items()]
+
+
+def _svg_uri(svg: str) -> str:
+    return _data_uri("image/svg+xml", svg.encode("utf-8"))
+
+
+def _jpeg(picture: np.ndarray) -> str:
+    memory = io.BytesIO()
+    Image.fromarray(picture).save(memory, format="JPEG", quality=85)
+    return _data_uri("image/jpeg", memory.getvalue())
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _rounder(smallest: float) -> Callable[[float | None], str]:
+    """Numbers to the decimals (at most six) that give the smallest of them two digits; a dash for None."""
+    decimals = min(6, max(0, 1 - math.floor(math.log10(max(smallest, 1e-9)))))
+    return lambda value: "–" if value is None else f"{value:.{decimals}f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
