@@ -26,10 +26,10 @@ from bkind3d.data import (
 from bkind3d.data.volume import BOX_EDGES
 from bkind3d.errors import InputError
 
-# Numbers kept for the backward pass, per image pixel (encoder, decoder) and per voxel (volume network), measured on the
-# paper's networks; smaller ones need less.
+# Numbers kept for the backward pass, per image pixel (ResNet-50, decoders, VGG-19) and per voxel (volume network): what
+# autograd saves of the paper's networks, counted. The small networks of the demo need a fifth.
 FLOATS_PER_PIXEL = 800
-FLOATS_PER_VOXEL = 700
+FLOATS_PER_VOXEL = 1300
 
 _SAME_PLACE = 1e-3  # of the distance to the volume: two cameras closer than this stand at one place
 _SHALLOW_ANGLE = 5.0  # degrees between the lines of sight, below which depth is hardly resolved
@@ -173,7 +173,7 @@ def check_project(
 def training_memory(views: int, height: int, width: int, voxels: tuple[int, int, int], batch: int) -> tuple[int, str]:
     """Bytes that training in float32 keeps for the backward pass, estimated, and the formula with its numbers.
 
-    2 times · batch · (views · H · W · 800 + X · Y · Z · 700) · 4 bytes, for the paper's networks: good to a factor of
+    2 times · batch · (views · H · W · 800 + X · Y · Z · 1300) · 4 bytes, for the paper's networks: good to a factor of
     two. Weights and optimiser state (below 1 GB) come on top.
     """
     x, y, z = voxels
@@ -188,7 +188,7 @@ def training_memory(views: int, height: int, width: int, voxels: tuple[int, int,
 def draw_volume(project: Project, recordings: dict[str, RecordingInfo], volume: Volume, out: Path) -> list[Path]:
     """Draw the volume's box into frame 0 of the first recording, one ``volume_<camera>.png`` per camera.
 
-    The face on the ground is filled, and an arrow points up from the centre.
+    The lower face is yellow, a red line points up from the centre.
     """
     recording = project.recordings[0]
     paths = []
