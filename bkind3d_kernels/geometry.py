@@ -35,9 +35,13 @@ def check_geometry(name: str, tensor: Any, expected: str) -> None:
         raise ValueError(f"{name} {tuple(tensor.shape)}: expected finite values, found NaN or infinity")
 
 
-def no_autocast(tensor: Tensor) -> torch.autocast:
-    """Context in which autocast does not lower the precision of geometry on the device of ``tensor``."""
-    return torch.autocast(tensor.device.type, enabled=False)
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for an inner dimension of 3 or 4, as products and a sum.
+
+    No reduced precision applies to these: neither TF32 nor autocast, which in a backward pass run under it would cast
+    the gradient's matrix products even if the forward's were protected.
+    """
+    return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
 
 
 def _checked_shape(name: str, shape: Any) -> tuple[int, int, int]:
@@ -118,9 +122,8 @@ class VoxelGrid:
         shape = _checked_shape("shape", shape)
         samples = torch.tensor(shape, dtype=center.dtype, device=center.device)
         step = sides / (samples - 1).clamp(min=1)
-        with no_autocast(center):
-            linear = rotation * step  # (3, 3) or (N, 3, 3): column c is axis c times its step
-            origin = center - (linear @ ((samples - 1) / 2).unsqueeze(-1)).squeeze(-1)  # (N, 3)
+        linear = rotation * step  # (3, 3) or (N, 3, 3): column c is axis c times its step
+        origin = center - (linear * ((samples - 1) / 2)).sum(-1)  # (N, 3)
         linear = linear.expand(origin.shape[0], 3, 3)
         return cls(torch.cat([linear, origin.unsqueeze(-1)], dim=-1), shape)
 
@@ -142,16 +145,14 @@ class VoxelGrid:
 
     def index_to_world(self, index: Tensor) -> Tensor:
         """Map (N or 1, P, 3) possibly fractional voxel indices to world points (N, P, 3)."""
-        with no_autocast(index):
-            return index @ self.affine[..., :3].mT + self.affine[..., 3].unsqueeze(-2)
+        return exact_matmul(index, self.affine[..., :3].mT) + self.affine[..., 3].unsqueeze(-2)
 
     def voxel_to_pixel(self, projections: Tensor) -> Tensor:
         """Q = P · [A; 0 0 0 1]: homogeneous pixel = Q · (i, j, k, 1), for projections (N, M, 3, 4) -> (N, M, 3, 4)."""
         dtype = torch.promote_types(projections.dtype, self.affine.dtype)
         projections, affine = projections.to(dtype), self.affine.to(dtype).unsqueeze(1)  # (N or 1, 1, 3, 4)
-        with no_autocast(projections):
-            q = projections[..., :3] @ affine
-            return torch.cat([q[..., :3], q[..., 3:] + projections[..., 3:]], dim=-1)
+        q = exact_matmul(projections[..., :3], affine)
+        return torch.cat([q[..., :3], q[..., 3:] + projections[..., 3:]], dim=-1)
 
 
 def _flatten(grid: VoxelGrid) -> tuple[list[Tensor], tuple[int, int, int]]:
@@ -208,8 +209,7 @@ def project_points(projections: Tensor, points: Tensor) -> tuple[Tensor, Tensor]
         raise ValueError(f"points {tuple(points.shape)}: expected (..., J, 3)")
     dtype = torch.promote_types(projections.dtype, points.dtype)
     projections, points = projections.to(dtype), points.to(dtype)
-    with no_autocast(points):
-        homogeneous = points @ projections[..., :3].mT + projections[..., 3].unsqueeze(-2)  # (..., J, 3)
+    homogeneous = exact_matmul(points, projections[..., :3].mT) + projections[..., 3].unsqueeze(-2)  # (..., J, 3)
     depth = homogeneous[..., 2]
     limit = torch.where(depth < 0, -MIN_DEPTH, MIN_DEPTH).to(dtype)
     divisor = torch.where(depth.abs() > MIN_DEPTH, depth, limit)
@@ -240,8 +240,7 @@ def rescale_projections(projections: Tensor, from_size: tuple[int, int], to_size
         raise ValueError(f"projections {tuple(projections.shape)}: expected (..., 3, 4)")
     sx, sy = to_size[1] / from_size[1], to_size[0] / from_size[0]
     resize = projections.new_tensor([[sx, 0, 0.5 * sx - 0.5], [0, sy, 0.5 * sy - 0.5], [0, 0, 1]])
-    with no_autocast(projections):
-        return resize @ projections
+    return exact_matmul(resize, projections)
 
 
 def all_pairs(count: int) -> Tensor:

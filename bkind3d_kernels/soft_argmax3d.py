@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .checks import check_features, check_grid, check_positive, describe
-from .geometry import VoxelGrid, no_autocast
+from .geometry import VoxelGrid, exact_matmul
 
 
 def soft_argmax3d(
@@ -62,14 +62,13 @@ def soft_argmax3d(
     run = backends.implementation("soft_argmax3d", backend, logits.device, logits.dtype)
     mean, peak, covariance = run(logits, float(temperature), return_covariance)
     affine = grid.affine.to(mean.dtype)
-    with no_autocast(mean):
-        coordinates = mean @ affine[..., :3].mT + affine[..., 3].unsqueeze(-2)
-        outputs = [coordinates]
-        if return_peak:
-            outputs.append(peak)
-        if return_covariance:
-            linear = affine[..., :3].unsqueeze(1)  # (N or 1, 1, 3, 3)
-            outputs.append(linear @ covariance @ linear.mT)
+    coordinates = exact_matmul(mean, affine[..., :3].mT) + affine[..., 3].unsqueeze(-2)
+    outputs = [coordinates]
+    if return_peak:
+        outputs.append(peak)
+    if return_covariance:
+        linear = affine[..., :3].unsqueeze(1)  # (N or 1, 1, 3, 3)
+        outputs.append(exact_matmul(exact_matmul(linear, covariance), linear.mT))
     return tuple(outputs) if len(outputs) > 1 else coordinates
 
 

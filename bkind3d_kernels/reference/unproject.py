@@ -18,7 +18,8 @@ from . import unavailable
 
 __all__ = ["run", "unavailable"]
 
-SLAB_MAPS = 4  # voxels in a slab, in feature-map areas: each slab's backward writes one gradient of that area
+# Voxels in a slab: several times a feature map's pixels, since each slab's backward writes one gradient of that size.
+SLAB_MAPS, SLAB_MIN = 4, 4096
 CHECKPOINT_ELEMENTS = 2**26  # per-view samples that may be kept for backward: 256 MiB in float32
 
 
@@ -48,7 +49,7 @@ def run(
         view_mask = torch.ones(n, m, dtype=torch.bool, device=features.device)
     # The compiler fuses and recomputes by itself; a Python loop would only be unrolled.
     tracing = torch.compiler.is_compiling()
-    step = voxels if tracing else min(voxels, SLAB_MAPS * max(h * w, 1024))
+    step = voxels if tracing else min(voxels, max(SLAB_MAPS * h * w, SLAB_MIN))
     slab = partial(_slab, shape=shape, aggregation=aggregation, unseen=unseen)
     if not tracing and torch.is_grad_enabled() and n * m * c * voxels > CHECKPOINT_ELEMENTS:
         slab = partial(checkpoint, slab, use_reentrant=False, preserve_rng_state=False)
@@ -101,16 +102,17 @@ def _project(
 def _sample(maps: Tensor, u: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """Bilinear samples (N, M, C, S) of maps (N, M, C, H, W) at pixels u, v (N, M, S), zero padding, 0 where unseen."""
     n, m, c, h, w = maps.shape
+    s = u.shape[-1]
     # align_corners=False: -1 and 1 are the outer borders of the image, so a map of width 1 is no special case.
     grid = torch.stack([(2 * u + 1) / w - 1, (2 * v + 1) / h - 1], dim=-1)  # (N, M, S, 2)
     values = F.grid_sample(
         maps.reshape(n * m, c, h, w),
-        grid.reshape(n * m, -1, 1, 2),
+        grid.reshape(n * m, s, 1, 2),
         mode="bilinear",
         padding_mode="zeros",
         align_corners=False,
     )
-    return values.view(n, m, c, -1).where(seen.unsqueeze(2), 0.0)
+    return values.view(n, m, c, s).where(seen.unsqueeze(2), 0.0)
 
 
 def _aggregate(values: Tensor, seen: Tensor, weights: Tensor | None, aggregation: str, unseen: str) -> Tensor:

@@ -1,0 +1,135 @@
+"""torch.compile, torch.export, autocast and checkpointing, each through the whole chain from features to edge maps."""
+
+import pytest
+import scenes
+import torch
+from measure import gradients
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bkind3d_kernels import EdgeRasterizer, SoftArgmax3d, Unproject, VoxelGrid
+from bkind3d_kernels.geometry import project_points, rescale_projections
+
+SIZE, SHAPE = (6, 7), (4, 5, 3)
+
+
+class Chain(nn.Module):
+    """Features to volume, keypoints, their projections into the first view, and its edge maps."""
+
+    def __init__(self, backend: str, aggregation: str = "softmax", unseen: str = "zero") -> None:
+        super().__init__()
+        self.unproject = Unproject(aggregation=aggregation, unseen=unseen, return_counts=True, backend=backend)
+        self.soft_argmax = SoftArgmax3d(temperature=0.2, return_peak=True, return_covariance=True, backend=backend)
+        self.rasterize = EdgeRasterizer([(4, 5), (8, 10)], [1.0, 1.5], backend=backend)
+
+    def forward(self, features: Tensor, projections: Tensor, grid: VoxelGrid, weights: Tensor) -> tuple[Tensor, ...]:
+        volume, counts = self.unproject(features, projections, grid)
+        coordinates, peak, covariance = self.soft_argmax(volume, grid)
+        pixels, depth = project_points(rescale_projections(projections[:, 0], SIZE, (4, 5)), coordinates)
+        maps = self.rasterize(pixels, weights)
+        return volume, counts, coordinates, peak, covariance, pixels, depth, *maps
+
+
+def inputs(n: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, VoxelGrid, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(n, 3, 4, *SIZE, generator=generator).to(dtype)
+    projections = scenes.projections(n, 3, SIZE, generator).float()
+    grid = scenes.grid(SHAPE, generator).to(dtype=torch.float32)
+    return features, projections, grid, torch.rand(6, generator=generator)
+
+
+def differentiated(model, features: Tensor, projections: Tensor, grid: VoxelGrid, weights: Tensor):
+    return gradients(
+        lambda f, p, a, w: model(f, p, VoxelGrid(a, SHAPE), w), features, projections, grid.affine, weights
+    )
+
+
+def test_compiles_without_a_graph_break(backend: str) -> None:
+    torch._dynamo.reset()
+    model = Chain(backend)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*inputs()), model(*inputs())):
+        torch.testing.assert_close(a, b)
+        assert a.stride() == b.stride()
+    for a, b in zip(differentiated(compiled, *inputs()), differentiated(model, *inputs())):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["softmax", "mean", "sum", "max", "weighted"])
+def test_every_aggregation_compiles(aggregation: str, backend: str) -> None:
+    torch._dynamo.reset()
+    module = Unproject(aggregation=aggregation, unseen="exclude", backend=backend)
+    options = {"view_mask": torch.tensor([[True, True, False]] * 2)}
+    if aggregation == "weighted":
+        options["view_weights"] = torch.rand(2, 3)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs()[:3], **options), module(*inputs()[:3], **options))
+
+
+def test_compiled_model_takes_other_batch_sizes(backend: str) -> None:
+    torch._dynamo.reset()
+    model = Chain(backend)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for n in (2, 5):
+        for a, b in zip(compiled(*inputs(n)), model(*inputs(n))):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_the_grid_as_an_input(strict: bool, backend: str) -> None:
+    model = Chain(backend)
+    program = torch.export.export(model, inputs(), strict=strict)
+    features, projections, grid, weights = inputs()
+    moved = VoxelGrid(grid.affine + 0.05, grid.shape)
+    for a, b in zip(
+        program.module()(features, projections, moved, weights), model(features, projections, moved, weights)
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_leaves_everything_exact(backend: str) -> None:
+    model = Chain(backend)
+    expected = (*model(*inputs()), *differentiated(model, *inputs()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16  # autocast is on
+        got = (*model(*inputs()), *differentiated(model, *inputs()))
+    for a, b in zip(got, expected):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_autocast_leaves_geometry_exact() -> None:
+    _, projections, grid, _ = inputs()
+
+    def geometry() -> list[Tensor]:
+        points = grid.coordinates().view(1, 1, -1, 3)
+        box = VoxelGrid.box(torch.ones(3), (1, 2, 3), (4, 5, 6), torch.linalg.qr(torch.arange(9.0).view(3, 3).sin())[0])
+        return [
+            points,
+            box.affine,
+            grid.voxel_to_pixel(projections),
+            rescale_projections(projections, (6, 7), (12, 9)),
+            *project_points(projections, points),
+        ]
+
+    expected = geometry()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for a, b in zip(geometry(), expected):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_features_keep_geometry_in_float32(dtype: torch.dtype, backend: str) -> None:
+    volume, _, *rest = Chain(backend)(*inputs(dtype=dtype))
+    assert volume.dtype == dtype
+    assert all(t.dtype == torch.float32 for t in rest)
+
+
+def test_non_reentrant_checkpointing(backend: str) -> None:
+    model = Chain(backend)
+
+    def recomputed(*arguments):
+        return checkpoint(model, *arguments, use_reentrant=False)
+
+    for a, b in zip(differentiated(recomputed, *inputs()), differentiated(model, *inputs())):
+        assert torch.equal(a, b)
