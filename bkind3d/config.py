@@ -38,10 +38,13 @@ class ModelConfig:
         keypoints: Number J of keypoints to discover.
         encoder: Appearance encoder Φ: "resnet50" (paper), "resnet18", or "small" (three levels, for CPUs).
         encoder_weights: "none", or the path of a torchvision ResNet state dict (.pth or .safetensors).
+        pyramid_channels: Channels inside the geometry decoder Ψ (paper: 256).
         channels: Channels C of the 2D maps that are lifted into the volume.
         map_stride: Image pixels per pixel of those maps (paper: 256 / 64 = 4).
         voxels: Voxels B along the longest side of the volume.
         volume_channels: Channels of the volume network ρ: its stem, then each level from fine to coarse.
+        volume_stem: Side of the volume network's first kernel, odd (paper: 7).
+        volume_blocks: Residual blocks at full resolution before the hourglass of the volume network (paper: 3).
         norm: Normalisation in all networks but a ResNet: "group", or "batch" as published.
         aggregation: How views are combined in a voxel (paper: "softmax").
         unseen: Whether a view that does not see a voxel takes part with the value 0 ("zero", paper) or not at all.
@@ -62,10 +65,13 @@ class ModelConfig:
     keypoints: int = 15
     encoder: Literal["resnet50", "resnet18", "small"] = "resnet50"
     encoder_weights: str = "none"
+    pyramid_channels: int = 256
     channels: int = 32
     map_stride: int = 4
     voxels: int = 64
     volume_channels: tuple[int, ...] = (16, 32, 64, 128, 128, 128, 128)
+    volume_stem: int = 7
+    volume_blocks: int = 3
     norm: Literal["group", "batch"] = "group"
     aggregation: Literal["softmax", "mean", "sum", "max"] = "softmax"
     unseen: Literal["zero", "exclude"] = "zero"

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import bkind3d_kernels
-from bkind3d.config import Config, load_config, to_dict
+from bkind3d.config import Config, load_config
 from bkind3d.data import FrameCache, Project, Volume, build_cache, load_project, propose_volume
 from bkind3d.errors import InputError
 from bkind3d.models.volumetric import VolumetricModel
+from bkind3d.poses import keypoint_names
 
 OPERATIONS = ("unproject", "soft_argmax3d", "rasterize_edges")
 PACKAGES = ("torch", "numpy", "accelerate", "av", "kornia", "triton")
@@ -48,6 +49,11 @@ class Inputs:
     cache: FrameCache
     projections: Tensor
     grid: bkind3d_kernels.VoxelGrid
+
+    @property
+    def side(self) -> float:
+        """Longest side of the volume, project units."""
+        return max(self.volume.size)
 
     def recordings(self, *splits: str) -> list[str]:
         """Names of the recordings in any of the splits."""
@@ -76,20 +82,30 @@ def build_model(config: Config) -> VolumetricModel:
     return VolumetricModel(config.model, outputs=1 if config.loss.target_channels == "grey" else 3)
 
 
-def create_run(path: Path, *, force: bool) -> None:
-    """Make an empty run folder.
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """Refuse a run folder that something else would be lost in.
 
     Raises:
-        InputError: Something is there already and `force` is not set, or it is not a run; or the place is not writable.
+        InputError: There is a run already and `force` is not set, or something that is not a run.
     """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{path}: exists and is not a run folder; choose another --out")
+    if not force:
+        raise InputError(f"{path}: this run exists; go on with --resume, choose another --out, or give --force")
+
+
+def create_run(path: Path, *, force: bool) -> None:
+    """Make an empty run folder, in place of an earlier run if `force` is set.
+
+    Raises:
+        InputError: As `refuse_existing`, or the place is not writable.
+    """
+    refuse_existing(path, force=force)
     try:
         if path.exists():
-            if not path.is_dir() or (any(path.iterdir()) and not (path / "config.yaml").exists()):
-                raise InputError(f"{path}: exists and is not a run folder; choose another --out")
-            if any(path.iterdir()):
-                if not force:
-                    raise InputError(f"{path}: this run exists; resume it, choose another --out, or give --force")
-                shutil.rmtree(path)
+            shutil.rmtree(path)
         (path / "checkpoints").mkdir(parents=True)
         (path / "samples").mkdir()
         if not os.access(path, os.W_OK):
@@ -193,13 +209,3 @@ def write_skeleton(path: Path, model: VolumetricModel) -> None:
         "all_weights": rows,
     }
     write_json(path / "skeleton.json", content)
-
-
-def keypoint_names(count: int) -> list[str]:
-    """kp00, kp01, ..."""
-    return [f"kp{index:02d}" for index in range(count)]
-
-
-def describe(config: Config) -> dict[str, object]:
-    """Settings as plain data for reports."""
-    return to_dict(config)

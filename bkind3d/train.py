@@ -40,6 +40,7 @@ from bkind3d.run import (
     latest_checkpoint,
     open_inputs,
     open_run,
+    refuse_existing,
     write_environment,
     write_json,
     write_skeleton,
@@ -141,10 +142,9 @@ class Trainer:
         fps = self.inputs.cache.recordings[names[0]].fps
         self.gap = gap_in_frames(config.data.gap, fps)
         self.pairs = PairDataset(self.inputs.cache, names, self.gap)
-        self.seconds_of_gap = self.gap / fps
         self.model = build_model(config)
         set_seed(config.train.seed)
-        self.objective = Objective(config.loss, self.inputs.volume_side)
+        self.objective = Objective(config.loss, self.inputs.side)
         loader: DataLoader[Tensor] = DataLoader(
             self.pairs,
             batch_size=config.train.batch,
@@ -278,11 +278,14 @@ class Trainer:
         skeleton = self.model.skeleton
         sample_sheet(
             self.run / "samples" / f"step_{self.step:06d}.png",
-            images[0].permute(0, 1, 3, 4, 2).cpu().numpy(),
-            pixels.float().cpu().numpy(),
+            images[0, 0].permute(0, 2, 3, 1).cpu().numpy(),
+            pixels[0].float().cpu().numpy(),
             skeleton.pairs[skeleton.active].cpu().numpy(),
             target[0].mean(1).cpu().numpy(),
             found.difference[0].float().mean(1).cpu().numpy(),
+            names=list(self.inputs.cache.cameras.names),
+            confidence=found.confidence[0, 0].float().cpu().numpy(),
+            title=f"step {self.step}",
         )
         self.wrapped.train()
 
@@ -351,6 +354,7 @@ def train(config: Config, run: Path, *, force: bool = False, progress: bool = Tr
     Raises:
         InputError: Settings, project, videos or folder that cannot be used, or not enough memory.
     """
+    refuse_existing(run, force=force)
     config.project = config.project.resolve()
     trainer = Trainer(config, run, progress=progress)
     if trainer.accelerator.is_main_process:

@@ -63,18 +63,20 @@ class VolumeNetwork(nn.Module):
         inputs: Channels C of the aggregated volume.
         outputs: Number J of keypoints.
         channels: Channels of the stem, then of each level of the hourglass, fine to coarse.
+        stem_kernel: Side of the stem's kernel, odd (V2V: 7).
+        blocks: Residual blocks between the stem and the hourglass (V2V: 3).
         norm: "group" or "batch".
     """
 
-    def __init__(self, inputs: int, outputs: int, channels: Sequence[int], norm: str) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, channels: Sequence[int], stem_kernel: int, blocks: int, norm: str
+    ) -> None:
         super().__init__()
         stem, levels = channels[0], list(channels[1:])
         fine = levels[0]
         self.front = nn.Sequential(
-            ConvNorm3d(inputs, stem, 7, norm),
-            Residual3d(stem, fine, norm),
-            Residual3d(fine, fine, norm),
-            Residual3d(fine, fine, norm),
+            ConvNorm3d(inputs, stem, stem_kernel, norm),
+            *(Residual3d(stem if index == 0 else fine, fine, norm) for index in range(blocks)),
         )
         self.pool = nn.MaxPool3d(2, ceil_mode=True)
         pairs = list(zip(levels[:-1], levels[1:], strict=True))

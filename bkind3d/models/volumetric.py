@@ -13,7 +13,7 @@ from bkind3d.models.geometry import GeometryDecoder
 from bkind3d.models.reconstruction import ReconstructionDecoder
 from bkind3d.models.skeleton import Skeleton
 from bkind3d.models.volume import VolumeNetwork
-from bkind3d_kernels import EdgeRasterizer, SoftArgmax3d, Unproject, VoxelGrid
+from bkind3d_kernels import SoftArgmax3d, Unproject, VoxelGrid, rasterize_edges
 from bkind3d_kernels.geometry import project_points, rescale_points, rescale_projections
 
 
@@ -62,9 +62,17 @@ class VolumetricModel(nn.Module):
         self.config = config
         self.encoder = build_encoder(config.encoder, config.encoder_weights, config.norm)
         channels, strides = self.encoder.channels, self.encoder.strides
-        width = min(256, 2 * max(channels) if config.encoder == "small" else 256)
-        self.geometry = GeometryDecoder(channels, strides, config.channels, config.map_stride, width, config.norm)
-        self.volume = VolumeNetwork(config.channels, config.keypoints, config.volume_channels, config.norm)
+        self.geometry = GeometryDecoder(
+            channels, strides, config.channels, config.map_stride, config.pyramid_channels, config.norm
+        )
+        self.volume = VolumeNetwork(
+            config.channels,
+            config.keypoints,
+            config.volume_channels,
+            config.volume_stem,
+            config.volume_blocks,
+            config.norm,
+        )
         self.unproject = Unproject(aggregation=config.aggregation, unseen=config.unseen, backend=config.backend)
         self.soft_argmax = SoftArgmax3d(
             temperature=1.0 / config.logit_gain, return_peak=True, backend=config.backend
@@ -76,10 +84,13 @@ class VolumetricModel(nn.Module):
             config.edge_start_std,
             config.edge_threshold,
         )
-        self.raster = EdgeRasterizer(backend=config.backend)
         self.reconstruction = ReconstructionDecoder(
             channels, strides, config.edge_strides, config.decoder_channels, outputs, config.norm
         )
+        # Channels-last is what `unproject` reads and writes; convolutions are up to twice as fast in it as well.
+        for network in (self.encoder, self.geometry, self.reconstruction):
+            network.to(memory_format=torch.channels_last)
+        self.volume.to(memory_format=torch.channels_last_3d)
 
     def detect(self, images: Tensor, projections: Tensor, grid: VoxelGrid) -> Keypoints:
         """Find the keypoints of each moment.
@@ -90,7 +101,7 @@ class VolumetricModel(nn.Module):
             grid: Where to look.
         """
         n, m, _, height, width = images.shape
-        features = self.encoder(images.flatten(0, 1))
+        features = self.encoder(images.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         maps = self.geometry(features)
         to_maps = rescale_projections(projections, (height, width), maps.shape[-2:])
         volume = self.unproject(
@@ -111,7 +122,8 @@ class VolumetricModel(nn.Module):
         """
         sizes = [(size[0] // stride, size[1] // stride) for stride in self.config.edge_strides]
         scaled = rescale_points(pixels, size, sizes[0])
-        return self.raster(scaled, self.skeleton.weights, sizes, list(self.config.edge_sigmas))
+        sigmas = list(self.config.edge_sigmas)
+        return rasterize_edges(scaled, self.skeleton.weights, sizes, sigmas, backend=self.config.backend)
 
     def forward(self, images: Tensor, projections: Tensor, grid: VoxelGrid) -> Reconstruction:
         """Find the keypoints at both times and reconstruct the difference of the frames from them.

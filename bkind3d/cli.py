@@ -1,0 +1,200 @@
+"""The `bkind3d` command: one verb for each step of the work."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from bkind3d.check import check_project
+from bkind3d.config import Config
+from bkind3d.data import load_project
+from bkind3d.demo import demo
+from bkind3d.errors import InputError
+from bkind3d.evaluate import format_table
+from bkind3d.evaluate_run import evaluate
+from bkind3d.predict import predict
+from bkind3d.report import build_report
+from bkind3d.train import resume, train
+
+INTERRUPTED = 130
+
+
+def run_demo(
+    subject: Literal["animal", "human"] = "animal",
+    out: Path | None = None,
+    seed: int = 0,
+    frames: int = 800,
+    test_frames: int = 300,
+    views: int = 4,
+    steps: int | None = None,
+    source: Path | None = None,
+    force: bool = False,
+) -> None:
+    """From the videos of a simulated animal, or of a filmed man, to 3D keypoints, their evaluation and a report.
+
+    Args:
+        subject: What to look at.
+        out: Run folder; runs/demo or runs/human when left out.
+        seed: Seed of the simulation and of training.
+        frames: Training frames to simulate.
+        test_frames: Test frames to simulate.
+        views: Cameras to simulate, 4 to 8.
+        steps: Training steps; what fits into minutes on two CPU cores when left out.
+        source: Folder of the human clip, where it is on disk; it is downloaded otherwise.
+        force: Replace an earlier run.
+    """
+    demo(
+        subject, out=out, seed=seed, frames=frames, test_frames=test_frames, views=views, steps=steps, source=source,
+        force=force,
+    )  # fmt: skip
+
+
+def run_check(project: Path, gap: str | int = "0.4 s", voxels: int = 64, out: Path | None = None) -> None:
+    """Look at a project before training: files, frame counts, calibration, and what the cameras see of the volume.
+
+    Args:
+        project: Project file (YAML); see docs/rig.md.
+        gap: Distance between the two frames of a training pair, "0.4 s" or a number of frames.
+        voxels: Voxels along the longest side of the volume.
+        out: Folder for a picture per camera with the volume drawn in.
+    """
+    check_project(load_project(project), gap=gap, voxels=voxels, out=out).print()
+
+
+def run_train(config: Namespace) -> None:
+    """Train a run, or go on with one."""
+    settings = Config(**{name: config[name] for name in Config.__dataclass_fields__})
+    finished = (
+        resume(config.out, steps=config.steps)
+        if config.resume
+        else train(settings, config.out, force=config.force)
+    )
+    if finished:
+        print(f"done: {config.out}; next: bkind3d predict {config.out}")
+    else:
+        print(f"stopped and saved; go on with: bkind3d train --resume --out {config.out}")
+        sys.exit(INTERRUPTED)
+
+
+def run_predict(run: Path, recordings: list[str] | None = None, batch: int = 16, force: bool = False) -> None:
+    """Write the 3D keypoints of recordings to RUN/poses/<recording>.nc.
+
+    Args:
+        run: Run folder.
+        recordings: Names of recordings; all of the project when left out.
+        batch: Moments per forward pass; lower it when memory is short.
+        force: Replace poses that exist.
+    """
+    for path in predict(run, recordings=recordings, batch=batch, force=force):
+        print(path)
+
+
+def run_evaluate(
+    run: Path,
+    every: int = 1,
+    bias: bool = False,
+    scale: bool = False,
+    ridge: float | Literal["auto"] = 0.0,
+    blocks: int = 10,
+    force: bool = False,
+) -> None:
+    """Regress annotated joints from the keypoints, beside an untrained network and the mean pose.
+
+    Args:
+        run: Run folder.
+        every: Distance between the frames used.
+        bias: Give the regression a constant term (paper: none).
+        scale: Allow scale in the aligned error (paper: none).
+        ridge: Ridge penalty, or "auto": chosen inside the training frames (paper: none).
+        blocks: Number of blocks where recordings are cross-validated.
+        force: Replace an earlier evaluation.
+    """
+    result = evaluate(run, every=every, bias=bias, scale=scale, ridge=ridge, blocks=blocks, force=force)
+    print(result["protocol"])
+    print(format_table(result))
+    print(run / "evaluation.json")
+
+
+def run_report(run: Path, force: bool = False) -> None:
+    """Write RUN/report.html: one file with figures, clips and a 3D scene that opens offline.
+
+    Args:
+        run: Run folder.
+        force: Replace an earlier report.
+    """
+    print(build_report(run, force=force))
+
+
+VERBS: dict[str, tuple[Callable[..., None], str]] = {
+    "demo": (run_demo, "the whole way on a simulated animal or a filmed man"),
+    "check": (run_check, "look at a project before training"),
+    "predict": (run_predict, "3D keypoints of every frame"),
+    "evaluate": (run_evaluate, "regress annotated joints from the keypoints"),
+    "report": (run_report, "one offline HTML page about a run"),
+}
+# Switches, given by their name alone.
+FLAGS = {
+    "force": "replace what an earlier call wrote",
+    "bias": "give the regression a constant term (paper: none)",
+    "scale": "allow scale in the aligned error (paper: none)",
+    "resume": "go on with the run in --out, with the settings it has",
+}
+
+
+def add_flags(parser: ArgumentParser, names: Iterable[str]) -> None:
+    """Add switches that take no value."""
+    for name in names:
+        parser.add_argument(f"--{name}", action="store_true", help=FLAGS[name])
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the whole command line."""
+    parser = ArgumentParser(prog="bkind3d", description="Self-supervised 3D keypoints from calibrated multi-view video.")
+    verbs = parser.add_subcommands(required=True, dest="verb")
+    for name, (function, summary) in VERBS.items():
+        flags = [parameter for parameter in inspect.signature(function).parameters if parameter in FLAGS]
+        verb = ArgumentParser(description=(function.__doc__ or summary).splitlines()[0])
+        verb.add_function_arguments(function, as_positional=True, skip=set(flags))
+        add_flags(verb, flags)
+        verbs.add_subcommand(name, verb, help=summary)
+    verbs.add_subcommand("train", train_parser(), help="train a run, or go on with one")
+    return parser
+
+
+def train_parser() -> ArgumentParser:
+    """The parser of `bkind3d train`: every setting, from a YAML file, the command line, or both."""
+    parser = ArgumentParser(description="Train a run, or go on with one.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_argument("--out", type=Path, required=True, help="run folder")
+    add_flags(parser, ("force", "resume"))
+    parser.add_argument("--steps", type=int | None, default=None, help="with --resume: new number of steps")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line and exit code 2."""
+    parser = build_parser()
+    namespace = parser.parse_args(arguments)
+    try:
+        verb = namespace.verb
+        settings = parser.instantiate_classes(namespace)[verb]
+        if verb == "train":
+            run_train(settings)
+        else:
+            VERBS[verb][0](**vars(settings))
+    except InputError as error:
+        print(f"bkind3d: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("bkind3d: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Evaluation of a run against a project's annotated joints, which training never sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from bkind3d.data import Recording, load_truth
+from bkind3d.errors import InputError
+from bkind3d.evaluate import ProbeOptions, compare, compare_blocked
+from bkind3d.models.volumetric import VolumetricModel
+from bkind3d.predict import predict_recording
+from bkind3d.run import Inputs, build_model, load_model, open_inputs, open_run, write_json
+
+TRAINED, UNTRAINED = "BKinD-3D", "untrained network"
+
+
+def evaluate(
+    run: Path,
+    *,
+    every: int = 1,
+    bias: bool = False,
+    scale: bool = False,
+    ridge: float | Literal["auto"] = 0.0,
+    blocks: int = 10,
+    batch: int = 16,
+    force: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Regress the annotated joints linearly from the keypoints and write `evaluation.json` (paper, Section 4.1.3).
+
+    With test recordings the probe is fitted on the training recordings and scored on them; a project that has only
+    recordings of split "both" is cross-validated over blocks of consecutive frames. Beside the trained network stand
+    the same network untrained and the mean pose.
+
+    Args:
+        run: Run folder of `bkind3d train`.
+        every: Distance between the frames used (paper: 240 for Rat7M).
+        bias: Give the regression a constant term (paper: none).
+        scale: Allow scale in the aligned error (paper: none).
+        ridge: Ridge penalty, relative to the mean squared norm of the features, or "auto": chosen inside the training
+            frames (paper: none).
+        blocks: Number of blocks where recordings are cross-validated.
+        batch: Moments per forward pass.
+        force: Replace an earlier evaluation.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        InputError: No such run or checkpoint, no annotated joints, or an evaluation that exists already.
+    """
+    path = run / "evaluation.json"
+    config = open_run(run)
+    if path.exists() and not force:
+        raise InputError(f"{path}: exists; give --force to replace it")
+    if every < 1:
+        raise InputError(f"every: expected 1 or more, got {every}")
+    options = ProbeOptions(bias=bias, scale=scale, ridge=ridge)
+    inputs = open_inputs(config, progress=progress)
+    model, step = load_model(run, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    networks = {TRAINED: model.to(device), UNTRAINED: build_model(config).to(device)}
+    annotated = [recording for recording in inputs.project.recordings if recording.truth is not None]
+    train = [recording for recording in annotated if recording.split == "train"]
+    test = [recording for recording in annotated if recording.split == "test"]
+    both = [recording for recording in annotated if recording.split == "both"]
+
+    def keypoints(recordings: list[Recording]) -> dict[str, np.ndarray]:
+        return {
+            name: np.concatenate(
+                [_positions(network, inputs, r.name, every, batch, progress) for r in recordings]
+            )
+            for name, network in networks.items()
+        }
+
+    if train and test:
+        joints, names = _joints(inputs, train, every)
+        test_joints, _ = _joints(inputs, test, every)
+        on_train, on_test = keypoints(train), keypoints(test)
+        predictions = {name: (on_train[name], on_test[name]) for name in networks}
+        result = compare(
+            predictions, joints, test_joints, options, units=inputs.project.units, joint_names=names
+        )
+    elif both:
+        joints, names = _joints(inputs, both, every)
+        result = compare_blocked(
+            keypoints(both), joints, blocks, options, units=inputs.project.units, joint_names=names
+        )
+    else:
+        raise InputError(
+            f"{config.project}: nothing to evaluate; `truth` is needed in recordings of split train and test, or both"
+        )
+    result |= {"step": step, "every": every, "seed": config.train.seed}
+    write_json(path, result)
+    return result
+
+
+def _positions(
+    network: VolumetricModel, inputs: Inputs, name: str, every: int, batch: int, progress: bool
+) -> np.ndarray:
+    return predict_recording(network, inputs, name, every=every, batch=batch, progress=progress).positions
+
+
+def _joints(inputs: Inputs, recordings: list[Recording], every: int) -> tuple[np.ndarray, list[str]]:
+    """Annotated joints (F, K, 3) of the recordings, one after another, and their names."""
+    truths = [load_truth(recording, inputs.project) for recording in recordings]
+    for recording, truth in zip(recordings, truths, strict=True):
+        frames = len(inputs.cache.recordings[recording.name].frames)
+        if len(truth.points3d) != frames:
+            raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {frames}")
+        if list(truth.names) != list(truths[0].names):
+            raise InputError(f"{recording.truth}: joints differ from those of {recordings[0].truth}")
+    return np.concatenate([truth.points3d[::every] for truth in truths]), list(truths[0].names)

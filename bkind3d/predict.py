@@ -1,0 +1,95 @@
+"""3D keypoints of every frame, from a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bkind3d.errors import InputError
+from bkind3d.models.volumetric import VolumetricModel
+from bkind3d.poses import Poses
+from bkind3d.run import Inputs, load_model, open_inputs, open_run
+
+
+@torch.inference_mode()
+def predict_recording(
+    model: VolumetricModel,
+    inputs: Inputs,
+    name: str,
+    *,
+    every: int = 1,
+    batch: int = 16,
+    progress: bool = True,
+) -> Poses:
+    """Find the keypoints in every `every`-th frame of a recording.
+
+    Args:
+        model: Trained or untrained networks, on any device; put into evaluation mode.
+        inputs: The run's project, frames and cameras.
+        name: Name of the recording.
+        every: Distance between frames.
+        batch: Moments per forward pass.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Keypoints in project units; `frames` tells which frame each row belongs to.
+    """
+    device = next(model.parameters()).device
+    recording = inputs.cache.recordings[name]
+    frames = np.arange(0, len(recording.frames), every)
+    projections, grid = inputs.projections.to(device), inputs.grid.to(device)
+    positions, confidence = [], []
+    model.eval()
+    for start in tqdm(range(0, len(frames), batch), desc=f"predict {name}", unit="batch", disable=not progress):
+        images = torch.from_numpy(recording.frames[frames[start : start + batch]])  # (n, M, H, W, 3)
+        found = model.detect(images.permute(0, 1, 4, 2, 3).to(device).float() / 255.0, projections, grid)
+        positions.append(found.positions.float().cpu().numpy())
+        confidence.append(found.confidence.float().cpu().numpy())
+    return Poses(
+        positions=np.concatenate(positions),
+        confidence=np.concatenate(confidence),
+        fps=recording.fps,
+        units=inputs.project.units,
+        recording=name,
+        frames=frames,
+    )
+
+
+def predict(
+    run: Path, *, recordings: list[str] | None = None, batch: int = 16, force: bool = False, progress: bool = True
+) -> list[Path]:
+    """Write the keypoints of recordings to `poses/<recording>.nc` in the run folder.
+
+    Args:
+        run: Run folder of `bkind3d train`.
+        recordings: Names of recordings; all of the project when left out.
+        batch: Moments per forward pass; lower it when memory is short.
+        force: Replace poses that exist.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: No such run, recording or checkpoint, or poses that exist already.
+    """
+    config = open_run(run)
+    inputs = open_inputs(config, progress=progress)
+    known = [recording.name for recording in inputs.project.recordings]
+    names = recordings or known
+    for name in names:
+        if name not in known:
+            raise InputError(f'recordings: "{name}" is not in {config.project}; it has {", ".join(known)}')
+    paths = [run / "poses" / f"{name}.nc" for name in names]
+    for path in paths:
+        if path.exists() and not force:
+            raise InputError(f"{path}: exists; give --force to replace it")
+    model, _ = load_model(run, config)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    for name, path in zip(names, paths, strict=True):
+        path.parent.mkdir(exist_ok=True)
+        predict_recording(model, inputs, name, batch=batch, progress=progress).save(path)
+    return paths
