@@ -17,6 +17,7 @@ Triple = tuple[float, float, float]
 
 _PARALLEL = 1e-3  # smallest eigenvalue below which the optical axes leave their meeting point open
 _COMMON_SHARE = 0.9  # of the proposed box is seen by every camera: its corners may stick out
+_SLENDERNESS = (0.5, 0.75, 1.0, 1.5)  # height of a proposed box over its base
 _LEAST_SHARE = 0.05  # of the volume must be seen by two cameras, or nothing can be triangulated
 _SAMPLES = 16  # along the longest side, for proposals and checks
 
@@ -101,10 +102,10 @@ def require_visible(cameras: Cameras, volume: Volume) -> None:
 
 
 def propose_volume(cameras: Cameras, up: Triple = (0.0, 0.0, 1.0)) -> Volume:
-    """A box around the point nearest to all optical axes, grown while 90 % of it is seen by every camera.
+    """The largest box around the point nearest to all optical axes of which every camera sees 90 %.
 
-    A cube is grown first, then its side along ``up``'s nearest axis alone. Where the axes' meeting point itself is not
-    seen by every camera, two seeing cameras count instead of all.
+    Its base is square, its height (along the world axis nearest to ``up``) between half and one and a half times the base. Where the
+    axes' meeting point itself is not seen by every camera, two seeing cameras count instead of all.
 
     Args:
         cameras: at least two, their optical axes not parallel.
@@ -115,24 +116,24 @@ def propose_volume(cameras: Cameras, up: Triple = (0.0, 0.0, 1.0)) -> Volume:
     """
     center = _meeting_point(cameras)
     needed = len(cameras) if cameras.in_view(center).all() else 2
-    vertical = int(torch.tensor(up).abs().argmax())
-
-    def seen(half_sides: Tensor) -> bool:
-        unit = torch.linspace(-1, 1, _SAMPLES, dtype=torch.float64)
-        points = center + half_sides * torch.stack(torch.meshgrid(unit, unit, unit, indexing="ij"), dim=-1)
-        return (cameras.in_view(points).sum(0) >= needed).double().mean().item() >= _COMMON_SHARE
-
     reach = (cameras.centers - center).norm(dim=-1).max().item()
-    ones = torch.ones(3, dtype=torch.float64)
-    half = ones * _largest(lambda side: seen(ones * side), 0.0, reach)
-    if half.min() <= 1e-6 * reach:
+    unit = torch.linspace(-0.5, 0.5, _SAMPLES, dtype=torch.float64)
+    cube = torch.stack(torch.meshgrid(unit, unit, unit, indexing="ij"), dim=-1)
+
+    def is_seen(size: Tensor) -> bool:
+        seen = cameras.in_view(center + size * cube).sum(0) >= needed
+        return seen.double().mean().item() >= _COMMON_SHARE
+
+    sizes = []
+    for slenderness in _SLENDERNESS:
+        proportions = torch.ones(3, dtype=torch.float64)
+        proportions[int(torch.tensor(up).abs().argmax())] = slenderness
+        sizes.append(_largest(proportions, is_seen, 2 * reach))
+    size = max(sizes, key=lambda size: size.prod().item())
+    if size.min() <= 1e-3 * reach:
         raise InputError("volume: the cameras have no common view to propose a box from; give center and size")
-    stretched = half.clone()
-    stretched[vertical] = _largest(
-        lambda side: seen(half.index_fill(0, torch.tensor(vertical), side)), half[vertical].item(), reach
-    )
-    digits = 2 - math.floor(math.log10(2 * stretched.max().item()))  # a thousandth of the box or finer
-    return Volume(_rounded(center, digits), _rounded(2 * stretched, digits))
+    digits = 2 - math.floor(math.log10(size.max().item()))  # a hundredth of the box or finer
+    return Volume(_rounded(center, digits), _rounded(size, digits))
 
 
 def _meeting_point(cameras: Cameras) -> Tensor:
@@ -148,12 +149,13 @@ def _meeting_point(cameras: Cameras) -> Tensor:
     return point
 
 
-def _largest(accepts: Callable[[float], bool], low: float, high: float, steps: int = 12) -> float:
-    """The largest accepted value between low (accepted) and high, by bisection."""
+def _largest(proportions: Tensor, accepts: Callable[[Tensor], bool], limit: float, steps: int = 12) -> Tensor:
+    """The largest accepted multiple of the proportions (3,), its factor below the limit, by bisection."""
+    low, high = 0.0, limit
     for _ in range(steps):
         middle = (low + high) / 2
-        low, high = (middle, high) if accepts(middle) else (low, middle)
-    return low
+        low, high = (middle, high) if accepts(middle * proportions) else (low, middle)
+    return low * proportions
 
 
 def _rounded(values: Tensor, digits: int) -> Triple:
