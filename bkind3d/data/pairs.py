@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bkind3d.data.cache import FrameCache
+from bkind3d.data.cache import CachedRecording, FrameCache
 from bkind3d.errors import InputError
 
 
@@ -52,6 +52,13 @@ def _parse_gap(gap: str | int, fps: float) -> int:
     return int(value)
 
 
+def _require_pairs(recording: CachedRecording, gap_frames: int) -> None:
+    try:
+        gap_in_frames(gap_frames, recording.fps, len(recording))
+    except InputError as error:
+        raise InputError(f"recording {recording.name!r}: {error}") from None
+
+
 class PairDataset(Dataset[Tensor]):
     """Pairs of frames t and t + gap of all cameras, from a cache; no pair reaches over a recording's end.
 
@@ -74,7 +81,7 @@ class PairDataset(Dataset[Tensor]):
         self.gap_frames = gap_frames
         first = self.recordings[0]
         for recording in self.recordings:
-            gap_in_frames(gap_frames, recording.fps, len(recording))
+            _require_pairs(recording, gap_frames)
             if abs(recording.fps / first.fps - 1) > 0.01:
                 raise InputError(
                     f"recordings {first.name!r} and {recording.name!r} run at {first.fps:.6g} and {recording.fps:.6g} "

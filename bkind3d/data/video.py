@@ -158,7 +158,7 @@ def _common_frames(recording: Recording, videos: dict[str, VideoInfo]) -> int:
 
 def _video_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
-        raise InputError(f"{path}: holds no video stream")
+        raise InputError(f"{path}: holds no video stream; if it should, it is truncated: copy it again")
     return container.streams.video[0]
 
 

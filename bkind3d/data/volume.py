@@ -104,8 +104,8 @@ def require_visible(cameras: Cameras, volume: Volume) -> None:
 def propose_volume(cameras: Cameras, up: Triple = (0.0, 0.0, 1.0)) -> Volume:
     """The largest box around the point nearest to all optical axes of which every camera sees 90 %.
 
-    Its base is square, its height (along the world axis nearest to ``up``) between half and one and a half times the base. Where the
-    axes' meeting point itself is not seen by every camera, two seeing cameras count instead of all.
+    Its base is square, its height (along the world axis nearest to ``up``) 0.5 to 1.5 times the base. Where the axes'
+    meeting point itself is not seen by every camera, two seeing cameras count instead of all.
 
     Args:
         cameras: at least two, their optical axes not parallel.

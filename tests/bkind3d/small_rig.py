@@ -50,7 +50,9 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 30, stamps: list[int]
     """Write frames (T, H, W, 3): H.264 for .mp4, lossless RGB for .mkv. ``stamps``: time of each frame in 1/fps s."""
     lossless = path.suffix == ".mkv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options={} if lossless else {"movflags": "faststart"}) as container:
+    with av.open(
+        str(path), "w", options={"fflags": "+bitexact"} | ({} if lossless else {"movflags": "faststart"})
+    ) as container:
         stream = container.add_stream("ffv1" if lossless else "libx264", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "bgr0" if lossless else "yuv420p"
