@@ -70,9 +70,7 @@ def run_train(config: Namespace) -> None:
     """Train a run, or go on with one."""
     settings = Config(**{name: config[name] for name in Config.__dataclass_fields__})
     finished = (
-        resume(config.out, steps=config.steps)
-        if config.resume
-        else train(settings, config.out, force=config.force)
+        resume(config.out, steps=config.steps) if config.resume else train(settings, config.out, force=config.force)
     )
     if finished:
         print(f"done: {config.out}; next: bkind3d predict {config.out}")
@@ -154,7 +152,7 @@ def add_flags(parser: ArgumentParser, names: Iterable[str]) -> None:
 
 def build_parser() -> ArgumentParser:
     """The parser of the whole command line."""
-    parser = ArgumentParser(prog="bkind3d", description="Self-supervised 3D keypoints from calibrated multi-view video.")
+    parser = ArgumentParser(prog="bkind3d", description="3D keypoints from calibrated multi-view video.")
     verbs = parser.add_subcommands(required=True, dest="verb")
     for name, (function, summary) in VERBS.items():
         flags = [parameter for parameter in inspect.signature(function).parameters if parameter in FLAGS]

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import math
+import pickle
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
@@ -32,7 +34,6 @@ from bkind3d.losses import Objective, difference_target
 from bkind3d.models.volumetric import Reconstruction, VolumetricModel
 from bkind3d.report.pictures import sample_sheet
 from bkind3d.run import (
-    Inputs,
     build_model,
     checkpoints,
     corrupt,
@@ -96,6 +97,7 @@ class Interrupt:
         self.pressed = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGINT."""
         if self.pressed:
             raise KeyboardInterrupt
         self.pressed = True
@@ -263,7 +265,7 @@ class Trainer:
         positions = torch.cat([pair[0] for pair in self.recent]).float().cpu().numpy()
         confidence = torch.cat([pair[1] for pair in self.recent]).float().cpu().numpy()
         volume = self.inputs.volume
-        health = keypoint_health(positions, confidence, volume.center, volume.size)
+        health = keypoint_health(positions, confidence, np.array(volume.center), np.array(volume.size))
         with (self.run / "health.jsonl").open("a") as file:
             file.write(json.dumps({"step": self.step, **health.to_dict()}) + "\n")
         bar.write(f"step {self.step}: {health.summary()}")
@@ -308,7 +310,7 @@ class Trainer:
             write_skeleton(self.run, self.model)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(f"{final}: checkpoint not written ({error.strerror}); earlier ones are untouched") from error
+            raise InputError(f"{final}: not written ({error.strerror}); earlier checkpoints are untouched") from error
 
     def restore(self) -> None:
         """Go back to the newest checkpoint, and cut the logs to its step.
@@ -320,7 +322,7 @@ class Trainer:
         try:
             self.accelerator.load_state(str(folder))
             state = json.loads((folder / "trainer.json").read_text())
-        except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
             raise InputError(corrupt(folder / "model.safetensors", error)) from error
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         if self.accelerator.is_main_process:
@@ -394,5 +396,5 @@ def _guarded(trainer: Trainer) -> bool:
         return trainer.train()
     except torch.OutOfMemoryError as error:
         raise InputError(
-            "out of memory: lower train.batch, model.voxels or data.height and data.width, or set train.precision to bf16"
+            "out of memory: lower train.batch, model.voxels, data.height and data.width, or set train.precision to bf16"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,6 +32,15 @@ class ConvNorm2d(nn.Sequential):
             norm2d(norm, outputs),
             nn.ReLU(inplace=True),
         )
+
+
+def channels_last(module: nn.Module) -> None:
+    """Store all convolutions of a module channels-last; their inputs and outputs then follow."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        elif parameter.ndim == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def upsample_to(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The reconstruction decoder ψ (paper, Section 3.1.3): appearance at t and two edge maps to the difference of frames."""
+"""The reconstruction decoder ψ (paper, Section 3.1.3): appearance and edge maps to the difference of frames."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ReconstructionDecoder(nn.Module):
         for level, block, edge in zip(self.levels, self.blocks, edges, strict=True):
             parts = [features[level], edge]
             if x is not None:
-                parts.append(upsample_to(x, edge.shape[-2:]))
+                parts.append(upsample_to(x, (edge.shape[-2], edge.shape[-1])))
             x = block(torch.cat(parts, dim=1))
         assert x is not None
         return upsample_to(self.head(x), size)

@@ -77,7 +77,7 @@ class VggFeatures(nn.Module):
         wanted = self.state_dict()
         for key, value in wanted.items():
             if key not in state or state[key].shape != value.shape:
-                raise InputError(f'{path}: not the weights of torchvision\'s {network}: "{key}" is missing or misshapen')
+                raise InputError(f'{path}: not torchvision\'s {network}: "{key}" is missing or misshapen')
         self.load_state_dict({key: state[key] for key in wanted})
 
     def _load_hed(self, path: Path, network: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -27,9 +28,7 @@ class Residual3d(nn.Module):
             ConvNorm3d(inputs, outputs, 3, norm), nn.Conv3d(outputs, outputs, 3, padding=1), norm3d(norm, outputs)
         )
         self.skip = (
-            nn.Identity()
-            if inputs == outputs
-            else nn.Sequential(nn.Conv3d(inputs, outputs, 1), norm3d(norm, outputs))
+            nn.Identity() if inputs == outputs else nn.Sequential(nn.Conv3d(inputs, outputs, 1), norm3d(norm, outputs))
         )
         self.relu = nn.ReLU(inplace=True)
 
@@ -79,7 +78,7 @@ class VolumeNetwork(nn.Module):
             *(Residual3d(stem if index == 0 else fine, fine, norm) for index in range(blocks)),
         )
         self.pool = nn.MaxPool3d(2, ceil_mode=True)
-        pairs = list(zip(levels[:-1], levels[1:], strict=True))
+        pairs = list(pairwise(levels))
         self.skips = nn.ModuleList(Residual3d(above, above, norm) for above, _ in pairs)
         self.down = nn.ModuleList(Residual3d(above, below, norm) for above, below in pairs)
         self.middle = Residual3d(levels[-1], levels[-1], norm)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bkind3d.config import ModelConfig
 from bkind3d.models.encoder import build_encoder
 from bkind3d.models.geometry import GeometryDecoder
+from bkind3d.models.layers import channels_last
 from bkind3d.models.reconstruction import ReconstructionDecoder
 from bkind3d.models.skeleton import Skeleton
 from bkind3d.models.volume import VolumeNetwork
@@ -74,9 +75,7 @@ class VolumetricModel(nn.Module):
             config.norm,
         )
         self.unproject = Unproject(aggregation=config.aggregation, unseen=config.unseen, backend=config.backend)
-        self.soft_argmax = SoftArgmax3d(
-            temperature=1.0 / config.logit_gain, return_peak=True, backend=config.backend
-        )
+        self.soft_argmax = SoftArgmax3d(temperature=1.0 / config.logit_gain, return_peak=True, backend=config.backend)
         self.skeleton = Skeleton(
             config.keypoints,
             config.edge_activation,
@@ -88,9 +87,7 @@ class VolumetricModel(nn.Module):
             channels, strides, config.edge_strides, config.decoder_channels, outputs, config.norm
         )
         # Channels-last is what `unproject` reads and writes; convolutions are up to twice as fast in it as well.
-        for network in (self.encoder, self.geometry, self.reconstruction):
-            network.to(memory_format=torch.channels_last)
-        self.volume.to(memory_format=torch.channels_last_3d)
+        channels_last(self)
 
     def detect(self, images: Tensor, projections: Tensor, grid: VoxelGrid) -> Keypoints:
         """Find the keypoints of each moment.
@@ -104,9 +101,7 @@ class VolumetricModel(nn.Module):
         features = self.encoder(images.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         maps = self.geometry(features)
         to_maps = rescale_projections(projections, (height, width), maps.shape[-2:])
-        volume = self.unproject(
-            maps.unflatten(0, (n, m)), to_maps.expand(n, -1, -1, -1), grid
-        )
+        volume = self.unproject(maps.unflatten(0, (n, m)), to_maps.expand(n, -1, -1, -1), grid)
         positions, confidence = self.soft_argmax(self.volume(volume), grid)
         return Keypoints(positions, confidence, features)
 

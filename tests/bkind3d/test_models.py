@@ -221,7 +221,7 @@ def test_vgg_from_torchvision_file(tmp_path) -> None:
     save_file(source.state_dict() | {"classifier.0.weight": torch.zeros(2, 2)}, tmp_path / "vgg16.safetensors")
     loaded = VggFeatures("vgg16", str(tmp_path / "vgg16.safetensors"), 3)
     torch.testing.assert_close(loaded.state_dict(), source.state_dict())
-    with pytest.raises(InputError, match=r'"features\.10\.weight" is missing'):
+    with pytest.raises(InputError, match=r'"features\.14\.weight" is missing'):
         VggFeatures("vgg16", str(tmp_path / "vgg16.safetensors"), 4)
 
 

@@ -1,0 +1,348 @@
+"""Training: exact resumption, interruption, logs, and what it refuses."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, load_config, save_config
+from bkind3d.errors import InputError
+from bkind3d.evaluate_run import TRAINED, UNTRAINED, evaluate
+from bkind3d.poses import Poses
+from bkind3d.predict import predict
+from bkind3d.run import build_model, checkpoints, load_model
+from bkind3d.train import EpochSampler, Trainer, build_optimizer, learning_rate_factor, resume, train
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def config(rig: Path, tmp_path: Path) -> MakeConfig:
+    """Settings small enough for tests; keyword arguments change those of training."""
+
+    def make(**changes: object) -> Config:
+        return Config(
+            project=rig,
+            cache=rig.parent / "cache",
+            data=DataConfig(height=32, width=32, gap=4),
+            model=ModelConfig(
+                keypoints=4, encoder="small", pyramid_channels=8, channels=4, voxels=8, volume_channels=(4, 4, 8),
+                volume_stem=3, volume_blocks=1, edge_strides=(8, 4), edge_sigmas=(1.0, 1.5), decoder_channels=(8, 8),
+            ),
+            loss=LossConfig(target_channels="grey", network="none", pixel_scales=2, regularise_after=1.0),
+            train=TrainConfig(
+                **{"steps": 7, "batch": 3, "log_every": 1, "sample_every": 4, "save_every": 3, "warmup": 2} | changes  # type: ignore[arg-type]
+            ),
+        )  # fmt: skip
+
+    return make
+
+
+def states(run: Path) -> dict[str, torch.Tensor]:
+    """Everything that the newest checkpoint holds, by name."""
+    folder = checkpoints(run)[-1][1]
+    flat: dict[str, torch.Tensor] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            flat[prefix] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}", item)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                walk(f"{prefix}.{index}", item)
+        elif isinstance(value, int | float):
+            flat[prefix] = torch.tensor(value)
+
+    model, _ = load_model(run, load_config(run / "config.yaml"))
+    walk("model", model.state_dict())
+    for file in ("optimizer.bin", "custom_checkpoint_0.pkl"):
+        walk(file, torch.load(folder / file, weights_only=False))
+    return flat
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """metrics.csv without its clock."""
+    with (run / "metrics.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_resumed_run_equals_an_unbroken_one_bit_for_bit(config: MakeConfig, tmp_path: Path) -> None:
+    """Stopped inside the second epoch and again later; with regularisers, averages and curriculum in the state."""
+    assert train(config(), tmp_path / "whole", progress=False)
+    broken = tmp_path / "broken"
+
+    settings = config()
+    settings.train.steps = 7
+    interrupted = Trainer(settings, broken, progress=False)
+    (broken / "checkpoints").mkdir(parents=True)
+    (broken / "samples").mkdir()
+    save_config(settings, broken / "config.yaml")
+    after_step = interrupted._after_step
+
+    def press(*arguments: object) -> None:
+        after_step(*arguments)  # type: ignore[arg-type]
+        if interrupted.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    interrupted._after_step = press  # type: ignore[method-assign]
+    assert interrupted.train() is False
+    assert [step for step, _ in checkpoints(broken)] == [3, 5]
+    torch.manual_seed(12345)  # whatever happened in between
+    assert resume(broken, progress=False) is True
+
+    expected, got = states(tmp_path / "whole"), states(broken)
+    assert expected.keys() == got.keys()
+    assert len(expected) > 100
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+    assert rows(tmp_path / "whole") == rows(broken)
+
+
+def test_resume_after_a_crash_rewrites_the_log(config: MakeConfig, tmp_path: Path) -> None:
+    """A run that died after its last checkpoint has rows that belong to no saved state."""
+    run = tmp_path / "run"
+    train(config(), run, progress=False)
+    expected = rows(run)
+    shutil.rmtree(checkpoints(run)[-1][1])
+    assert [step for step, _ in checkpoints(run)] == [3, 6]
+    resume(run, progress=False)
+    assert rows(run) == expected
+    assert [json.loads(line)["step"] for line in (run / "health.jsonl").read_text().splitlines()] == [4, 7]
+
+
+def test_resume_for_longer(config: MakeConfig, tmp_path: Path) -> None:
+    train(config(steps=2), tmp_path / "run", progress=False)
+    assert resume(tmp_path / "run", steps=4, progress=False)
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "2", "3", "4"]
+    assert load_config(tmp_path / "run" / "config.yaml").train.steps == 4
+
+
+def test_run_folder(config: MakeConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(steps=4, keep=1), run, progress=False)
+    assert [step for step, _ in checkpoints(run)] == [4]
+    assert (run / "samples" / "step_000004.png").is_file()
+    assert load_config(run / "config.yaml") == config(steps=4, keep=1)
+    environment = json.loads((run / "env.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["backends"]["unproject"]
+    skeleton = json.loads((run / "skeleton.json").read_text())
+    assert skeleton["keypoints"] == ["kp00", "kp01", "kp02", "kp03"]
+    assert len(skeleton["all_weights"]) == 6
+    assert skeleton["edges"] == [row for row in skeleton["all_weights"] if row[2] > skeleton["threshold"]]
+    assert not list(run.rglob("*.partial"))
+
+
+def test_loss_falls(config: MakeConfig, tmp_path: Path) -> None:
+    train(config(steps=40, sample_every=1000, save_every=1000), tmp_path / "run", progress=False)
+    loss = np.array([float(row["reconstruction"]) for row in rows(tmp_path / "run")])
+    assert loss[-10:].mean() < 0.8 * loss[:3].mean()
+
+
+def test_predict_and_evaluate(config: MakeConfig, tmp_path: Path, rig: Path) -> None:
+    run = tmp_path / "run"
+    train(config(steps=2), run, progress=False)
+    paths = predict(run, progress=False)
+    assert [path.name for path in paths] == ["train.nc", "test.nc"]
+    poses = Poses.load(paths[1])
+    truth = np.load(rig.parent / "test" / "truth.npz")["points3d"]
+    assert poses.positions.shape == (len(truth), 4, 3)
+    assert poses.units == "m"
+    assert (np.abs(poses.positions - [0, 0, 0.3]) <= np.array([0.6, 0.6, 0.3]) + 1e-5).all()
+    result = evaluate(run, every=2, progress=False)
+    assert [row["name"] for row in result["rows"]] == [TRAINED, UNTRAINED, "mean pose"]
+    assert json.loads((run / "evaluation.json").read_text()) == result
+    for again in (lambda: predict(run, progress=False), lambda: evaluate(run, progress=False)):
+        with pytest.raises(InputError, match="--force"):
+            again()
+    with pytest.raises(InputError, match='"nowhere" is not in'):
+        predict(run, recordings=["nowhere"], progress=False)
+
+
+def test_prediction_does_not_depend_on_the_batch(config: MakeConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(steps=1), run, progress=False)
+    whole = Poses.load(predict(run, recordings=["test"], progress=False)[0])
+    single = Poses.load(predict(run, recordings=["test"], batch=1, force=True, progress=False)[0])
+    np.testing.assert_allclose(single.positions, whole.positions, atol=1e-5)
+
+
+def test_untrained_network_is_the_one_that_training_starts_from(config: MakeConfig, tmp_path: Path) -> None:
+    settings = config(steps=0)
+    trainer = Trainer(settings, tmp_path, progress=False)
+    for name, value in build_model(settings).state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
+def test_no_label_is_read_in_training(config: MakeConfig, tmp_path: Path, rig: Path) -> None:
+    """The project trains the same with the truth files gone from it."""
+    content = yaml.safe_load(rig.read_text())
+    for recording in content["recordings"]:
+        del recording["truth"]
+    blind = rig.with_name("blind.yaml")
+    blind.write_text(yaml.safe_dump(content))
+    settings = config(steps=3)
+    train(settings, tmp_path / "seeing", progress=False)
+    settings.project = blind
+    train(settings, tmp_path / "blind", progress=False)
+    expected, got = states(tmp_path / "seeing"), states(tmp_path / "blind")
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        evaluate(tmp_path / "blind", progress=False)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_existing_run_is_kept_without_force(config: MakeConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(steps=1), run, progress=False)
+    before = (run / "metrics.csv").read_bytes()
+    with pytest.raises(InputError, match="--force"):
+        train(config(steps=2), run, progress=False)
+    broken = config(steps=2)
+    broken.project = tmp_path / "nowhere.yaml"
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        train(broken, run, force=True, progress=False)
+    assert (run / "metrics.csv").read_bytes() == before
+    train(config(steps=2), run, force=True, progress=False)
+    assert len(rows(run)) == 2
+
+
+def test_foreign_folder_is_never_replaced(config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="not a run folder"):
+        train(config(), tmp_path, force=True, progress=False)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "foreign"])
+def test_corrupt_checkpoint(config: MakeConfig, tmp_path: Path, damage: str) -> None:
+    run = tmp_path / "run"
+    train(config(steps=3), run, progress=False)
+    file = checkpoints(run)[-1][1] / "model.safetensors"
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif damage == "garbage":
+        file.write_bytes(b"garbage")
+    else:
+        settings = load_config(run / "config.yaml")
+        settings.model.keypoints = 5
+        save_config(settings, run / "config.yaml")
+    for use in (lambda: predict(run, progress=False), lambda: resume(run, steps=9, progress=False)):
+        with pytest.raises(InputError, match=r"model\.safetensors: corrupt or foreign checkpoint") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_corrupt_optimizer_state(config: MakeConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(steps=3), run, progress=False)
+    (checkpoints(run)[-1][1] / "optimizer.bin").write_bytes(b"garbage")
+    with pytest.raises(InputError, match="corrupt or foreign checkpoint"):
+        resume(run, steps=9, progress=False)
+
+
+def test_run_without_checkpoint(config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run folder"):
+        resume(tmp_path / "absent")
+    save_config(config(), tmp_path / "config.yaml")
+    with pytest.raises(InputError, match="no checkpoint"):
+        resume(tmp_path)
+
+
+def test_unwritable_output(config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        train(config(), tmp_path / "file" / "run", progress=False)
+
+
+def test_full_disk_while_saving_keeps_earlier_checkpoints(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train(config(steps=3), run, progress=False)
+
+    def full(self: object, folder: str) -> None:
+        Path(folder).mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("accelerate.Accelerator.save_state", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        resume(run, steps=5, progress=False)
+    assert [step for step, _ in checkpoints(run)] == [3]
+    assert not list(run.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("gap", [0, "0 s", -3, 1000, "soon"])
+def test_impossible_gap(config: MakeConfig, tmp_path: Path, gap: str | int) -> None:
+    settings = config()
+    settings.data.gap = gap
+    with pytest.raises(InputError, match="gap"):
+        train(settings, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_larger_than_the_data(config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.batch"):
+        train(config(batch=1000), tmp_path / "run", progress=False)
+
+
+def test_diverging_run_stops_with_a_hint(config: MakeConfig, tmp_path: Path) -> None:
+    settings = config(steps=30)
+    settings.train.lr, settings.train.clip, settings.train.optimizer = 1e30, 1e30, "sgd"
+    with pytest.raises(InputError, match=r"train\.lr"):
+        train(settings, tmp_path / "run", progress=False)
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def test_sampler_covers_every_pair_in_an_order_of_its_epoch() -> None:
+    sampler = EpochSampler(50, seed=1)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_learning_rate() -> None:
+    config = TrainConfig(steps=100, warmup=10, final_lr=0.1)
+    assert learning_rate_factor(0, config) == pytest.approx(0.1, rel=0.01)
+    assert learning_rate_factor(9, config) == pytest.approx(1.0, rel=0.03)
+    assert learning_rate_factor(100, config) == pytest.approx(0.1)
+
+
+def test_every_parameter_has_its_group(config: MakeConfig) -> None:
+    settings = config()
+    model = build_model(settings)
+    for name in ("adamw", "sgd"):
+        settings.train.optimizer = name
+        networks, edges = build_optimizer(model, settings.train).param_groups
+        assert len(networks["params"]) + len(edges["params"]) == len(list(model.parameters()))
+        assert edges["params"] == [model.skeleton.parameter]
+        assert (edges["lr"], edges["weight_decay"]) == (settings.train.edge_lr, 0.0)
+
+
+def test_config_round_trip_and_unknown_keys(config: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(config(), path)
+    assert load_config(path) == config()
+    content = yaml.safe_load(path.read_text())
+    content["model"]["voxles"] = 3
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match="voxles"):
+        load_config(path)
