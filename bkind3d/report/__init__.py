@@ -3,12 +3,13 @@
 from pathlib import Path
 
 
-def build_report(run: str | Path, force: bool = False) -> Path:
+def build_report(run: str | Path, force: bool = False, *, progress: bool = True) -> Path:
     """Write ``report.html`` into a run folder: one file, offline, with whatever the run holds so far.
 
     Args:
         run: run folder.
         force: replace an earlier report.
+        progress: show a progress bar while the clip is drawn.
 
     Returns:
         Path of the report.
@@ -20,4 +21,4 @@ def build_report(run: str | Path, force: bool = False) -> Path:
     # Training imports this package for its sample pictures; viser, jinja2 and matplotlib are for the report alone.
     from bkind3d.report.page import write_report
 
-    return write_report(Path(run), force=force)
+    return write_report(Path(run), force=force, progress=progress)

@@ -12,7 +12,7 @@ import torch
 from bkind3d.cameras import Cameras
 from bkind3d.report.pictures import overlay
 
-CLIP_SECONDS = 10.0
+CLIP_SECONDS = 8.0
 CLIP_FPS = 30.0
 CLIP_WIDTH = 960  # px, about; views are enlarged by a whole number
 STILLS = 4

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from bkind3d.errors import InputError
 from bkind3d.evaluate import MEAN_POSE, METRIC_TITLES, METRICS
@@ -40,7 +41,7 @@ class Shown:
     frames: np.ndarray  # (T, M, H, W, 3) uint8
 
 
-def write_report(run: Path, *, force: bool) -> Path:
+def write_report(run: Path, *, force: bool, progress: bool) -> Path:
     """See :func:`bkind3d.report.build_report`."""
     path = run / NAME
     if path.exists() and not force:
@@ -50,7 +51,7 @@ def write_report(run: Path, *, force: bool) -> Path:
         scene, obstacle = run_inputs(run), ""
     except InputError as error:  # the page says so, and shows everything else
         scene, obstacle = None, str(error)
-    text = render(files, scene, obstacle)
+    text = render(files, scene, obstacle, progress=progress)
     scratch = path.with_name(f".{NAME}.partial")
     try:
         scratch.write_text(text, encoding="utf-8")
@@ -62,13 +63,14 @@ def write_report(run: Path, *, force: bool) -> Path:
     return path
 
 
-def render(files: RunFiles, scene: Scene | None, obstacle: str = "") -> str:
+def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress: bool = False) -> str:
     """The page as text.
 
     Args:
         files: content of the run folder.
         scene: frames and cameras, or None where they cannot be had.
         obstacle: why they cannot be had, said in the page.
+        progress: show a progress bar while the clip is drawn.
     """
     shown = choose_recording(files, scene)
     edges = _edges(files)
@@ -86,7 +88,7 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "") -> str:
         facts=_facts(files, scene),
         obstacle=obstacle,
         results=_results(files.evaluation),
-        clip=_clip(shown, scene, edges) if shown and scene else None,
+        clip=_clip(shown, scene, edges, progress) if shown and scene else None,
         scene=_scene(shown, scene, edges) if shown and scene else None,
         losses=_panels(figures.loss_curves(files.metrics)) if files.metrics else None,
         samples=_samples(files.samples),
@@ -182,7 +184,7 @@ def _headline(rows: Sequence[dict[str, Any]], units: str, short: Callable[[float
     return f"{error}; {' and '.join(shares)}." if shares else f"{error}."
 
 
-def _clip(shown: Shown, scene: Scene, edges: np.ndarray) -> dict[str, Any]:
+def _clip(shown: Shown, scene: Scene, edges: np.ndarray, progress: bool) -> dict[str, Any]:
     poses, names = shown.poses, scene.cameras.names
     rows, rate = clip.clip_rows(poses.frames, poses.fps)
     pixels = clip.project_keypoints(scene.cameras, poses.positions[rows])  # (F, M, J, 2)
@@ -190,13 +192,14 @@ def _clip(shown: Shown, scene: Scene, edges: np.ndarray) -> dict[str, Any]:
     def picture(f: int) -> np.ndarray:
         return clip.draw(np.asarray(shown.frames[poses.frames[rows[f]]]), pixels[f], edges, names)
 
+    bar = tqdm(range(len(rows)), desc="report: clip", unit="frame", disable=not progress)
     stills = [int(f) for f in np.linspace(0, len(rows) - 1, min(clip.STILLS, len(rows))).round()]
     return {
         "recording": poses.recording,
         "split": shown.split,
         "seconds": f"{len(rows) / rate:.1f}",
         "rate": f"{rate:.4g}",
-        "video": _data_uri("video/mp4", clip.encode((picture(f) for f in range(len(rows))), rate)),
+        "video": _data_uri("video/mp4", clip.encode(map(picture, bar), rate)),
         "stills": [(f"{poses.time[rows[f]]:.2f} s", _jpeg(picture(f))) for f in stills],
         "keypoints": _swatches(poses.names),
     }

@@ -124,9 +124,10 @@ def _draw_view(image: np.ndarray, points: np.ndarray, edges: np.ndarray, scale: 
     """One view, (H, W, 3) -> (H · scale, W · scale) with dots and lines."""
     height, width = image.shape[0] * scale, image.shape[1] * scale
     zoom = scale * SUPERSAMPLE
-    canvas = Image.fromarray(image).resize((width * SUPERSAMPLE, height * SUPERSAMPLE), Image.Resampling.BILINEAR)
+    enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    canvas = enlarged.resize((width * SUPERSAMPLE, height * SUPERSAMPLE), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(canvas)
-    unit = max(1.0, min(height, width) / 256) * SUPERSAMPLE
+    unit = max(1.0, min(height, width) / 340) * SUPERSAMPLE
     at = (points + 0.5) * zoom - 0.5  # Pillow cuts decimals off, so everything below is rounded first
     shown = np.asarray((np.abs(at) < 1e5).all(axis=1))  # False for NaN
     lines = [(*at[i].round(), *at[j].round()) for i, j in edges if shown[i] and shown[j]]
@@ -138,7 +139,7 @@ def _draw_view(image: np.ndarray, points: np.ndarray, edges: np.ndarray, scale: 
         (x, y), radius = at[j], 4.2 * unit * sizes[j]
         for colour, r in ((SHADOW, radius), (tuple(colours[j].tolist()), radius - unit)):
             draw.ellipse([round(value) for value in (x - r, y - r, x + r, y + r)], fill=colour)
-    return canvas.resize((width, height), Image.Resampling.BOX)
+    return canvas.reduce(SUPERSAMPLE)
 
 
 def _label(view: Image.Image, text: str) -> None:

@@ -26,7 +26,7 @@ FLAGS = (
     "--remote-debugging-port=0",
     "--remote-allow-origins=*",
 )
-PATIENCE = 30.0  # s, until the browser or an answer must be there
+PATIENCE = 60.0  # s, until the browser or an answer must be there
 
 
 def executable():
@@ -51,8 +51,8 @@ class Browser:
         return self
 
     def __exit__(self, *_):
+        self.call("Browser.close")
         self.socket.close()
-        self.process.terminate()
         self.process.wait(timeout=PATIENCE)
 
     def _page_address(self):

@@ -11,15 +11,17 @@ import chromium
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from bkind3d import evaluate
-from bkind3d.cameras import Cameras
+from bkind3d.cameras import Cameras, save_toml
+from bkind3d.config import Config, DataConfig, save_config
 from bkind3d.errors import InputError
 from bkind3d.health import keypoint_health
 from bkind3d.poses import Poses
 from bkind3d.report import build_report, clip, page, pictures
-from bkind3d.report.inputs import Scene, read_run
+from bkind3d.report.inputs import Scene, read_run, run_inputs
 
 VIEWS, JOINTS, FRAMES, HEIGHT, WIDTH = 4, 10, 45, 72, 96
 CENTER, SIDES = np.array([1.0, 2.0, 0.3]), np.array([1.2, 1.2, 0.6])
@@ -71,7 +73,7 @@ def filmed(cameras, points):
     return np.repeat((ground * (1 - 0.8 * near)).astype(np.uint8)[..., None], 3, axis=4)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def scene():
     cameras = ring_of_cameras()
     frames = filmed(cameras, caterpillar())
@@ -167,7 +169,7 @@ def with_frames(monkeypatch, scene):
     monkeypatch.setattr(page, "run_inputs", lambda run: scene)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def full_report(tmp_path_factory, scene):
     run = write_run(tmp_path_factory.mktemp("runs") / "demo", scene)
     with pytest.MonkeyPatch.context() as patch:
@@ -303,7 +305,7 @@ def test_keypoints_behind_a_camera_are_not_drawn(scene):
     ("count", "spacing", "fps", "rows", "rate"),
     [
         (100, 1, 30.0, 100, 30.0),
-        (400, 1, 30.0, 300, 30.0),  # ten seconds
+        (400, 1, 30.0, 240, 30.0),  # eight seconds
         (100, 1, 60.0, 50, 30.0),  # every second frame
         (100, 1, 50.0, 50, 25.0),
         (100, 4, 100.0, 100, 25.0),  # every fourth frame was predicted
@@ -458,10 +460,41 @@ def test_poses_that_reach_beyond_the_frames_are_not_shown(tmp_path, scene, with_
     assert "<video" not in build_report(run).read_text(encoding="utf-8")
 
 
+def test_frames_and_cameras_come_from_the_runs_project(tmp_path, scene):
+    """Real videos and a real calibration: keypoints projected by the run's cameras fall on the dark blobs."""
+    save_toml(scene.cameras, tmp_path / "calibration.toml")
+    videos = {}
+    for m, name in enumerate(scene.cameras.names):
+        videos[name] = f"{name}.mp4"
+        (tmp_path / videos[name]).write_bytes(clip.encode(scene.frames["test"][:20, m], 30.0))
+    project = {
+        "name": "filmed",
+        "units": "m",
+        "calibration": "calibration.toml",
+        "volume": {"center": CENTER.tolist(), "size": SIDES.tolist()},
+        "recordings": [{"name": "walk", "split": "both", "videos": videos}],
+    }
+    (tmp_path / "project.yaml").write_text(yaml.safe_dump(project))
+    run = tmp_path / "run"
+    run.mkdir()
+    save_config(Config(tmp_path / "project.yaml", data=DataConfig(height=64, width=64)), run / "config.yaml")
+
+    found = run_inputs(run)
+
+    assert (found.project, found.units, found.splits) == ("filmed", "m", {"walk": "both"})
+    np.testing.assert_allclose([*found.center, *found.sides], [*CENTER, *SIDES])
+    assert found.frames["walk"].shape == (20, VIEWS, 64, 64, 3)
+    pixels = clip.project_keypoints(found.cameras, caterpillar()[:20]).round().astype(int)  # (F, M, J, 2)
+    f, m = np.ogrid[:20, :VIEWS]
+    at_keypoints = found.frames["walk"][f[..., None], m[..., None], pixels[..., 1], pixels[..., 0]]
+    assert at_keypoints.max() < 75
+    assert np.median(found.frames["walk"]) > 140
+
+
 # --- in a browser -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(full_report, tmp_path_factory):
     if chromium.executable() is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("chromium is not on PATH: install it")
@@ -494,7 +527,7 @@ def test_browser_renders_the_three_dimensional_view(browser):
         near = [np.abs(picture - colour).sum(axis=2) < 30 for colour in pictures.palette(JOINTS).astype(int)]
         return sum(int(seen.sum()) > 15 for seen in near)
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + chromium.PATIENCE
     while dots() < 6:
         assert time.monotonic() < deadline, "the 3D view stayed blank"
         time.sleep(0.5)
