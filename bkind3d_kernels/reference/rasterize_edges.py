@@ -104,5 +104,6 @@ def _scores(keypoints: Tensor, weights: Tensor, edges: Tensor, size: tuple[int, 
     along = (x * ux).unsqueeze(-2) + (y * uy).unsqueeze(-1)  # (N, E, H, W)
     across = (y * ux).unsqueeze(-1) - (x * uy).unsqueeze(-2)
     beyond = along - torch.minimum(along.clamp(min=0), length[..., None, None])
-    log_weight = torch.where(weights <= 0, -torch.inf, weights.log())
-    return log_weight[..., None, None] - torch.addcmul(across.square(), beyond, beyond)
+    log_weight = torch.where(weights <= 0, -torch.inf, weights.log())[..., None, None]
+    score = torch.addcmul(log_weight, across, across, value=-1)
+    return torch.addcmul(score, beyond, beyond, value=-1)

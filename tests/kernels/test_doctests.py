@@ -1,19 +1,27 @@
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
 import bkind3d_kernels
 
 MODULES = [m.name for m in pkgutil.walk_packages(bkind3d_kernels.__path__, "bkind3d_kernels.")]
-# The functions share their modules' names, so the modules are imported by path.
 WITH_EXAMPLES = {"geometry", "backends", "unproject", "soft_argmax3d", "rasterize_edges"}
+DOCS = Path(bkind3d_kernels.__file__).parents[1] / "docs"
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+def test_examples_in_docstrings(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
     if name.removeprefix("bkind3d_kernels.") in WITH_EXAMPLES:
         assert result.attempted > 0
+
+
+@pytest.mark.parametrize("page", ["conventions.md", "ops.md"])
+def test_examples_in_pages(page: str) -> None:
+    result = doctest.testfile(str(DOCS / page), module_relative=False, encoding="utf-8")
+    assert result.failed == 0
+    assert result.attempted > 0

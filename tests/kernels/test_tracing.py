@@ -66,6 +66,20 @@ def test_every_aggregation_compiles(aggregation: str, backend: str) -> None:
     torch.testing.assert_close(compiled(*inputs()[:3], **options), module(*inputs()[:3], **options))
 
 
+def test_compiles_with_inductor(backend: str) -> None:
+    """Generated code, forward and backward, for the operation with the most intricate graph."""
+    torch._dynamo.reset()
+    features, projections, grid, _ = inputs()
+    module = Unproject(backend=backend)
+    compiled = torch.compile(module, fullgraph=True)
+    torch.testing.assert_close(
+        gradients(lambda f: compiled(f, projections, grid), features),
+        gradients(lambda f: module(f, projections, grid), features),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 def test_compiled_model_takes_other_batch_sizes(backend: str) -> None:
     torch._dynamo.reset()
     model = Chain(backend)
