@@ -72,9 +72,7 @@ def evaluate(
 
     def keypoints(recordings: list[Recording]) -> dict[str, np.ndarray]:
         return {
-            name: np.concatenate(
-                [_positions(network, inputs, r.name, every, batch, progress) for r in recordings]
-            )
+            name: np.concatenate([_positions(network, inputs, r.name, every, batch, progress) for r in recordings])
             for name, network in networks.items()
         }
 
@@ -83,9 +81,7 @@ def evaluate(
         test_joints, _ = _joints(inputs, test, every)
         on_train, on_test = keypoints(train), keypoints(test)
         predictions = {name: (on_train[name], on_test[name]) for name in networks}
-        result = compare(
-            predictions, joints, test_joints, options, units=inputs.project.units, joint_names=names
-        )
+        result = compare(predictions, joints, test_joints, options, units=inputs.project.units, joint_names=names)
     elif both:
         joints, names = _joints(inputs, both, every)
         result = compare_blocked(

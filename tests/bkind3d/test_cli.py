@@ -1,0 +1,195 @@
+"""The command line: every verb runs, and bad input ends in one line, exit code 2 and no traceback."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bkind3d.cli import VERBS, main
+from bkind3d.config import load_config
+
+TINY = [
+    "--data.height=32", "--data.width=32", "--data.gap=4", "--model.keypoints=4", "--model.encoder=small",
+    "--model.pyramid_channels=8", "--model.channels=4", "--model.voxels=8", "--model.volume_channels=[4,4,8]",
+    "--model.volume_stem=3", "--model.volume_blocks=1", "--model.edge_strides=[8,4]", "--model.edge_sigmas=[1,1.5]",
+    "--model.decoder_channels=[8,8]", "--loss.network=none", "--loss.target_channels=grey", "--train.steps=2",
+    "--train.batch=2",
+]  # fmt: skip
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the command line and return its one line of error."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("bkind3d: error: ")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    return lines[0]
+
+
+@pytest.fixture
+def own_rig(rig: Path, tmp_path: Path) -> Path:
+    """A copy of the project that a test may break."""
+    shutil.copytree(rig.parent, tmp_path / "rig", ignore=shutil.ignore_patterns("cache"))
+    return tmp_path / "rig" / "project.yaml"
+
+
+def test_the_whole_way(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    main(["check", str(rig), "--gap", "4", "--voxels", "8", "--out", str(tmp_path / "check")])
+    assert "cam0" in capsys.readouterr().out
+    assert len(list((tmp_path / "check").glob("*.png"))) == 4
+    main(["train", "--project", str(rig), "--out", run, *TINY])
+    assert "bkind3d predict" in capsys.readouterr().out
+    main(["predict", run])
+    main(["evaluate", run, "--bias", "--ridge", "auto"])
+    table = capsys.readouterr().out
+    assert all(name in table for name in ("BKinD-3D", "untrained network", "mean pose"))
+    main(["report", run])
+    assert (tmp_path / "run" / "report.html").is_file()
+    main(["train", "--resume", "--out", run, "--steps", "3"])
+    assert load_config(tmp_path / "run" / "config.yaml").train.steps == 3
+    for verb in ("predict", "evaluate", "report"):
+        assert "--force" in refused([verb, run], capsys)
+    main(["predict", run, "--force"])
+
+
+def test_settings_from_a_file(rig: Path, tmp_path: Path) -> None:
+    """A run's own config.yaml is a valid --config, and the command line overrides it."""
+    main(["train", "--project", str(rig), "--out", str(tmp_path / "a"), *TINY])
+    main(["train", "--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b"), "--train.steps=1"])
+    first, second = (load_config(tmp_path / name / "config.yaml") for name in "ab")
+    first.train.steps = 1
+    assert first == second
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "train"])
+def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "default" in text
+    assert "usage" in text
+
+
+def test_unknown_setting(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--project", str(rig), "--out", str(tmp_path / "run"), "--model.voxles=3"])
+    assert caught.value.code == 2
+    assert "voxles" in capsys.readouterr().err
+
+
+def edit(project: Path, change: dict) -> None:
+    """Change keys of the project file's first recording, or of the file."""
+    content = yaml.safe_load(project.read_text())
+    for key, value in change.items():
+        (content["recordings"][0] if key in content["recordings"][0] else content)[key] = value
+    project.write_text(yaml.safe_dump(content))
+
+
+def truncate_video(project: Path) -> None:
+    video = project.parent / "train" / "cam1.mp4"
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+
+
+def delete_video(project: Path) -> None:
+    (project.parent / "train" / "cam2.mp4").unlink()
+
+
+def shorter_video(project: Path) -> None:
+    shutil.copy(project.parent / "test" / "cam1.mp4", project.parent / "train" / "cam1.mp4")
+
+
+def camera_without_video(project: Path) -> None:
+    content = yaml.safe_load(project.read_text())
+    del content["recordings"][0]["videos"]["cam3"]
+    project.write_text(yaml.safe_dump(content))
+
+
+def video_without_camera(project: Path) -> None:
+    content = yaml.safe_load(project.read_text())
+    content["recordings"][0]["videos"]["cam9"] = "train/cam1.mp4"
+    project.write_text(yaml.safe_dump(content))
+
+
+def calibration(old: str, new: str):  # noqa: ANN201
+    def change(project: Path) -> None:
+        path = project.parent / "calibration.toml"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def mirror(project: Path) -> None:
+    """Swap two columns of a camera's K? No: flip x of its rotation, as a left-handed export does."""
+    import re
+
+    path = project.parent / "calibration.toml"
+    path.write_text(re.sub(r"rotation = \[.*?\]", "rotation = [nan, 0.0, 0.0]", path.read_text(), count=1))
+
+
+def volume_behind(project: Path) -> None:
+    edit(project, {"volume": {"center": [0.0, 0.0, 500.0], "size": [1.0, 1.0, 1.0]}})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (delete_video, ["cam2.mp4"]),
+        (truncate_video, ["cam1.mp4"]),
+        (shorter_video, ["cam1", "20", "8"]),
+        (camera_without_video, ["cam3"]),
+        (video_without_camera, ["cam9"]),
+        (calibration("0.0, 0.0, 1.0", "0.0, 0.1, 1.0"), ["calibration.toml", "0 0 1"]),
+        (mirror, ["calibration.toml", "cam0"]),
+        (volume_behind, ["volume"]),
+        (lambda project: edit(project, {"units": "furlong"}), ["units", "furlong"]),
+        (lambda project: edit(project, {"voulme": {}}), ["voulme", "volume"]),
+        (lambda project: project.write_text("{"), ["project.yaml"]),
+        (lambda project: project.unlink(), ["project.yaml"]),
+    ],
+)
+def test_bad_project(damage, words: list[str], own_rig: Path, tmp_path: Path, capsys) -> None:
+    damage(own_rig)
+    for arguments in (
+        ["check", str(own_rig), "--gap", "4", "--voxels", "8"],
+        ["train", "--project", str(own_rig), "--out", str(tmp_path / "run"), *TINY],
+    ):
+        line = refused(arguments, capsys)
+        assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("predict", "evaluate", "report"):
+        assert "nowhere" in refused([verb, str(tmp_path / "nowhere")], capsys)
+
+
+def test_zero_gap(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "gap" in refused(["check", str(rig), "--gap", "0"], capsys)
+    arguments = ["train", "--project", str(rig), "--out", str(tmp_path / "run"), *TINY, "--data.gap=0 s"]
+    assert "gap" in refused(arguments, capsys)
+
+
+def test_demo_refuses_an_existing_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    assert "--force" in refused(["demo", "--out", str(tmp_path / "run")], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_no_traceback_from_the_installed_command(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("bkind3d")
+    done = subprocess.run([command, "check", tmp_path / "absent.yaml"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "absent.yaml" in done.stderr
