@@ -15,9 +15,9 @@ from bkind3d.config import Config
 from bkind3d.data import load_project
 from bkind3d.demo import demo
 from bkind3d.errors import InputError
-from bkind3d.evaluate import format_table
-from bkind3d.evaluate_run import evaluate
+from bkind3d.evaluate import evaluate
 from bkind3d.predict import predict
+from bkind3d.probe import format_table
 from bkind3d.report import build_report
 from bkind3d.train import resume, train
 

@@ -13,9 +13,9 @@ from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainCon
 from bkind3d.data import load_project
 from bkind3d.data.human import human_project
 from bkind3d.data.simulate import simulate_rig
-from bkind3d.evaluate import format_table
-from bkind3d.evaluate_run import evaluate
+from bkind3d.evaluate import evaluate
 from bkind3d.predict import predict
+from bkind3d.probe import format_table
 from bkind3d.report import build_report
 from bkind3d.run import refuse_existing
 from bkind3d.train import train

@@ -18,9 +18,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from bkind3d.errors import InputError
-from bkind3d.evaluate import MEAN_POSE, METRIC_TITLES, METRICS
 from bkind3d.health import FLAGS, Health, keypoint_health
 from bkind3d.poses import Poses
+from bkind3d.probe import MEAN_POSE, METRIC_TITLES, METRICS
 from bkind3d.report import clip, figures
 from bkind3d.report.inputs import RunFiles, Scene, read_run, run_inputs
 from bkind3d.report.pictures import palette

@@ -118,7 +118,7 @@ def video_without_camera(project: Path) -> None:
     project.write_text(yaml.safe_dump(content))
 
 
-def calibration(old: str, new: str):  # noqa: ANN201
+def calibration(old: str, new: str):
     def change(project: Path) -> None:
         path = project.parent / "calibration.toml"
         text = path.read_text()

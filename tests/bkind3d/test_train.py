@@ -15,7 +15,7 @@ import yaml
 
 from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, load_config, save_config
 from bkind3d.errors import InputError
-from bkind3d.evaluate_run import TRAINED, UNTRAINED, evaluate
+from bkind3d.evaluate import TRAINED, UNTRAINED, evaluate
 from bkind3d.poses import Poses
 from bkind3d.predict import predict
 from bkind3d.run import build_model, checkpoints, load_model

@@ -6,7 +6,7 @@ from scipy.spatial.transform import Rotation
 
 from bkind3d import evaluate
 from bkind3d.errors import InputError
-from bkind3d.evaluate import METRICS, ProbeOptions, compare, compare_blocked, fit_probe, joint_errors
+from bkind3d.probe import METRICS, ProbeOptions, compare, compare_blocked, fit_probe, joint_errors
 
 
 def skeletons(frames=30, joints=5, seed=0):
