@@ -1,9 +1,11 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-# A GPU build of torch:  make demo TORCH="torch==2.13.0 --index-url <the index of your build>"
+# With a GPU, name your own build of torch:  make demo TORCH=torch
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 SUBJECT ?= animal
 SEED ?= 0
+# The human clip where it is on disk already; it is downloaded otherwise.
+HUMAN ?= $(wildcard ../shared/data/human)
 ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin
@@ -28,7 +30,7 @@ $(STAMP): pyproject.toml setup.py
 	touch $@
 
 demo: $(STAMP)
-	$(RUN)/bkind3d demo --subject $(SUBJECT) --seed $(SEED) --force $(ARGS)
+	BKIND3D_HUMAN=$(HUMAN) $(RUN)/bkind3d demo --subject $(SUBJECT) --seed $(SEED) --force $(ARGS)
 
 test: $(STAMP)
 	$(RUN)/python -m pytest $(ARGS)

@@ -177,6 +177,7 @@ class Trainer:
             total=steps, initial=self.step, unit="step", desc="train",
             disable=not (self.progress and self.accelerator.is_main_process),
         )  # fmt: skip
+        self.accelerator.init_trackers("tensorboard")
         self.wrapped.train()
         self.objective.train()
         with Interrupt().watch() as interrupt, bar:
