@@ -179,6 +179,8 @@ def _locked(directory: Path) -> Iterator[None]:
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in directory.glob("*.part"):  # of a process that was killed: who holds the lock is alone
+            leftover.unlink()
         yield
 
 

@@ -92,7 +92,7 @@ def human_project(directory: Path | str, source: Path | str | None = None) -> Pa
     directory = Path(directory)
     if (directory / "project.yaml").exists():
         raise InputError(f"{directory / 'project.yaml'}: this project exists; remove it or choose another folder")
-    source = source or os.environ.get(SOURCE_VARIABLE)
+    source = source or os.environ.get(SOURCE_VARIABLE) or None  # an empty variable names no folder
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if source is not None:

@@ -284,6 +284,8 @@ def test_an_interrupted_build_is_built_again(tmp_path: Path, signal_number: int)
     process.join(30)
     assert process.exitcode != 0
     assert not list(folder.glob("*.json"))
+    assert len(list(folder.glob("*.part"))) == (signal_number == signal.SIGKILL), "Ctrl-C cleans up after itself"
+    (folder / "another.npy.part").write_text("left by a killed process")
     recording = build(load_project(path), folder).recording("take")
     np.testing.assert_array_equal(recording.frames, expected)
     assert not list(folder.glob("*.part"))

@@ -121,7 +121,7 @@ def test_environment_names_the_folder(folder: Path, tmp_path: Path, monkeypatch)
 
 
 def test_wheel_gives_the_same_project(wheel: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.delenv(human.SOURCE_VARIABLE, raising=False)
+    monkeypatch.setenv(human.SOURCE_VARIABLE, "")
     monkeypatch.setattr(human, "_download", lambda scratch: wheel)
     project = load_project(human_project(tmp_path / "project"))
     expected = rig()
