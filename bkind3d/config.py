@@ -21,13 +21,21 @@ class DataConfig:
         width: Width of the network's images in pixels, likewise.
         crop: "volume" cuts each camera's image to the projection of the volume; "none" keeps the whole image.
         gap: Distance between the two frames of a pair, "0.4 s" or a number of frames (paper: 0.4 s for humans,
-            0.66 s for rats).
+            0.66 s for rats), or a list of distances. In a short recording one distance alone lets the decoder learn by
+            heart what follows each frame, past the keypoints.
+        reverse: Whether each pair is also given with the later frame first, for the same reason.
     """
 
     height: int = 256
     width: int = 256
     crop: Literal["volume", "none"] = "volume"
-    gap: str | int = "0.4 s"
+    gap: str | int | list[str | int] = "0.4 s"
+    reverse: bool = False
+
+    @property
+    def gaps(self) -> list[str | int]:
+        """All distances."""
+        return self.gap if isinstance(self.gap, list) else [self.gap]
 
 
 @dataclass
@@ -219,7 +227,7 @@ def load_config(path: Path) -> Config:
         sections = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "train": TrainConfig}
         fixed: dict[str, Any] = {}
         for name, section in sections.items():
-            values = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.pop(name).items()}
+            values = {key: tuple(v) if isinstance(v, list) and key != "gap" else v for key, v in raw.pop(name).items()}
             fixed[name] = section(**values)
         cache = raw.pop("cache")
         return Config(project=Path(raw.pop("project")), cache=Path(cache) if cache else None, **raw, **fixed)

@@ -38,7 +38,7 @@ SMALL_MODEL = ModelConfig(
 SMALL_LOSS = LossConfig(
     target_channels="grey", network="none", pixel_scales=3, length=0.02, separation=0.01, regularise_after=0.0
 )
-SMALL_TRAIN = TrainConfig(batch=4, edge_lr=0.02, warmup=20, sample_every=100, save_every=100)
+SMALL_TRAIN = TrainConfig(batch=4, lr=2e-3, edge_lr=5e-3, warmup=20, sample_every=100, save_every=100)
 
 
 def animal_config(project: Path, seed: int, steps: int) -> Config:
@@ -56,7 +56,7 @@ def human_config(project: Path, seed: int, steps: int) -> Config:
     """Settings of the demo on the filmed man."""
     return Config(
         project=project,
-        data=DataConfig(height=128, width=96, gap="0.33 s"),
+        data=DataConfig(height=128, width=96, gap=["0.17 s", "0.33 s", "0.5 s", "0.67 s"], reverse=True),
         model=replace(SMALL_MODEL, keypoints=15),
         loss=SMALL_LOSS,
         train=replace(SMALL_TRAIN, steps=steps, seed=seed),
@@ -108,7 +108,7 @@ def demo(
         project = simulate_rig(
             data, views=views, frames=frames, test_frames=test_frames, seed=seed, progress=progress, force=True
         )
-        config = animal_config(project, seed, steps or 400)
+        config = animal_config(project, seed, steps or 360)
         probe: dict[str, Any] = {"every": 2}
     else:
         say("prepare", f"four videos of a man balancing -> {data}")
@@ -118,7 +118,9 @@ def demo(
         config = human_config(project, seed, steps or 700)
         probe = {"ridge": "auto", "blocks": 10}
     say("check", f"{project}")
-    check_project(load_project(project), gap=config.data.gap, voxels=config.model.voxels, out=data / "check").print()
+    check_project(
+        load_project(project), gap=config.data.gaps[-1], voxels=config.model.voxels, out=data / "check"
+    ).print()
     say("train", f"{config.train.steps} steps, no labels -> {out}")
     if not train(config, out, force=force, progress=progress):
         raise KeyboardInterrupt

@@ -23,11 +23,11 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from tqdm import tqdm
 
 from bkind3d.config import Config, TrainConfig, save_config
-from bkind3d.data import PairDataset, gap_in_frames
+from bkind3d.data import FrameCache, PairDataset, gap_in_frames
 from bkind3d.errors import InputError
 from bkind3d.health import keypoint_health
 from bkind3d.losses import Objective, difference_target
@@ -70,6 +70,17 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
         yield from torch.randperm(self.size, generator=generator).tolist()
+
+
+def build_pairs(config: Config, cache: FrameCache, names: list[str]) -> ConcatDataset[Tensor]:
+    """All training pairs: every distance, and both directions if so configured."""
+    fps = cache.recordings[names[0]].fps
+    directions = (False, True) if config.data.reverse else (False,)
+    return ConcatDataset(
+        PairDataset(cache, names, gap_in_frames(gap, fps), reverse=reverse)
+        for gap in config.data.gaps
+        for reverse in directions
+    )
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -141,9 +152,7 @@ class Trainer:
         names = self.inputs.recordings("train", "both")
         if not names:
             raise InputError(f"{config.project}: no recording with split train or both")
-        fps = self.inputs.cache.recordings[names[0]].fps
-        self.gap = gap_in_frames(config.data.gap, fps)
-        self.pairs = PairDataset(self.inputs.cache, names, self.gap)
+        self.pairs = build_pairs(config, self.inputs.cache, names)
         self.model = build_model(config)
         set_seed(config.train.seed)
         self.objective = Objective(config.loss, self.inputs.side)

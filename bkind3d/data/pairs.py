@@ -69,16 +69,18 @@ class PairDataset(Dataset[Tensor]):
         cache: the frame cache.
         recordings: names of the recordings to draw from.
         gap_frames: distance of the two frames, see :func:`gap_in_frames`.
+        reverse: give frame t + gap first and frame t second.
 
     Raises:
         InputError: a recording is unknown, too short for the gap, or of another frame rate than the first.
     """
 
-    def __init__(self, cache: FrameCache, recordings: list[str], gap_frames: int) -> None:
+    def __init__(self, cache: FrameCache, recordings: list[str], gap_frames: int, *, reverse: bool = False) -> None:
         if not recordings:
             raise InputError("pairs: no recording to draw from; give at least one the split 'train' or 'both'")
         self.recordings = [cache.recording(name) for name in recordings]
         self.gap_frames = gap_frames
+        self.reverse = reverse
         first = self.recordings[0]
         for recording in self.recordings:
             _require_pairs(recording, gap_frames)
@@ -95,7 +97,8 @@ class PairDataset(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         recording, t = self.locate(index)
         frames = self.recordings[recording].frames
-        pair = np.stack([frames[t], frames[t + self.gap_frames]])  # (2, M, H, W, 3)
+        times = (t + self.gap_frames, t) if self.reverse else (t, t + self.gap_frames)
+        pair = np.stack([frames[time] for time in times])  # (2, M, H, W, 3)
         return torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous()
 
     def locate(self, index: int) -> tuple[int, int]:

@@ -46,6 +46,13 @@ def test_every_pair_once_and_none_over_an_end(cache: FrameCache) -> None:
             pairs[index]
 
 
+def test_reverse_gives_the_later_frame_first(cache: FrameCache) -> None:
+    forward, backward = PairDataset(cache, ["a", "b"], 2), PairDataset(cache, ["a", "b"], 2, reverse=True)
+    assert len(forward) == len(backward)
+    for index in range(len(forward)):
+        torch.testing.assert_close(backward[index], forward[index].flip(0))
+
+
 def test_channels_are_not_mixed_up(cache: FrameCache, tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (5, 2, 4, 6, 3), dtype=np.uint8)
     np.save(tmp_path / "a.npy", frames)
