@@ -67,17 +67,13 @@ def test_every_aggregation_compiles(aggregation: str, backend: str) -> None:
 
 
 def test_compiles_with_inductor(backend: str) -> None:
-    """Generated code, forward and backward, for the operation with the most intricate graph."""
+    """Generated code, for the forward pass alone: its compilation takes seconds."""
     torch._dynamo.reset()
-    features, projections, grid, _ = inputs()
-    module = Unproject(backend=backend)
+    module = Unproject(aggregation="sum", backend=backend)
     compiled = torch.compile(module, fullgraph=True)
-    torch.testing.assert_close(
-        gradients(lambda f: compiled(f, projections, grid), features),
-        gradients(lambda f: module(f, projections, grid), features),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    volume, expected = compiled(*inputs()[:3]), module(*inputs()[:3])
+    torch.testing.assert_close(volume, expected, rtol=1e-4, atol=1e-5)
+    assert volume.stride() == expected.stride()
 
 
 def test_compiled_model_takes_other_batch_sizes(backend: str) -> None:
