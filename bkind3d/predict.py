@@ -43,7 +43,9 @@ def predict_recording(
     projections, grid = inputs.projections.to(device), inputs.grid.to(device)
     positions, confidence = [], []
     model.eval()
-    for start in tqdm(range(0, len(frames), batch), desc=f"predict {name}", unit="batch", disable=not progress):
+    for start in tqdm(
+        range(0, len(frames), batch), desc=f"predict {name}", unit="batch", disable=None if progress else True
+    ):
         images = torch.from_numpy(recording.frames[frames[start : start + batch]])  # (n, M, H, W, 3)
         found = model.detect(images.permute(0, 1, 4, 2, 3).to(device).float() / 255.0, projections, grid)
         positions.append(found.positions.float().cpu().numpy())

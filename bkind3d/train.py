@@ -184,7 +184,7 @@ class Trainer:
         steps = self.config.train.steps
         bar = tqdm(
             total=steps, initial=self.step, unit="step", desc="train",
-            disable=not (self.progress and self.accelerator.is_main_process),
+            disable=None if self.progress and self.accelerator.is_main_process else True,
         )  # fmt: skip
         self.accelerator.init_trackers("tensorboard")
         self.wrapped.train()
