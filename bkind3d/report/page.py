@@ -192,7 +192,7 @@ def _clip(shown: Shown, scene: Scene, edges: np.ndarray, progress: bool) -> dict
     def picture(f: int) -> np.ndarray:
         return clip.draw(np.asarray(shown.frames[poses.frames[rows[f]]]), pixels[f], edges, names)
 
-    bar = tqdm(range(len(rows)), desc="report: clip", unit="frame", disable=not progress)
+    bar = tqdm(range(len(rows)), desc="report: clip", unit="frame", disable=None if progress else True)
     stills = [int(f) for f in np.linspace(0, len(rows) - 1, min(clip.STILLS, len(rows))).round()]
     return {
         "recording": poses.recording,

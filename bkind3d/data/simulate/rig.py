@@ -235,7 +235,7 @@ def _film_all(shots: list[_Shot], workers: int | None, progress: bool) -> None:
     if workers is None:
         workers = 1 if total < _FEW_PICTURES else _usable_cores()
     workers = min(workers, len(shots))
-    with tqdm(total=total, desc="rendering", unit="picture", disable=not progress) as bar:
+    with tqdm(total=total, desc="rendering", unit="picture", disable=None if progress else True) as bar:
         if workers == 1:
             for shot in shots:
                 _film(shot, lambda pictures: bar.update(pictures) and None)
