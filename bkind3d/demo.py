@@ -33,12 +33,13 @@ SMALL_MODEL = ModelConfig(
     edge_strides=(8, 4, 2),
     edge_sigmas=(1.2, 1.5, 2.5),
     decoder_channels=(64, 32, 16),
+    edge_threshold=1.5,
 )
 # The maps themselves are compared, at three resolutions: a VGG would take longer than all the rest.
 SMALL_LOSS = LossConfig(
     target_channels="grey", network="none", pixel_scales=3, length=0.02, separation=0.01, regularise_after=0.0
 )
-SMALL_TRAIN = TrainConfig(batch=4, lr=2e-3, edge_lr=5e-3, warmup=20, sample_every=100, save_every=100)
+SMALL_TRAIN = TrainConfig(batch=4, lr=2e-3, edge_lr=1e-2, warmup=20, sample_every=100, save_every=100)
 
 
 def animal_config(project: Path, seed: int, steps: int) -> Config:
