@@ -116,7 +116,7 @@ def demo(
         if data.exists():
             shutil.rmtree(data)
         project = human_project(data, source)
-        config = human_config(project, seed, steps or 700)
+        config = human_config(project, seed, steps or 600)
         probe = {"ridge": "auto", "blocks": 10}
     say("check", f"{project}")
     check_project(

@@ -1,0 +1,99 @@
+"""How well does the demo learn, seed by seed?  python -m benchmarks.demo_seeds --help
+
+Runs `bkind3d demo` for several seeds (each simulates its own rig, motion and network) and writes one row per seed and
+predictor: error on unseen motion, the ratio to the mean pose's and to the untrained network's, steps, and the machine.
+A seed whose run folder holds an evaluation already is not run again.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+COLUMNS = (
+    "seed", "predictor", "mpjpe_absolute", "mpjpe", "pmpjpe", "mpjpe_to_mean_pose", "mpjpe_to_untrained", "units",
+    "steps", "training_seconds", "threads", "cpu", "torch", "commit", "date",
+)  # fmt: skip
+
+
+def cpu_name() -> str:
+    """Name of the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def run_seed(seed: int, out: Path, threads: int) -> Path:
+    """Run the demo with one seed, unless that was done."""
+    run = out / f"seed{seed}"
+    if not (run / "evaluation.json").exists():
+        started = time.perf_counter()
+        command = [Path(sys.executable).with_name("bkind3d"), "demo", "--out", run, "--seed", str(seed), "--force"]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with (out / f"seed{seed}.log").open("w") as log:
+            subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
+        print(f"seed {seed}: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+    return run
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    """One row for each predictor of a run's evaluation."""
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    environment = json.loads((run / "env.json").read_text())
+    with (run / "metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    errors = {row["name"]: row["mpjpe"] for row in evaluation["rows"]}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    return [
+        {
+            "seed": evaluation["seed"],
+            "predictor": row["name"],
+            **{name: f"{row[name]:.4f}" for name in ("mpjpe_absolute", "mpjpe", "pmpjpe")},
+            "mpjpe_to_mean_pose": f"{row['mpjpe'] / errors['mean pose']:.3f}",
+            "mpjpe_to_untrained": f"{row['mpjpe'] / errors['untrained network']:.3f}",
+            "units": evaluation["units"],
+            "steps": evaluation["step"],
+            "training_seconds": f"{float(last['seconds']):.0f}",
+            "threads": environment["cpu_threads"],
+            "cpu": cpu_name(),
+            "torch": torch.__version__,
+            "commit": commit.strip(),
+            "date": datetime.date.today().isoformat(),
+        }
+        for row in evaluation["rows"]
+    ]
+
+
+def main() -> None:
+    """Run, collect, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "demo_seeds.csv")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // arguments.parallel)
+    with ThreadPoolExecutor(arguments.parallel) as pool:
+        runs = list(pool.map(lambda seed: run_seed(seed, arguments.out, threads), arguments.seeds))
+    table = [row for run in runs for row in rows(run)]
+    with arguments.results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(table)
+    for row in table:
+        print(*(f"{row[name]!s:>18}" for name in COLUMNS[:7]))
+
+
+if __name__ == "__main__":
+    main()
