@@ -5,11 +5,13 @@ TORCH ?= torch==2.13.0
 SUBJECT ?= animal
 SEED ?= 0
 # The human clip where it is on disk already; it is downloaded otherwise.
-HUMAN ?= $(wildcard ../shared/data/human)
+BKIND3D_HUMAN ?= $(wildcard ../shared/data/human)
+export BKIND3D_HUMAN
 ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin
-STAMP := $(VENV)/installed
+# Named after the build of torch, so that another TORCH= installs again.
+STAMP := $(VENV)/installed-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
 
 .PHONY: help install demo test lint format clean
 
@@ -23,14 +25,15 @@ install: $(STAMP)
 
 # torch comes first and alone, so that nothing after it can bring another build along.
 $(STAMP): pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip "setuptools>=77" wheel ninja
-	$(RUN)/python -c "import torch" 2>/dev/null || $(RUN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[train,dev]"
 	touch $@
 
 demo: $(STAMP)
-	BKIND3D_HUMAN=$(HUMAN) $(RUN)/bkind3d demo --subject $(SUBJECT) --seed $(SEED) --force $(ARGS)
+	$(RUN)/bkind3d demo --subject $(SUBJECT) --seed $(SEED) --force $(ARGS)
 
 test: $(STAMP)
 	$(RUN)/python -m pytest $(ARGS)

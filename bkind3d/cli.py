@@ -6,8 +6,9 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from bkind3d.check import check_project
@@ -20,6 +21,7 @@ from bkind3d.predict import predict
 from bkind3d.probe import format_table
 from bkind3d.report import build_report
 from bkind3d.train import resume, train
+from bkind3d_kernels import BackendUnavailable
 
 INTERRUPTED = 130
 
@@ -54,21 +56,38 @@ def run_demo(
     )  # fmt: skip
 
 
-def run_check(project: Path, gap: str | int = "0.4 s", voxels: int = 64, out: Path | None = None) -> None:
+def run_check(
+    project: Path,
+    gap: str | int = "0.4 s",
+    voxels: int = 64,
+    height: int = 256,
+    width: int = 256,
+    batch: int = 1,
+    out: Path | None = None,
+) -> None:
     """Look at a project before training: files, frame counts, calibration, and what the cameras see of the volume.
 
     Args:
         project: Project file (YAML); see docs/rig.md.
         gap: Distance between the two frames of a training pair, "0.4 s" or a number of frames.
         voxels: Voxels along the longest side of the volume.
+        height: Height of the network's images, for the estimate of memory.
+        width: Width of the network's images, likewise.
+        batch: Pairs per training step, likewise.
         out: Folder for a picture per camera with the volume drawn in.
     """
-    check_project(load_project(project), gap=gap, voxels=voxels, out=out).print()
+    check_project(
+        load_project(project), gap=gap, voxels=voxels, out=out, height=height, width=width, batch=batch
+    ).print()
 
 
 def run_train(config: Namespace) -> None:
     """Train a run, or go on with one."""
     settings = Config(**{name: config[name] for name in Config.__dataclass_fields__})
+    if config.steps is not None and not config.resume:
+        raise InputError("--steps goes with --resume; a new run takes --train.steps")
+    if config.resume and settings != Config():
+        raise InputError("--resume goes on with the run's own settings; only --steps may be given")
     finished = (
         resume(config.out, steps=config.steps) if config.resume else train(settings, config.out, force=config.force)
     )
@@ -99,6 +118,7 @@ def run_evaluate(
     scale: bool = False,
     ridge: float | Literal["auto"] = 0.0,
     blocks: int = 10,
+    batch: int = 16,
     force: bool = False,
 ) -> None:
     """Regress annotated joints from the keypoints, beside an untrained network and the mean pose.
@@ -110,10 +130,10 @@ def run_evaluate(
         scale: Allow scale in the aligned error (paper: none).
         ridge: Ridge penalty, or "auto": chosen inside the training frames (paper: none).
         blocks: Number of blocks where recordings are cross-validated.
+        batch: Moments per forward pass; lower it when memory is short.
         force: Replace an earlier evaluation.
     """
-    result = evaluate(run, every=every, bias=bias, scale=scale, ridge=ridge, blocks=blocks, force=force)
-    print(result["protocol"])
+    result = evaluate(run, every=every, bias=bias, scale=scale, ridge=ridge, blocks=blocks, batch=batch, force=force)
     print(format_table(result))
     print(run / "evaluation.json")
 
@@ -175,6 +195,12 @@ def train_parser() -> ArgumentParser:
     return parser
 
 
+def refuse(message: str) -> NoReturn:
+    """End with one line and exit code 2."""
+    print(f"bkind3d: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line and exit code 2."""
     parser = build_parser()
@@ -186,9 +212,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_train(settings)
         else:
             VERBS[verb][0](**vars(settings))
-    except InputError as error:
-        print(f"bkind3d: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, BackendUnavailable) as error:
+        refuse(str(error))
+    except torch.OutOfMemoryError:
+        refuse("out of memory: lower --batch")
+    except OSError as error:
+        refuse(f"{error.filename or 'output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("bkind3d: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

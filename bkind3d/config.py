@@ -198,6 +198,69 @@ class Config:
         return self.cache if self.cache is not None else self.project.parent / "cache"
 
 
+COARSEST_STRIDE = {"small": 8, "resnet18": 32, "resnet50": 32}
+
+
+def validate(config: Config) -> None:
+    """Refuse settings that cannot work, before anything is built or replaced.
+
+    Raises:
+        InputError: Names the setting, what it is, and what was expected.
+    """
+    data, model, loss, train = config.data, config.model, config.loss, config.train
+    stride, levels = COARSEST_STRIDE[model.encoder], len(model.edge_strides)
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("data.height", data.height, _multiple(data.height, stride), f"a multiple of {stride}, the coarsest stride"),
+        ("data.width", data.width, _multiple(data.width, stride), f"a multiple of {stride}, the coarsest stride"),
+        ("data.gap", data.gap, len(data.gaps) > 0, "at least one distance"),
+        ("model.keypoints", model.keypoints, model.keypoints >= 2, "2 or more"),
+        ("model.voxels", model.voxels, model.voxels >= 2, "2 or more"),
+        ("model.channels", model.channels, model.channels >= 1, "1 or more"),
+        ("model.pyramid_channels", model.pyramid_channels, model.pyramid_channels >= 1, "1 or more"),
+        ("model.volume_channels", model.volume_channels, _positive(model.volume_channels, 2), "two or more, positive"),
+        (
+            "model.volume_stem",
+            model.volume_stem,
+            model.volume_stem >= 1 and model.volume_stem % 2 == 1,
+            "an odd number",
+        ),
+        ("model.volume_blocks", model.volume_blocks, model.volume_blocks >= 1, "1 or more"),
+        ("model.logit_gain", model.logit_gain, model.logit_gain > 0, "a number above 0"),
+        ("model.edge_strides", model.edge_strides, _positive(model.edge_strides, 1), "one or more, positive"),
+        ("model.edge_sigmas", model.edge_sigmas, _positive(model.edge_sigmas, levels, levels), f"{levels}, positive"),
+        (
+            "model.decoder_channels",
+            model.decoder_channels,
+            _positive(model.decoder_channels, levels, levels),
+            f"{levels}, positive",
+        ),
+        ("loss.ssim_window", loss.ssim_window, loss.ssim_window >= 3 and loss.ssim_window % 2 == 1, "odd, 3 or more"),
+        ("loss.blocks", loss.blocks, 1 <= loss.blocks <= 5, "1 to 5"),
+        ("loss.pixel_scales", loss.pixel_scales, loss.pixel_scales >= 0, "0 or more"),
+        ("loss.separation_sigma", loss.separation_sigma, loss.separation_sigma > 0, "a number above 0"),
+        ("loss.length_momentum", loss.length_momentum, 0 <= loss.length_momentum < 1, "0 or more and below 1"),
+        ("train.steps", train.steps, train.steps >= 0, "0 or more"),
+        ("train.lr", train.lr, train.lr > 0, "a number above 0"),
+        ("train.clip", train.clip, train.clip > 0, "a number above 0"),
+        ("train.seed", train.seed, 0 <= train.seed < 2**31, "0 to 2147483647"),
+        ("train.workers", train.workers, train.workers >= 0, "0 or more"),
+        ("train.threads", train.threads, train.threads >= 0, "0 or more"),
+    ]
+    for name in ("batch", "log_every", "sample_every", "save_every", "keep"):
+        rules.append((f"train.{name}", getattr(train, name), getattr(train, name) >= 1, "1 or more"))
+    for name, value, holds, expected in rules:
+        if not holds:
+            raise InputError(f"{name}: expected {expected}, got {value}")
+
+
+def _multiple(value: int, of: int) -> bool:
+    return value >= of and value % of == 0
+
+
+def _positive(values: tuple[float, ...], least: int, most: int = 100) -> bool:
+    return least <= len(values) <= most and all(value > 0 for value in values)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a dataclass as plain dictionaries, lists and strings that YAML and JSON can hold."""
 

@@ -13,12 +13,15 @@ from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainCon
 from bkind3d.data import load_project
 from bkind3d.data.human import human_project
 from bkind3d.data.simulate import simulate_rig
+from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
 from bkind3d.predict import predict
 from bkind3d.probe import format_table
 from bkind3d.report import build_report
 from bkind3d.run import refuse_existing
 from bkind3d.train import train
+
+MARKER = "demo.txt"
 
 # Sizes that two CPU cores train in minutes. The paper's own are the defaults of `bkind3d train`.
 SMALL_MODEL = ModelConfig(
@@ -104,34 +107,51 @@ def demo(
     out = out or Path("runs") / ("demo" if subject == "animal" else "human")
     refuse_existing(out, force=force)
     data = out.parent / f"{out.name}-data"
+    claim(data, force=force)
     if subject == "animal":
         say("simulate", f"a rig of {views} cameras, {frames} + {test_frames} frames -> {data}")
         project = simulate_rig(
-            data, views=views, frames=frames, test_frames=test_frames, seed=seed, progress=progress, force=True
+            data / "rig", views=views, frames=frames, test_frames=test_frames, seed=seed, progress=progress
         )
-        config = animal_config(project, seed, steps or 360)
+        config = animal_config(project, seed, 360 if steps is None else steps)
         probe: dict[str, Any] = {"every": 2}
     else:
         say("prepare", f"four videos of a man balancing -> {data}")
-        if data.exists():
-            shutil.rmtree(data)
-        project = human_project(data, source)
-        config = human_config(project, seed, steps or 600)
+        project = human_project(data / "rig", source)
+        config = human_config(project, seed, 600 if steps is None else steps)
         probe = {"ridge": "auto", "blocks": 10}
     say("check", f"{project}")
     check_project(
-        load_project(project), gap=config.data.gaps[-1], voxels=config.model.voxels, out=data / "check"
-    ).print()
+        load_project(project), gap=config.data.gaps[-1], voxels=config.model.voxels, out=data / "check",
+        height=config.data.height, width=config.data.width, batch=config.train.batch,
+    ).print()  # fmt: skip
     say("train", f"{config.train.steps} steps, no labels -> {out}")
     if not train(config, out, force=force, progress=progress):
+        say("stopped", f"go on with: bkind3d train --resume --out {out}")
         raise KeyboardInterrupt
     say("predict", f"{out / 'poses'}")
     predict(out, progress=progress)
-    say("evaluate", "a linear probe against the true joints, which training has not seen")
+    say("evaluate", "a linear probe against annotated joints, which training has not seen")
     print(format_table(evaluate(out, progress=progress, **probe)))
     report = build_report(out)
     say("report", f"{report}  ({(time.perf_counter() - started) / 60:.1f} minutes in all)")
     return report
+
+
+def claim(data: Path, *, force: bool) -> None:
+    """Make the demo's own data folder anew; a folder that no demo made is never touched.
+
+    Raises:
+        InputError: The folder exists, and `force` is not set or no demo made it.
+    """
+    if data.exists():
+        if not (data / MARKER).is_file():
+            raise InputError(f"{data}: exists and was not made by a demo; choose another --out")
+        if not force:
+            raise InputError(f"{data}: the data of an earlier demo; choose another --out, or give --force")
+        shutil.rmtree(data)
+    data.mkdir(parents=True)
+    (data / MARKER).write_text("Made by `bkind3d demo`, which may replace this folder.\n")
 
 
 def say(stage: str, text: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkind3d.data import Recording, load_truth
 from bkind3d.errors import InputError
@@ -64,7 +65,9 @@ def evaluate(
     inputs = open_inputs(config, progress=progress)
     model, step = load_model(run, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = {TRAINED: model.to(device), UNTRAINED: build_model(config).to(device)}
+    untrained = build_model(config).to(device)
+    settle_statistics(untrained, inputs, batch)
+    networks = {TRAINED: model.to(device), UNTRAINED: untrained}
     annotated = [recording for recording in inputs.project.recordings if recording.truth is not None]
     train = [recording for recording in annotated if recording.split == "train"]
     test = [recording for recording in annotated if recording.split == "test"]
@@ -77,13 +80,12 @@ def evaluate(
         }
 
     if train and test:
-        joints, names = _joints(inputs, train, every)
-        test_joints, _ = _joints(inputs, test, every)
+        (joints, names, notes), (test_joints, *_) = _joints(inputs, train, every), _joints(inputs, test, every)
         on_train, on_test = keypoints(train), keypoints(test)
         predictions = {name: (on_train[name], on_test[name]) for name in networks}
         result = compare(predictions, joints, test_joints, options, units=inputs.project.units, joint_names=names)
     elif both:
-        joints, names = _joints(inputs, both, every)
+        joints, names, notes = _joints(inputs, both, every)
         result = compare_blocked(
             keypoints(both), joints, blocks, options, units=inputs.project.units, joint_names=names
         )
@@ -91,9 +93,27 @@ def evaluate(
         raise InputError(
             f"{config.project}: nothing to evaluate; `truth` is needed in recordings of split train and test, or both"
         )
-    result |= {"step": step, "every": every, "seed": config.train.seed}
+    result |= {"truth": notes, "step": step, "every": every, "seed": config.train.seed}
     write_json(path, result)
     return result
+
+
+@torch.no_grad()
+def settle_statistics(network: VolumetricModel, inputs: Inputs, batch: int) -> None:
+    """Give the batch normalisation of an untrained network the statistics of some training frames.
+
+    With the initial ones, mean 0 and variance 1, it would be a weaker baseline than an untrained network is.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        return
+    device = next(network.parameters()).device
+    frames = inputs.cache.recordings[inputs.recordings("train", "both")[0]].frames
+    network.train()
+    for chosen in np.array_split(np.linspace(0, len(frames) - 1, min(len(frames), 8 * batch)).astype(int), 8):
+        if len(chosen):
+            images = torch.from_numpy(frames[chosen]).permute(0, 1, 4, 2, 3).to(device).float() / 255.0
+            network.detect(images, inputs.projections.to(device), inputs.grid.to(device))
+    network.eval()
 
 
 def _positions(
@@ -102,8 +122,8 @@ def _positions(
     return predict_recording(network, inputs, name, every=every, batch=batch, progress=progress).positions
 
 
-def _joints(inputs: Inputs, recordings: list[Recording], every: int) -> tuple[np.ndarray, list[str]]:
-    """Annotated joints (F, K, 3) of the recordings, one after another, and their names."""
+def _joints(inputs: Inputs, recordings: list[Recording], every: int) -> tuple[np.ndarray, list[str], str]:
+    """Annotated joints (F, K, 3) of the recordings, one after another, their names, and how far to trust them."""
     truths = [load_truth(recording, inputs.project) for recording in recordings]
     for recording, truth in zip(recordings, truths, strict=True):
         frames = len(inputs.cache.recordings[recording.name].frames)
@@ -111,4 +131,5 @@ def _joints(inputs: Inputs, recordings: list[Recording], every: int) -> tuple[np
             raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {frames}")
         if list(truth.names) != list(truths[0].names):
             raise InputError(f"{recording.truth}: joints differ from those of {recordings[0].truth}")
-    return np.concatenate([truth.points3d[::every] for truth in truths]), list(truths[0].names)
+    notes = " ".join(dict.fromkeys(truth.note for truth in truths if truth.note))
+    return np.concatenate([truth.points3d[::every] for truth in truths]), list(truths[0].names), notes

@@ -56,8 +56,9 @@ class ReconstructionLoss(nn.Module):
     scales: Tensor
     known: Tensor
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: LossConfig, mean: Callable[[Tensor], Tensor] = lambda value: value) -> None:
         super().__init__()
+        self.mean = mean
         self.pixel_scales = config.pixel_scales
         # Outside the registered modules, so that checkpoints do not carry weights that never change.
         self._network = (
@@ -87,13 +88,13 @@ class ReconstructionLoss(nn.Module):
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """Compare (N, M, C, H, W) with (N, M, C, H, W); returns a scalar."""
         with torch.no_grad():
-            targets = self._views(target.flatten(0, 1))
+            targets = self._views(target.flatten(0, 1).float())
             if self.training:
-                energy = torch.stack([view.float().square().mean() for view in targets]).clamp_min(1e-12)
+                energy = self.mean(torch.stack([view.square().mean() for view in targets])).clamp_min(1e-12)
                 self.scales.copy_(torch.where(self.known, 0.99 * self.scales + 0.01 * energy, energy))
                 self.known.fill_(True)
-        views = self._views(reconstruction.flatten(0, 1))
-        errors = [(a.float() - b.float()).square().mean() for a, b in zip(views, targets, strict=True)]
+        views = self._views(reconstruction.flatten(0, 1).float())
+        errors = [(a - b).square().mean() for a, b in zip(views, targets, strict=True)]
         return (torch.stack(errors) / self.scales).sum()
 
 
@@ -135,13 +136,15 @@ class Objective(nn.Module):
     Args:
         config: Target, networks and weights.
         side: Longest side of the volume, world units.
+        mean: Averages a tensor over processes, so that running averages are the same in all.
     """
 
-    def __init__(self, config: LossConfig, side: float) -> None:
+    def __init__(self, config: LossConfig, side: float, mean: Callable[[Tensor], Tensor] = lambda value: value) -> None:
         super().__init__()
         self.config = config
         self.side = side
-        self.reconstruction = ReconstructionLoss(config)
+        self.mean = mean
+        self.reconstruction = ReconstructionLoss(config, mean)
 
     def forward(self, found: Reconstruction, target: Tensor, skeleton: Skeleton, epoch: float) -> dict[str, Tensor]:
         """Return the scalars "loss", "reconstruction", "length" and "separation" (the last two unweighted).
@@ -154,7 +157,8 @@ class Objective(nn.Module):
         """
         positions = found.positions.flatten(0, 1)
         if self.training:
-            skeleton.update_averages(skeleton.lengths(positions) / self.side, self.config.length_momentum)
+            lengths = self.mean(skeleton.lengths(positions.detach()).mean(0, keepdim=True) / self.side)
+            skeleton.update_averages(lengths, self.config.length_momentum)
         terms = {
             "reconstruction": self.reconstruction(found.difference, target),
             "length": length_loss(skeleton, positions, self.side),

@@ -306,8 +306,15 @@ def compare_blocked(
 
 
 def format_table(document: Mapping[str, Any]) -> str:
-    """The rows of :func:`compare` as text for the terminal."""
-    units = document["units"]
+    """Protocol, options and rows of :func:`compare` as text for the terminal."""
+    units, options = document["units"], document["options"]
+    chosen = sorted({ridge for row in document["rows"] for ridge in row.get("ridge", ())})
+    ridge = f"auto, chosen {', '.join(f'{x:g}' for x in chosen)}" if options["ridge"] == "auto" else options["ridge"]
+    about = [
+        document["protocol"],
+        f"bias {_yes(options['bias'])}, scale {_yes(options['scale'])}, ridge {ridge}",
+        *([document["truth"]] if document.get("truth") else []),
+    ]
     head = ["", *(f"{METRIC_TITLES[name]} ({units})" for name in METRICS)]
     body = [[row["name"], *(f"{row[name]:.4g}" for name in METRICS)] for row in document["rows"]]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
@@ -315,7 +322,11 @@ def format_table(document: Mapping[str, Any]) -> str:
         "  ".join(f"{x:<{w}}" if i == 0 else f"{x:>{w}}" for i, (x, w) in enumerate(zip(line, widths)))
         for line in [head, *body]
     ]
-    return "\n".join(lines)
+    return "\n".join([*about, *lines])
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
 
 
 def _document(

@@ -20,14 +20,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import bkind3d_kernels
 from bkind3d.config import Config, load_config
-from bkind3d.data import FrameCache, Project, Volume, build_cache, load_project, propose_volume
+from bkind3d.data import FrameCache, Project, Volume, build_cache, load_project
 from bkind3d.errors import InputError
 from bkind3d.models.volumetric import VolumetricModel
 from bkind3d.poses import keypoint_names
+from bkind3d_kernels import VoxelGrid
+from bkind3d_kernels.backends import OPERATIONS, resolve
 
-OPERATIONS = ("unproject", "soft_argmax3d", "rasterize_edges")
+WEIGHTS = "model.safetensors"
+# Everything that a run writes; nothing else in its folder is ever deleted.
+CONTENT = (
+    "config.yaml", "env.json", "metrics.csv", "health.jsonl", "checkpoints", "samples", "skeleton.json", "poses",
+    "evaluation.json", "report.html", "tensorboard",
+)  # fmt: skip
 PACKAGES = ("torch", "numpy", "accelerate", "av", "kornia", "triton")
 CHECKPOINT = re.compile(r"step_(\d+)")
 
@@ -48,7 +54,7 @@ class Inputs:
     volume: Volume
     cache: FrameCache
     projections: Tensor
-    grid: bkind3d_kernels.VoxelGrid
+    grid: VoxelGrid
 
     @property
     def side(self) -> float:
@@ -63,7 +69,7 @@ class Inputs:
 def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
     """Load the project and its frame cache, which is built first where it does not exist."""
     project = load_project(config.project)
-    volume = project.volume or propose_volume(project.cameras, project.up)
+    volume = project.working_volume()
     cache = build_cache(
         project,
         config.data.height,
@@ -90,7 +96,7 @@ def refuse_existing(path: Path, *, force: bool) -> None:
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not (path / "config.yaml").is_file():
+    if not ((path / "config.yaml").is_file() and (path / "checkpoints").is_dir()):
         raise InputError(f"{path}: exists and is not a run folder; choose another --out")
     if not force:
         raise InputError(f"{path}: this run exists; go on with --resume, choose another --out, or give --force")
@@ -104,8 +110,11 @@ def create_run(path: Path, *, force: bool) -> None:
     """
     refuse_existing(path, force=force)
     try:
-        if path.exists():
-            shutil.rmtree(path)
+        for name in CONTENT:
+            if (path / name).is_dir():
+                shutil.rmtree(path / name)
+            else:
+                (path / name).unlink(missing_ok=True)
         (path / "checkpoints").mkdir(parents=True)
         (path / "samples").mkdir()
         if not os.access(path, os.W_OK):
@@ -155,22 +164,35 @@ def load_model(path: Path, config: Config) -> tuple[VolumetricModel, int]:
     """
     step, folder = latest_checkpoint(path)
     model = build_model(config)
-    file = folder / "model.safetensors"
+    load_weights(model, folder / WEIGHTS)
+    return model.eval(), step
+
+
+def load_weights(model: VolumetricModel, file: Path) -> None:
+    """Load a checkpoint's networks.
+
+    Raises:
+        InputError: The file cannot be read, or holds another network.
+    """
     try:
         model.load_state_dict(load_file(file))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(corrupt(file, error)) from error
-    return model.eval(), step
 
 
-def corrupt(file: Path, error: Exception) -> str:
+def corrupt(path: Path, error: Exception) -> str:
     """One line for a checkpoint that cannot be used."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"{file}: corrupt or foreign checkpoint ({reason}); delete {file.parent} to use the one before it"
+    folder = path if path.is_dir() else path.parent
+    return f"{path}: corrupt or foreign checkpoint ({first_line(error)}); remove {folder} to use the one before it"
 
 
-def write_environment(path: Path, device: torch.device) -> None:
-    """Write env.json: versions, machine, device and the backend of each operation."""
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def write_environment(path: Path, config: Config, device: torch.device) -> dict[str, object]:
+    """Write env.json: versions, machine, device, where weights came from, and the backend of each operation."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -183,15 +205,27 @@ def write_environment(path: Path, device: torch.device) -> None:
         "cpu_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {"bkind3d": importlib.metadata.version("bkind3d"), **versions},
-        "backends": {name: bkind3d_kernels.backends.resolve(name, "auto", device=device) for name in OPERATIONS},
+        "encoder": f"{config.model.encoder}, weights: {config.model.encoder_weights}",
+        "perceptual_network": (
+            "none"
+            if config.loss.network == "none"
+            else f"{config.loss.network}, weights: {config.loss.network_weights}"
+        ),
+        "backends": {name: resolve(name, config.model.backend, device=device) for name in OPERATIONS},
     }
     write_json(path / "env.json", environment)
+    return environment
 
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON so that a reader never sees half a file."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file so that a reader never sees half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1))
+    partial.write_text(content)
     partial.replace(path)
 
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,11 +22,12 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from tqdm import tqdm
 
-from bkind3d.config import Config, TrainConfig, save_config
+from bkind3d.config import Config, TrainConfig, save_config, validate
 from bkind3d.data import FrameCache, PairDataset, gap_in_frames
 from bkind3d.errors import InputError
 from bkind3d.health import keypoint_health
@@ -34,17 +35,21 @@ from bkind3d.losses import Objective, difference_target
 from bkind3d.models.volumetric import Reconstruction, VolumetricModel
 from bkind3d.report.pictures import sample_sheet
 from bkind3d.run import (
+    WEIGHTS,
     build_model,
     checkpoints,
     corrupt,
     create_run,
+    first_line,
     latest_checkpoint,
+    load_weights,
     open_inputs,
     open_run,
     refuse_existing,
     write_environment,
     write_json,
     write_skeleton,
+    write_text,
 )
 from bkind3d_kernels.geometry import project_points
 
@@ -138,6 +143,8 @@ class Trainer:
 
     def __init__(self, config: Config, run: Path, *, progress: bool = True) -> None:
         self.config, self.run, self.progress = config, run, progress
+        if config.train.precision == "fp16" and not torch.cuda.is_available():
+            raise InputError("train.precision: fp16 needs a GPU; use bf16 or no")
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.accelerator = Accelerator(
@@ -147,15 +154,14 @@ class Trainer:
             # The order of pairs comes from EpochSampler; accelerate must not draw one of its own.
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
         )
-        with self.accelerator.main_process_first():
-            self.inputs = open_inputs(config, progress=progress)
+        self.inputs = open_inputs(config, progress=progress and self.accelerator.is_main_process)
         names = self.inputs.recordings("train", "both")
         if not names:
             raise InputError(f"{config.project}: no recording with split train or both")
         self.pairs = build_pairs(config, self.inputs.cache, names)
         self.model = build_model(config)
         set_seed(config.train.seed)
-        self.objective = Objective(config.loss, self.inputs.side)
+        self.objective = Objective(config.loss, self.inputs.side, self._mean)
         loader: DataLoader[Tensor] = DataLoader(
             self.pairs,
             batch_size=config.train.batch,
@@ -164,18 +170,24 @@ class Trainer:
             drop_last=True,
             persistent_workers=config.train.workers > 0,
         )
-        if len(loader) == 0:
-            raise InputError(f"train.batch: {len(self.pairs)} pairs do not fill one batch of {config.train.batch}")
         self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(
             self.model, build_optimizer(self.model, config.train), loader
         )
+        if len(self.loader) == 0:
+            raise InputError(f"train.batch: {len(self.pairs)} pairs do not fill one batch of {config.train.batch}")
         self.objective.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(self.objective)
+        self.accelerator.register_save_state_pre_hook(self._save_weights)
+        self.accelerator.register_load_state_pre_hook(self._load_weights)
         self.projections = self.inputs.projections.to(self.accelerator.device)
         self.grid = self.inputs.grid.to(self.accelerator.device)
         self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=max(1, HEALTH_FRAMES // (2 * config.train.batch)))
-        self.step = 0
+        self.step, self.saved = 0, -1
         self.seconds = 0.0
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Average over processes."""
+        return self.accelerator.reduce(value, "mean") if self.accelerator.num_processes > 1 else value
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -195,12 +207,16 @@ class Trainer:
                 row = self._train_step(images)
                 self.seconds = time.perf_counter() - started
                 self._after_step(row, images, bar)
-                if interrupt.pressed or self.step >= steps:
+                if self._anywhere(interrupt.pressed) or self.step >= steps:
                     break
-        if not self._saved():
+        if self.saved != self.step:
             self._save()
         self.accelerator.end_training()
         return self.step >= steps
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set in any process: all must leave the loop at the same step."""
+        return float(self._mean(torch.tensor(float(flag), device=self.accelerator.device))) > 0
 
     def _batches(self) -> Iterator[Tensor]:
         """Batches from the current step on, epoch after epoch."""
@@ -248,10 +264,7 @@ class Trainer:
     def _log(self, row: dict[str, Tensor], bar: Any) -> None:
         values = {name: float(value) for name, value in row.items()}
         if not math.isfinite(values["loss"]):
-            raise InputError(
-                f"{self.run}: the loss is {values['loss']} at step {self.step}; lower train.lr or set train.precision "
-                "to no, and resume from the last checkpoint"
-            )
+            raise InputError(self._diverged())
         active = int(self.model.skeleton.active.sum())
         bar.set_postfix(loss=f"{values['loss']:.4f}", edges=active)
         if not self.accelerator.is_main_process:
@@ -259,7 +272,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         values |= {"step": self.step, "epoch": self.epoch, "active_edges": active, "lr": lr, "seconds": self.seconds}
         path = self.run / "metrics.csv"
-        fresh = not path.exists()
+        fresh = not path.exists() or path.stat().st_size == 0
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if fresh:
@@ -301,26 +314,45 @@ class Trainer:
         )
         self.wrapped.train()
 
-    def _saved(self) -> bool:
-        return (self.run / "checkpoints" / f"step_{self.step:06d}").is_dir()
+    def _diverged(self) -> str:
+        return (
+            f"{self.run}: the loss or a weight is not finite at step {self.step}; lower train.lr or set "
+            "train.precision to no; the checkpoints before are good"
+        )
+
+    def _save_weights(self, models: list[torch.nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        """Save the bare networks: a run trained by several processes is read by one."""
+        weights.clear()
+        if self.accelerator.is_main_process:
+            state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+            save_file(state, Path(folder) / WEIGHTS)
+            torch.save(list(self.recent), Path(folder) / "recent.pt")
+
+    def _load_weights(self, models: list[torch.nn.Module], folder: str) -> None:
+        models.clear()
+        load_weights(self.model, Path(folder) / WEIGHTS)
 
     def _save(self) -> None:
         """Save everything that a resumed run needs; a reader never sees half a checkpoint."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise InputError(self._diverged())
         final = self.run / "checkpoints" / f"step_{self.step:06d}"
         partial = final.with_suffix(".partial")
         try:
             self.accelerator.save_state(str(partial))
-            if not self.accelerator.is_main_process:
-                return
-            write_json(partial / "trainer.json", {"step": self.step, "seconds": self.seconds})
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for _, folder in checkpoints(self.run)[: -self.config.train.keep]:
-                shutil.rmtree(folder)
-            write_skeleton(self.run, self.model)
-        except OSError as error:
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                write_json(partial / "trainer.json", {"step": self.step, "seconds": self.seconds})
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                for _, folder in checkpoints(self.run)[: -self.config.train.keep]:
+                    shutil.rmtree(folder)
+                write_skeleton(self.run, self.model)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
             shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(f"{final}: not written ({error.strerror}); earlier checkpoints are untouched") from error
+            raise InputError(f"{final}: not written ({first_line(error)}); earlier checkpoints are kept") from error
+        self.accelerator.wait_for_everyone()
+        self.saved = self.step
 
     def restore(self) -> None:
         """Go back to the newest checkpoint, and cut the logs to its step.
@@ -332,9 +364,13 @@ class Trainer:
         try:
             self.accelerator.load_state(str(folder))
             state = json.loads((folder / "trainer.json").read_text())
-        except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-            raise InputError(corrupt(folder / "model.safetensors", error)) from error
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.recent.extend(torch.load(folder / "recent.pt", map_location=self.accelerator.device))
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        except InputError:
+            raise
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(corrupt(folder, error)) from error
+        self.saved = self.step
         if self.accelerator.is_main_process:
             cut_logs(self.run, step)
         self.accelerator.wait_for_everyone()
@@ -342,13 +378,21 @@ class Trainer:
 
 def cut_logs(run: Path, step: int) -> None:
     """Drop the rows of metrics.csv and health.jsonl that come after `step`, which a resumed run writes again."""
-    metrics, health = run / "metrics.csv", run / "health.jsonl"
-    if metrics.exists():
-        header, *rows = metrics.read_text().splitlines(keepends=True)
-        metrics.write_text(header + "".join(row for row in rows if float(row.split(",")[0]) <= step))
-    if health.exists():
-        rows = health.read_text().splitlines(keepends=True)
-        health.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+
+    def cut(path: Path, step_of: Callable[[str], float]) -> None:
+        kept = []
+        for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+            try:
+                late = step_of(line) > step
+            except (ValueError, KeyError):  # half a line, from a crash
+                late = True
+            if not late:
+                kept.append(line)
+        write_text(path, "".join(kept))
+
+    header = ",".join(COLUMNS)
+    cut(run / "metrics.csv", lambda line: 0.0 if line.strip() == header else float(line.split(",")[0]))
+    cut(run / "health.jsonl", lambda line: json.loads(line)["step"])
 
 
 def train(config: Config, run: Path, *, force: bool = False, progress: bool = True) -> bool:
@@ -366,13 +410,16 @@ def train(config: Config, run: Path, *, force: bool = False, progress: bool = Tr
     Raises:
         InputError: Settings, project, videos or folder that cannot be used, or not enough memory.
     """
+    validate(config)
     refuse_existing(run, force=force)
     config.project = config.project.resolve()
+    config.cache = config.cache_directory.resolve()
     trainer = Trainer(config, run, progress=progress)
     if trainer.accelerator.is_main_process:
         create_run(run, force=force)
         save_config(config, run / "config.yaml")
-        write_environment(run, trainer.accelerator.device)
+        environment = write_environment(run, config, trainer.accelerator.device)
+        tqdm.write(f"encoder: {environment['encoder']}; perceptual network: {environment['perceptual_network']}")
     trainer.accelerator.wait_for_everyone()
     return _guarded(trainer)
 
@@ -395,9 +442,11 @@ def resume(run: Path, *, steps: int | None = None, progress: bool = True) -> boo
     latest_checkpoint(run)
     if steps is not None:
         config.train.steps = steps
-        save_config(config, run / "config.yaml")
+    validate(config)
     trainer = Trainer(config, run, progress=progress)
     trainer.restore()
+    if trainer.accelerator.is_main_process:
+        save_config(config, run / "config.yaml")
     return _guarded(trainer)
 
 

@@ -36,6 +36,11 @@ WHEEL = "pose2sim==0.6.1"
 # at z = 0. Wide enough for a step to each side with the arms out, as high as a man. No label was asked.
 VOLUME = Volume(center=(-930.0, -20.0, 900.0), size=(2000.0, 2000.0, 1900.0))
 
+NOTE = (
+    "Pseudo truth: the joints were triangulated from 2D detections of OpenPose, and a few are wild; 100 frames of one "
+    "man are a small sample."
+)
+
 _NAMES = ("cam01", "cam02", "cam03", "cam04")
 _SESSION = "Pose2Sim/Demo/S00_Demo_Session"
 _TRIAL = f"{_SESSION}/S00_P00_Participant/S00_P00_T01_BalancingTrial"
@@ -119,7 +124,7 @@ def _from_folder(source: Path, directory: Path) -> Path:
         units="mm",
     )
     with np.load(source / "labels.npz") as labels:
-        truth = Truth(labels["points3d"], labels["names"].tolist(), labels["edges"], float(labels["fps"]))
+        truth = Truth(labels["points3d"], labels["names"].tolist(), labels["edges"], float(labels["fps"]), NOTE)
     for camera in _NAMES:
         shutil.copyfile(source / f"{camera}.mp4", directory / f"{camera}.mp4")
     return _write(directory, cameras, truth)
@@ -154,7 +159,7 @@ def _from_wheel(wheel: Path, directory: Path) -> Path:
     bones = [bone.split("-") for bone in _BONES.split()]
     names = list(_JOINTS)
     edges = np.array([[names.index(start), names.index(end)] for start, end in bones])
-    truth = Truth(_triangulate(cameras, detections), names, edges, _FPS)
+    truth = Truth(_triangulate(cameras, detections), names, edges, _FPS, NOTE)
     return _write(directory, cameras, truth)
 
 

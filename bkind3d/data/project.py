@@ -92,12 +92,16 @@ class Project:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """True joints of a recording, for evaluation only: points3d (T, K, 3) in the project's units, NaN where unknown."""
+    """True joints of a recording, for evaluation only: points3d (T, K, 3) in the project's units, NaN where unknown.
+
+    `note` says in one sentence how far they can be trusted, where that needs saying.
+    """
 
     points3d: np.ndarray
     names: list[str]
     edges: np.ndarray  # (E, 2) int
     fps: float
+    note: str = ""
 
 
 def load_project(path: Path | str) -> Project:
@@ -173,9 +177,15 @@ def save_project(project: Project, path: Path | str) -> None:
 
 
 def save_truth(path: Path | str, truth: Truth, units: str) -> None:
-    """Write the true joints of a recording: npz with points3d, names, edges, fps and units."""
+    """Write the true joints of a recording: npz with points3d, names, edges, fps, units and note."""
     np.savez_compressed(
-        path, points3d=truth.points3d, names=np.array(truth.names), edges=truth.edges, fps=truth.fps, units=units
+        path,
+        points3d=truth.points3d,
+        names=np.array(truth.names),
+        edges=truth.edges,
+        fps=truth.fps,
+        units=units,
+        note=truth.note,
     )
 
 
@@ -192,6 +202,7 @@ def load_truth(recording: Recording, project: Project) -> Truth:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("points3d", "names", "edges", "fps", "units")}
+            note = str(file["note"]) if "note" in file else ""
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not an npz file of arrays ({error})") from None
     except KeyError as error:
@@ -203,7 +214,7 @@ def load_truth(recording: Recording, project: Project) -> Truth:
     if units != project.units:
         raise InputError(f"{path}: its units are {units!r}, the project's are {project.units!r}; convert one of them")
     edges = arrays["edges"].astype(np.int64).reshape(-1, 2)
-    return Truth(points3d=points.astype(np.float64), names=names, edges=edges, fps=float(arrays["fps"]))
+    return Truth(points3d=points.astype(np.float64), names=names, edges=edges, fps=float(arrays["fps"]), note=note)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

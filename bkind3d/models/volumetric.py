@@ -118,7 +118,9 @@ class VolumetricModel(nn.Module):
         sizes = [(size[0] // stride, size[1] // stride) for stride in self.config.edge_strides]
         scaled = rescale_points(pixels, size, sizes[0])
         sigmas = list(self.config.edge_sigmas)
-        return rasterize_edges(scaled, self.skeleton.weights, sizes, sigmas, backend=self.config.backend)
+        return rasterize_edges(
+            scaled, self.skeleton.weights, sizes, sigmas, edges=self.skeleton.pairs, backend=self.config.backend
+        )
 
     def forward(self, images: Tensor, projections: Tensor, grid: VoxelGrid) -> Reconstruction:
         """Find the keypoints at both times and reconstruct the difference of the frames from them.

@@ -166,6 +166,7 @@ def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
             for k, joint in enumerate(evaluation["joints"])
         ],
         "note": evaluation["note"],
+        "truth": evaluation.get("truth", ""),
         "paper": evaluation["paper"],
         "paper_source": evaluation["paper_source"],
     }

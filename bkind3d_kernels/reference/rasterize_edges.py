@@ -15,7 +15,8 @@ from . import unavailable
 
 __all__ = ["run", "unavailable"]
 
-CHUNK_ELEMENTS = 2**18  # edges × pixels visited at once: 1 MiB in float32, which stays in a core's cache
+# Edges × pixels visited at once: 1 MiB in float32 stays in a core's cache; a GPU needs more to be busy.
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**18, 2**26
 MIN_LENGTH_SQUARED = 1e-12  # pixels²: a shorter segment is a point
 
 
@@ -71,7 +72,8 @@ def _winner(
 ) -> tuple[Tensor, Tensor]:
     """Per pixel, whether an edge is drawn there and the index of the one with the largest log w − d²/σ², (N, H, W)."""
     n, (h, w), count = keypoints.shape[0], size, edges.shape[0]
-    step = count if torch.compiler.is_compiling() else max(1, CHUNK_ELEMENTS // (n * h * w))
+    limit = CHUNK_ELEMENTS if keypoints.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    step = count if torch.compiler.is_compiling() else max(1, limit // (n * h * w))
     best = keypoints.new_full((n, h, w), -torch.inf)
     winner = torch.zeros(n, h, w, dtype=torch.int64, device=keypoints.device)
     for start in range(0, count, step):

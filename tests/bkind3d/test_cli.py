@@ -1,5 +1,6 @@
 """The command line: every verb runs, and bad input ends in one line, exit code 2 and no traceback."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -128,12 +129,14 @@ def calibration(old: str, new: str):
     return change
 
 
-def mirror(project: Path) -> None:
-    """Swap two columns of a camera's K? No: flip x of its rotation, as a left-handed export does."""
-    import re
+def rotation(value: str):
+    """Give the first camera another rotation."""
 
-    path = project.parent / "calibration.toml"
-    path.write_text(re.sub(r"rotation = \[.*?\]", "rotation = [nan, 0.0, 0.0]", path.read_text(), count=1))
+    def change(project: Path) -> None:
+        path = project.parent / "calibration.toml"
+        path.write_text(re.sub(r"rotation = \[.*?\]", f"rotation = {value}", path.read_text(), count=1))
+
+    return change
 
 
 def volume_behind(project: Path) -> None:
@@ -149,7 +152,8 @@ def volume_behind(project: Path) -> None:
         (camera_without_video, ["cam3"]),
         (video_without_camera, ["cam9"]),
         (calibration("0.0, 0.0, 1.0", "0.0, 0.1, 1.0"), ["calibration.toml", "0 0 1"]),
-        (mirror, ["calibration.toml", "cam0"]),
+        (rotation("[nan, 0.0, 0.0]"), ["calibration.toml", "cam0", "finite"]),
+        (rotation("[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, -1.0]]"), ["calibration.toml", "cam0", "mirrored"]),
         (volume_behind, ["volume"]),
         (lambda project: edit(project, {"units": "furlong"}), ["units", "furlong"]),
         (lambda project: edit(project, {"voulme": {}}), ["voulme", "volume"]),
@@ -180,10 +184,40 @@ def test_zero_gap(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_demo_refuses_an_existing_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("")
     assert "--force" in refused(["demo", "--out", str(tmp_path / "run")], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_demo_never_replaces_data_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mouse-data").mkdir()
+    (tmp_path / "mouse-data" / "project.yaml").write_text("name: mine")
+    assert "not made by a demo" in refused(["demo", "--out", str(tmp_path / "mouse"), "--force"], capsys)
+    assert (tmp_path / "mouse-data" / "project.yaml").read_text() == "name: mine"
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("--data.height=36", "data.height"),
+        ("--model.edge_sigmas=[1]", "model.edge_sigmas"),
+        ("--model.logit_gain=0", "model.logit_gain"),
+        ("--model.volume_channels=[4]", "model.volume_channels"),
+        ("--loss.ssim_window=4", "loss.ssim_window"),
+        ("--train.batch=0", "train.batch"),
+        ("--train.save_every=0", "train.save_every"),
+        ("--train.seed=-1", "train.seed"),
+        ("--data.gap=[]", "data.gap"),
+        ("--train.precision=fp16", "train.precision"),
+        ("--model.backend=cuda", "cuda"),
+        ("--steps=5", "--resume"),
+        ("--resume", "--steps"),
+    ],
+)
+def test_impossible_settings(setting: str, name: str, rig: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["train", "--project", str(rig), "--out", str(tmp_path / "run"), *TINY, setting]
+    assert name in refused(arguments, capsys)
 
 
 def test_no_traceback_from_the_installed_command(tmp_path: Path) -> None:

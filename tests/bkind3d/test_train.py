@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, load_config, save_config
 from bkind3d.errors import InputError
@@ -106,6 +109,7 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(config: MakeConfig, tmp_
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
     assert rows(tmp_path / "whole") == rows(broken)
+    assert (tmp_path / "whole" / "health.jsonl").read_text() == (broken / "health.jsonl").read_text()
 
 
 def test_resume_after_a_crash_rewrites_the_log(config: MakeConfig, tmp_path: Path) -> None:
@@ -118,6 +122,47 @@ def test_resume_after_a_crash_rewrites_the_log(config: MakeConfig, tmp_path: Pat
     resume(run, progress=False)
     assert rows(run) == expected
     assert [json.loads(line)["step"] for line in (run / "health.jsonl").read_text().splitlines()] == [4, 7]
+
+
+def test_resume_drops_half_a_line(config: MakeConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(steps=4), run, progress=False)
+    expected = rows(run)
+    for name, half in (("metrics.csv", "5,0.3"), ("health.jsonl", '{"step": 5, "fra')):
+        with (run / name).open("a") as file:
+            file.write(half)
+    assert resume(run, steps=5, progress=False)
+    assert rows(run)[:4] == expected
+    assert len(rows(run)) == 5
+
+
+def test_two_processes(rig: Path, tmp_path: Path) -> None:
+    """Train with two processes, resume with two, read with one."""
+    run = tmp_path / "run"
+    settings = [
+        "--project", str(rig), "--data.height=32", "--data.width=32", "--data.gap=4", "--model.keypoints=4",
+        "--model.encoder=small", "--model.pyramid_channels=8", "--model.channels=4", "--model.voxels=8",
+        "--model.volume_channels=[4,4,8]", "--model.volume_stem=3", "--model.volume_blocks=1",
+        "--model.edge_strides=[8,4]", "--model.edge_sigmas=[1,1.5]", "--model.decoder_channels=[8,8]",
+        "--loss.network=none", "--loss.target_channels=grey", "--train.steps=3", "--train.batch=2",
+        "--train.log_every=1", "--train.save_every=2",
+    ]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for arguments in (settings, ["--resume", "--steps", "5"]):
+        command = [*launch, "-m", "bkind3d.cli", "train", "--out", str(run), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows(run)] == ["1", "2", "3", "4", "5"]
+    assert [step for step, _ in checkpoints(run)] == [3, 4, 5]
+    assert not list(run.rglob("*.partial"))
+    assert predict(run, recordings=["test"], progress=False)
+
+
+def test_bf16_step(config: MakeConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(config(steps=2, precision="bf16"), run, progress=False)
+    assert all(np.isfinite(float(row["loss"])) for row in rows(run))
 
 
 def test_resume_for_longer(config: MakeConfig, tmp_path: Path) -> None:
@@ -221,9 +266,17 @@ def test_existing_run_is_kept_without_force(config: MakeConfig, tmp_path: Path) 
 
 def test_foreign_folder_is_never_replaced(config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "config.yaml").write_text("settings of one's own")
     with pytest.raises(InputError, match="not a run folder"):
         train(config(), tmp_path, force=True, progress=False)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_force_leaves_foreign_files_in_a_run(config: MakeConfig, tmp_path: Path) -> None:
+    train(config(steps=1), tmp_path / "run", progress=False)
+    (tmp_path / "run" / "notes.txt").write_text("what I saw")
+    train(config(steps=1), tmp_path / "run", force=True, progress=False)
+    assert (tmp_path / "run" / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "foreign"])
@@ -249,8 +302,9 @@ def test_corrupt_optimizer_state(config: MakeConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(config(steps=3), run, progress=False)
     (checkpoints(run)[-1][1] / "optimizer.bin").write_bytes(b"garbage")
-    with pytest.raises(InputError, match="corrupt or foreign checkpoint"):
+    with pytest.raises(InputError, match=r"step_000003: corrupt or foreign checkpoint"):
         resume(run, steps=9, progress=False)
+    assert load_config(run / "config.yaml").train.steps == 3
 
 
 def test_run_without_checkpoint(config: MakeConfig, tmp_path: Path) -> None:
@@ -273,15 +327,18 @@ def test_full_disk_while_saving_keeps_earlier_checkpoints(
     run = tmp_path / "run"
     train(config(steps=3), run, progress=False)
 
-    def full(self: object, folder: str) -> None:
-        Path(folder).mkdir()
-        raise OSError(28, "No space left on device")
+    # Python, safetensors and torch each say it in their own way.
+    for error in (OSError(28, "No space left on device"), SafetensorError("No space left"), RuntimeError("No space")):
 
-    monkeypatch.setattr("accelerate.Accelerator.save_state", full)
-    with pytest.raises(InputError, match="No space left on device"):
-        resume(run, steps=5, progress=False)
-    assert [step for step, _ in checkpoints(run)] == [3]
-    assert not list(run.rglob("*.partial"))
+        def full(self: object, folder: str, error: Exception = error) -> None:
+            Path(folder).mkdir()
+            raise error
+
+        monkeypatch.setattr("accelerate.Accelerator.save_state", full)
+        with pytest.raises(InputError, match="No space"):
+            resume(run, steps=5, progress=False)
+        assert [step for step, _ in checkpoints(run)] == [3]
+        assert not list(run.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("gap", [0, "0 s", -3, 1000, "soon"])
