@@ -63,7 +63,7 @@ def human_config(project: Path, seed: int, steps: int) -> Config:
         data=DataConfig(height=128, width=96, gap=["0.17 s", "0.33 s", "0.5 s", "0.67 s"], reverse=True),
         model=replace(SMALL_MODEL, keypoints=15),
         loss=SMALL_LOSS,
-        train=replace(SMALL_TRAIN, steps=steps, seed=seed),
+        train=replace(SMALL_TRAIN, edge_lr=5e-3, steps=steps, seed=seed),
     )
 
 
