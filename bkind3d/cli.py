@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     namespace = parser.parse_args(arguments)
     try:
         verb = namespace.verb
-        settings = parser.instantiate_classes(namespace)[verb]
+        settings = parser.instantiate(namespace)[verb]
         if verb == "train":
             run_train(settings)
         else:

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from tqdm import tqdm
@@ -57,6 +57,7 @@ COLUMNS = (
     "step", "epoch", "loss", "reconstruction", "length", "separation", "active_edges", "lr", "grad_norm", "seconds"
 )  # fmt: skip
 HEALTH_FRAMES = 400
+RECENT = "recent.safetensors"  # the frames that the next health is measured on
 
 
 class EpochSampler(Sampler[int]):
@@ -285,8 +286,8 @@ class Trainer:
         """Write keypoint health, the skeleton and a picture of one pair (always the same one)."""
         if not self.accelerator.is_main_process:
             return
-        positions = torch.cat([pair[0] for pair in self.recent]).float().cpu().numpy()
-        confidence = torch.cat([pair[1] for pair in self.recent]).float().cpu().numpy()
+        positions = torch.cat([pair[0].cpu() for pair in self.recent]).float().numpy()
+        confidence = torch.cat([pair[1].cpu() for pair in self.recent]).float().numpy()
         volume = self.inputs.volume
         health = keypoint_health(positions, confidence, np.array(volume.center), np.array(volume.size))
         with (self.run / "health.jsonl").open("a") as file:
@@ -326,7 +327,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
             save_file(state, Path(folder) / WEIGHTS)
-            torch.save(list(self.recent), Path(folder) / "recent.pt")
+            positions, confidence = (torch.stack(parts) for parts in zip(*self.recent, strict=True))
+            save_file({"positions": positions, "confidence": confidence}, Path(folder) / RECENT)
 
     def _load_weights(self, models: list[torch.nn.Module], folder: str) -> None:
         models.clear()
@@ -364,11 +366,14 @@ class Trainer:
         try:
             self.accelerator.load_state(str(folder))
             state = json.loads((folder / "trainer.json").read_text())
-            self.recent.extend(torch.load(folder / "recent.pt", map_location=self.accelerator.device))
+            recent = load_file(folder / RECENT)
+            self.recent.extend(zip(recent["positions"], recent["confidence"], strict=True))
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
         except InputError:
             raise
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        except (
+            OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError
+        ) as error:  # fmt: skip
             raise InputError(corrupt(folder, error)) from error
         self.saved = self.step
         if self.accelerator.is_main_process:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 
 from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, load_config, save_config
@@ -161,7 +162,9 @@ def test_two_processes(rig: Path, tmp_path: Path) -> None:
 
 def test_bf16_step(config: MakeConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    AcceleratorState._reset_state(True)  # accelerate keeps one precision for a whole process
     assert train(config(steps=2, precision="bf16"), run, progress=False)
+    AcceleratorState._reset_state(True)
     assert all(np.isfinite(float(row["loss"])) for row in rows(run))
 
 
