@@ -118,7 +118,7 @@ def demo(
     else:
         say("prepare", f"four videos of a man balancing -> {data}")
         project = human_project(data / "rig", source)
-        config = human_config(project, seed, 600 if steps is None else steps)
+        config = human_config(project, seed, 500 if steps is None else steps)
         probe = {"ridge": "auto", "blocks": 10}
     say("check", f"{project}")
     check_project(
