@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from bkind3d import probe
+from bkind3d import probe as evaluation
 from bkind3d.errors import InputError
 from bkind3d.probe import METRICS, ProbeOptions, compare, compare_blocked, fit_probe, joint_errors
 
@@ -90,16 +90,16 @@ def test_unannotated_joints_take_no_part():
 def test_frames_with_too_few_joints_are_skipped_and_counted():
     truth = skeletons()
     truth[3, 2:] = np.nan
-    row = probe.score(skeletons(seed=1), truth, ProbeOptions())
+    row = evaluation.score(skeletons(seed=1), truth, ProbeOptions())
     assert (row["frames"], row["frames_skipped"]) == (29, 1)
     with pytest.raises(InputError, match="no frame has 3 annotated joints"):
-        probe.score(skeletons(frames=1), truth[3:4], ProbeOptions())
+        evaluation.score(skeletons(frames=1), truth[3:4], ProbeOptions())
 
 
 def test_score_is_mean_and_median_over_frames():
     truth = skeletons(frames=4)
     shifts = np.array([0.0, 0.0, 1.0, 7.0])
-    row = probe.score(truth + np.array([1.0, 0, 0]) * shifts[:, None, None], truth, ProbeOptions())
+    row = evaluation.score(truth + np.array([1.0, 0, 0]) * shifts[:, None, None], truth, ProbeOptions())
     assert row["mpjpe_absolute"] == pytest.approx(2)
     assert row["median"]["mpjpe_absolute"] == pytest.approx(0.5)
     np.testing.assert_allclose(row["per_joint"]["mpjpe_absolute"], 2)
@@ -110,15 +110,15 @@ def test_score_is_mean_and_median_over_frames():
 
 def test_probe_recovers_a_linear_map_exactly():
     u, y = linear_scene()
-    row = probe.evaluate_probe(u[:80], y[:80], u[80:], y[80:])
+    row = evaluation.evaluate_probe(u[:80], y[:80], u[80:], y[80:])
     assert max(row[name] for name in METRICS) < 1e-9
     assert row["ridge"] == [0.0]
 
 
 def test_constant_needs_the_bias():
     u, y = linear_scene(constant=10.0)
-    without = probe.evaluate_probe(u[:80], y[:80], u[80:], y[80:])
-    with_bias = probe.evaluate_probe(u[:80], y[:80], u[80:], y[80:], ProbeOptions(bias=True))
+    without = evaluation.evaluate_probe(u[:80], y[:80], u[80:], y[80:])
+    with_bias = evaluation.evaluate_probe(u[:80], y[:80], u[80:], y[80:], ProbeOptions(bias=True))
     assert without["mpjpe_absolute"] > 5
     assert with_bias["mpjpe_absolute"] < 1e-9
 
@@ -170,7 +170,7 @@ def test_ridge_has_no_units():
 
 def test_auto_ridge_is_small_on_clean_data_and_large_on_noise():
     u, y = linear_scene()
-    assert fit_probe(u, y, ProbeOptions(ridge="auto")).ridge == min(probe.RIDGES)
+    assert fit_probe(u, y, ProbeOptions(ridge="auto")).ridge == min(evaluation.RIDGES)
     noise = np.random.default_rng(9).normal(size=y.shape)
     assert fit_probe(u, noise, ProbeOptions(ridge="auto")).ridge >= 1
 
@@ -178,8 +178,8 @@ def test_auto_ridge_is_small_on_clean_data_and_large_on_noise():
 def test_auto_ridge_helps_where_frames_are_few():
     u, y = linear_scene(frames=140, keypoints=10)
     y = y + 3 * np.random.default_rng(1).normal(size=y.shape)
-    plain = probe.evaluate_probe(u[:40], y[:40], u[40:], y[40:])
-    ridge = probe.evaluate_probe(u[:40], y[:40], u[40:], y[40:], ProbeOptions(ridge="auto"))
+    plain = evaluation.evaluate_probe(u[:40], y[:40], u[40:], y[40:])
+    ridge = evaluation.evaluate_probe(u[:40], y[:40], u[40:], y[40:], ProbeOptions(ridge="auto"))
     assert ridge["mpjpe_absolute"] < 0.8 * plain["mpjpe_absolute"]
 
 
@@ -190,15 +190,15 @@ def test_unannotated_joints_leave_the_fit_exact():
     holes[1::4, 4, 2] = np.nan
     probe = fit_probe(u, holes)
     np.testing.assert_allclose(probe.predict(u), y, atol=1e-8)
-    assert fit_probe(u, holes, ProbeOptions(ridge="auto")).ridge == min(probe.RIDGES)
+    assert fit_probe(u, holes, ProbeOptions(ridge="auto")).ridge == min(evaluation.RIDGES)
 
 
 # --- blocks -------------------------------------------------------------------------------------------------------
 
 
 def test_block_numbers():
-    assert probe.block_numbers(100, 10).tolist() == [i // 10 for i in range(100)]
-    uneven = np.bincount(probe.block_numbers(23, 5))
+    assert evaluation.block_numbers(100, 10).tolist() == [i // 10 for i in range(100)]
+    uneven = np.bincount(evaluation.block_numbers(23, 5))
     assert uneven.sum() == 23
     assert uneven.max() - uneven.min() <= 1
 
@@ -208,10 +208,10 @@ def test_a_block_is_predicted_without_its_own_joints(ridge):
     u, y = linear_scene(frames=40)
     y = y + np.random.default_rng(1).normal(size=y.shape)
     options = ProbeOptions(ridge=ridge)
-    before, chosen = probe.predict_blocked(u, y, 4, options)
+    before, chosen = evaluation.predict_blocked(u, y, 4, options)
     changed = y.copy()
     changed[10:20] = 1e3 * np.random.default_rng(2).normal(size=(10, 5, 3))
-    after, chosen_after = probe.predict_blocked(u, changed, 4, options)
+    after, chosen_after = evaluation.predict_blocked(u, changed, 4, options)
     np.testing.assert_array_equal(after[10:20], before[10:20])
     assert chosen_after[1] == chosen[1]
     assert np.abs(after[20:] - before[20:]).max() > 1
@@ -224,7 +224,7 @@ def test_memorised_time_does_not_help_across_blocks():
     u = np.eye(9)[number].reshape(72, 3, 3)
     y = rng.normal(size=(9, 5, 3))[number]
     shuffled = rng.permutation(72)
-    assert probe.evaluate_blocked(u[shuffled], y[shuffled], 9)["mpjpe_absolute"] < 1e-9  # this protocol leaks
+    assert evaluation.evaluate_blocked(u[shuffled], y[shuffled], 9)["mpjpe_absolute"] < 1e-9  # this protocol leaks
     honest = compare_blocked({"memory": u}, y, 9, units="m")["rows"]
     assert honest[0]["mpjpe_absolute"] > 0.8 * honest[1]["mpjpe_absolute"] > 0.5
 
@@ -235,10 +235,11 @@ def test_ridge_is_chosen_on_the_other_blocks_not_on_neighbouring_frames():
     number = np.repeat(np.arange(9), 8)
     u = np.eye(9)[number].reshape(72, 3, 3)
     y = 5 + rng.normal(size=(9, 5, 3))[number]
-    _, ridges = probe.predict_blocked(u, -y * (-1.0) ** number[:, None, None], 9, ProbeOptions(ridge="auto"))
+    _, ridges = evaluation.predict_blocked(u, -y * (-1.0) ** number[:, None, None], 9, ProbeOptions(ridge="auto"))
     assert min(ridges) == max(ridges)
     clean_u, clean_y = linear_scene(frames=72)
-    assert probe.predict_blocked(clean_u, clean_y, 9, ProbeOptions(ridge="auto"))[1] == [min(probe.RIDGES)] * 9
+    _, ridges = evaluation.predict_blocked(clean_u, clean_y, 9, ProbeOptions(ridge="auto"))
+    assert ridges == [min(evaluation.RIDGES)] * 9
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -266,8 +267,9 @@ def test_compare_adds_the_mean_pose_and_says_what_was_done():
     expected = np.linalg.norm(np.nanmean(y[:80], axis=0) - y[80:], axis=2).mean()
     assert mean["mpjpe_absolute"] == pytest.approx(expected)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    table = probe.format_table(document)
-    assert table.count("\n") == 3
+    table = evaluation.format_table(document)
+    assert table.splitlines()[1] == "bias yes, scale yes, ridge 0.01"
+    assert len(table.splitlines()) == 2 + 1 + 3
     assert "MPJPE, mean shift removed (m)" in table
 
 
@@ -280,11 +282,11 @@ def test_mean_pose_does_not_see_its_block():
 
 
 def test_paper_rows():
-    rows = {(row["dataset"], row["name"]): (row["pmpjpe"], row["mpjpe"]) for row in probe.PAPER_ROWS}
+    rows = {(row["dataset"], row["name"]): (row["pmpjpe"], row["mpjpe"]) for row in evaluation.PAPER_ROWS}
     assert rows[("Human3.6M", "BKinD-3D, 15 keypoints")] == (105, 125)
     assert rows[("Rat7M", "BKinD-3D")] == (24, 76)
-    assert len(rows) == len(probe.PAPER_ROWS)
-    assert all(row["units"] == "mm" for row in probe.PAPER_ROWS)
+    assert len(rows) == len(evaluation.PAPER_ROWS)
+    assert all(row["units"] == "mm" for row in evaluation.PAPER_ROWS)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -321,16 +323,16 @@ def test_prediction_that_is_not_finite():
 def test_training_and_test_must_agree():
     u, y = linear_scene()
     with pytest.raises(InputError, match="keypoints: training has 4 of them and test has 3"):
-        probe.evaluate_probe(u, y, u[:, :3], y)
+        evaluation.evaluate_probe(u, y, u[:, :3], y)
     with pytest.raises(InputError, match="joints: training has 5"):
-        probe.evaluate_probe(u, y, u, y[:, :4])
+        evaluation.evaluate_probe(u, y, u, y[:, :4])
 
 
 @pytest.mark.parametrize("blocks", [1, 121])
 def test_bad_blocks(blocks):
     u, y = linear_scene()
     with pytest.raises(InputError, match="blocks: expected between 2"):
-        probe.evaluate_blocked(u, y, blocks)
+        evaluation.evaluate_blocked(u, y, blocks)
 
 
 def test_reserved_name_and_joint_names():
