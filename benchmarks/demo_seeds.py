@@ -40,6 +40,8 @@ def run_seed(seed: int, out: Path, threads: int) -> Path:
         started = time.perf_counter()
         command = [Path(sys.executable).with_name("bkind3d"), "demo", "--out", run, "--seed", str(seed), "--force"]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        (out / f"seed{seed}.commit").write_text(git.stdout.strip())
         with (out / f"seed{seed}.log").open("w") as log:
             subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
         print(f"seed {seed}: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
@@ -53,7 +55,6 @@ def rows(run: Path) -> list[dict[str, object]]:
     with (run / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     errors = {row["name"]: row["mpjpe"] for row in evaluation["rows"]}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
     return [
         {
             "seed": evaluation["seed"],
@@ -67,7 +68,7 @@ def rows(run: Path) -> list[dict[str, object]]:
             "threads": environment["cpu_threads"],
             "cpu": cpu_name(),
             "torch": torch.__version__,
-            "commit": commit.strip(),
+            "commit": run.with_suffix(".commit").read_text(),
             "date": datetime.date.today().isoformat(),
         }
         for row in evaluation["rows"]
