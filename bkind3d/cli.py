@@ -26,36 +26,6 @@ from bkind3d_kernels import BackendUnavailable
 INTERRUPTED = 130
 
 
-def run_demo(
-    subject: Literal["animal", "human"] = "animal",
-    out: Path | None = None,
-    seed: int = 0,
-    frames: int = 800,
-    test_frames: int = 300,
-    views: int = 4,
-    steps: int | None = None,
-    source: Path | None = None,
-    force: bool = False,
-) -> None:
-    """From the videos of a simulated animal, or of a filmed man, to 3D keypoints, their evaluation and a report.
-
-    Args:
-        subject: What to look at.
-        out: Run folder; runs/demo or runs/human when left out.
-        seed: Seed of the simulation and of training.
-        frames: Training frames to simulate.
-        test_frames: Test frames to simulate.
-        views: Cameras to simulate, 4 to 8.
-        steps: Training steps; what fits into minutes on two CPU cores when left out.
-        source: Folder of the human clip, where it is on disk; it is downloaded otherwise.
-        force: Replace an earlier run.
-    """
-    demo(
-        subject, out=out, seed=seed, frames=frames, test_frames=test_frames, views=views, steps=steps, source=source,
-        force=force,
-    )  # fmt: skip
-
-
 def run_check(
     project: Path,
     gap: str | int = "0.4 s",
@@ -148,8 +118,8 @@ def run_report(run: Path, force: bool = False) -> None:
     print(build_report(run, force=force))
 
 
-VERBS: dict[str, tuple[Callable[..., None], str]] = {
-    "demo": (run_demo, "the whole way on a simulated animal or a filmed man"),
+VERBS: dict[str, tuple[Callable[..., object], str]] = {
+    "demo": (demo, "the whole way on a simulated animal or a filmed man"),
     "check": (run_check, "look at a project before training"),
     "predict": (run_predict, "3D keypoints of every frame"),
     "evaluate": (run_evaluate, "regress annotated joints from the keypoints"),
@@ -177,7 +147,7 @@ def build_parser() -> ArgumentParser:
     for name, (function, summary) in VERBS.items():
         flags = [parameter for parameter in inspect.signature(function).parameters if parameter in FLAGS]
         verb = ArgumentParser(description=(function.__doc__ or summary).splitlines()[0])
-        verb.add_function_arguments(function, as_positional=True, skip=set(flags))
+        verb.add_function_arguments(function, as_positional=True, skip={"progress", *flags})
         add_flags(verb, flags)
         verbs.add_subcommand(name, verb, help=summary)
     verbs.add_subcommand("train", train_parser(), help="train a run, or go on with one")
