@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import av
@@ -404,6 +405,9 @@ def test_file_in_the_way(tmp_path: Path) -> None:
         simulate_rig(tmp_path / "rig" / "below", **SMALL)
 
 
-def test_progress_counts_every_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_every_picture_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     simulate_rig(tmp_path / "rig", **{**SMALL, "frames": 3, "test_frames": 2, "progress": True})
     assert "20/20" in capsys.readouterr().err
