@@ -212,6 +212,9 @@ class Trainer:
                     break
         if self.saved != self.step:
             self._save()
+        # Let go of everything that holds the process group, so that its threads end before the interpreter does.
+        self.wrapped = self.model
+        self.accelerator.free_memory()
         self.accelerator.end_training()
         return self.step >= steps
 
