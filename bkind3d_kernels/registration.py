@@ -1,0 +1,245 @@
+"""What every family of kernels gets around it, in one place: fake kernels, autograd, and no silent second derivative.
+
+A family is a namespace of operators with the schemas of ``csrc/schema.cpp``: ``bkind3d`` (C++ on CPU tensors, CUDA on CUDA
+tensors). :func:`attach` gives each of its operators
+
+- a fake kernel: shapes, dtypes and strides, for torch.compile and torch.export;
+- autograd, through the ``*_backward`` operator;
+- for each ``*_backward`` operator a formula that raises: without one its derivative would be silently zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INT16_EDGES = 2**15  # up to here the winner's index is int16
+
+
+def attach(namespace: str) -> None:
+    """Register fake kernels and autograd for the operators of ``namespace``. Once for each namespace."""
+    for op, (fake, fake_backward, setup_context, backward) in _OPERATORS.items():
+        name = f"{namespace}::{op}"
+        torch.library.register_fake(name, fake)
+        torch.library.register_fake(f"{name}_backward", fake_backward)
+        torch.library.register_autograd(name, backward(namespace), setup_context=setup_context)
+        torch.library.register_autograd(f"{name}_backward", _no_second_derivative(op))
+
+
+def _operator(namespace: str, name: str) -> Any:
+    return getattr(getattr(torch.ops, namespace), name)
+
+
+def _no_second_derivative(op: str) -> Any:
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(f"{op}: the compiled kernels have no second derivative; use backend='reference' for one")
+
+    return backward
+
+
+# ---- unproject ----
+
+
+def _unproject_fake(
+    features: Tensor,
+    q: Tensor,
+    view_mask: Tensor | None,
+    view_weights: Tensor | None,
+    shape: list[int],
+    aggregation: str,
+    unseen: str,
+) -> tuple[Tensor, Tensor]:
+    n, _, c = features.shape[:3]
+    volume = torch.empty(
+        (n, c, *shape), dtype=features.dtype, device=features.device, memory_format=torch.channels_last_3d
+    )
+    return volume, features.new_empty((n, *shape), dtype=torch.uint8)
+
+
+def _unproject_backward_fake(
+    grad_volume: Tensor,
+    features: Tensor,
+    q: Tensor,
+    view_mask: Tensor | None,
+    view_weights: Tensor | None,
+    shape: list[int],
+    aggregation: str,
+    unseen: str,
+    needs_features: bool,
+    needs_q: bool,
+    needs_weights: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, m, c, h, w = features.shape
+    grad_features = features.new_empty((n, m, h, w, c) if needs_features else (0,))
+    return (
+        grad_features.permute(0, 1, 4, 2, 3) if needs_features else grad_features,
+        q.new_empty((n, m, 3, 4) if needs_q else (0,)),
+        q.new_empty((n, m, c) if needs_weights else (0,)),
+    )
+
+
+def _unproject_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, q, view_mask, view_weights, shape, aggregation, unseen = inputs
+    ctx.save_for_backward(features, q, view_mask, view_weights)
+    ctx.options = list(shape), aggregation, unseen
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _unproject_autograd(namespace: str) -> Any:
+    def backward(ctx: Any, grad_volume: Tensor | None, _: Any) -> Any:
+        features, q, view_mask, view_weights = ctx.saved_tensors
+        if grad_volume is None:
+            return (None,) * 7
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], view_weights is not None and ctx.needs_input_grad[3]
+        gradients = _operator(namespace, "unproject_backward")(
+            grad_volume,
+            features,
+            q,
+            view_mask,
+            view_weights,
+            *ctx.options,
+            *needs,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        grad_features, grad_q, grad_weights = (g if need else None for g, need in zip(gradients, needs))
+        return grad_features, grad_q, None, grad_weights, None, None, None
+
+    return backward
+
+
+# ---- soft_argmax3d ----
+
+
+def _soft_argmax3d_fake(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, ...]:
+    n, j = logits.shape[:2]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty((n, j, 3), dtype=dtype),
+        logits.new_empty((n, j), dtype=dtype),
+        logits.new_empty((n, j, 3, 3) if covariance else (0,), dtype=dtype),
+        logits.new_empty((n, j), dtype=dtype),
+        logits.new_empty((n, j), dtype=dtype),
+        logits.new_empty((n, j), dtype=torch.int64),
+    )
+
+
+def _soft_argmax3d_backward_fake(
+    grad_mean: Tensor,
+    grad_peak: Tensor,
+    grad_covariance: Tensor | None,
+    logits: Tensor,
+    temperature: float,
+    mean: Tensor,
+    covariance: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    argmax: Tensor,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _soft_argmax3d_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, ctx.temperature, ctx.has_covariance = inputs
+    mean, _, covariance, maximum, total, argmax = output
+    ctx.save_for_backward(logits, mean, covariance, maximum, total, argmax)
+    ctx.mark_non_differentiable(maximum, total, argmax)
+    ctx.set_materialize_grads(False)
+
+
+def _soft_argmax3d_autograd(namespace: str) -> Any:
+    def backward(ctx: Any, grad_mean: Tensor | None, grad_peak: Tensor | None, grad_covariance: Any, *_: Any) -> Any:
+        logits, mean, covariance, maximum, total, argmax = ctx.saved_tensors
+        grad_logits = _operator(namespace, "soft_argmax3d_backward")(
+            torch.zeros_like(mean) if grad_mean is None else grad_mean,
+            torch.zeros_like(total) if grad_peak is None else grad_peak,
+            grad_covariance if ctx.has_covariance else None,
+            logits,
+            ctx.temperature,
+            mean,
+            covariance,
+            maximum,
+            total,
+            argmax,
+        )
+        return grad_logits, None, None
+
+    return backward
+
+
+# ---- rasterize_edges ----
+
+
+def _rasterize_edges_fake(
+    keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[int], sigmas: list[float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    n = keypoints.shape[0]
+    index = torch.int16 if edges.shape[0] <= INT16_EDGES else torch.int32
+    shapes = [(n, h, w) for h, w in zip(sizes[::2], sizes[1::2])]
+    return (
+        [keypoints.new_empty(shape) for shape in shapes],
+        [keypoints.new_empty(shape, dtype=index) for shape in shapes],
+    )
+
+
+def _rasterize_edges_backward_fake(
+    grad_maps: list[Tensor],
+    keypoints: Tensor,
+    weights: Tensor,
+    edges: Tensor,
+    winners: list[Tensor],
+    sizes: list[int],
+    sigmas: list[float],
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    return keypoints.new_empty(keypoints.shape), weights.new_empty(weights.shape)
+
+
+def _rasterize_edges_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
+    keypoints, weights, edges, sizes, sigmas = inputs
+    maps, winners = output
+    ctx.save_for_backward(keypoints, weights, edges, *winners)
+    ctx.options = list(sizes), list(sigmas)
+    ctx.mark_non_differentiable(*winners)
+
+
+def _rasterize_edges_autograd(namespace: str) -> Any:
+    def backward(ctx: Any, grad_maps: list[Tensor | None], _: Any) -> Any:
+        keypoints, weights, edges, *winners = ctx.saved_tensors
+        grad_maps = [
+            keypoints.new_zeros(w.shape) if g is None else g.to(keypoints.dtype) for g, w in zip(grad_maps, winners)
+        ]
+        sizes, sigmas = ctx.options
+        grad_keypoints, grad_weights = _operator(namespace, "rasterize_edges_backward")(
+            grad_maps,
+            keypoints,
+            weights,
+            edges,
+            winners,
+            sizes,
+            sigmas,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        return grad_keypoints, grad_weights, None, None, None
+
+    return backward
+
+
+_OPERATORS: dict[str, tuple[Any, Any, Any, Any]] = {
+    "unproject": (_unproject_fake, _unproject_backward_fake, _unproject_setup, _unproject_autograd),
+    "soft_argmax3d": (
+        _soft_argmax3d_fake,
+        _soft_argmax3d_backward_fake,
+        _soft_argmax3d_setup,
+        _soft_argmax3d_autograd,
+    ),
+    "rasterize_edges": (
+        _rasterize_edges_fake,
+        _rasterize_edges_backward_fake,
+        _rasterize_edges_setup,
+        _rasterize_edges_autograd,
+    ),
+}

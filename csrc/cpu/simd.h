@@ -1,0 +1,246 @@
+// Vectors of the widest register of the instruction set that this file is compiled for, as vector types of GCC and
+// Clang: arithmetic and comparisons are operators; what differs between sets is here.
+//
+// Included by *_loops.cpp alone. Nothing of the standard library may be used there: an inline function of it, compiled
+// with AVX-512, could be the copy that the linker keeps for everybody.
+#pragma once
+
+#if !defined(BKIND3D_ISA)
+#error "compile the loops through setup.py, which defines BKIND3D_ISA"
+#endif
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../common/portable.h"
+
+namespace bkind3d {
+namespace BKIND3D_ISA {
+
+using int64 = long long;
+
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int register_bytes = 32;
+#else
+constexpr int register_bytes = 16;
+#endif
+
+template <class T, int N>
+struct vector_of {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(N * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+
+template <class T>
+constexpr int lanes = register_bytes / int(sizeof(T));
+
+// A full register of T (float, double) and of the integers of its size.
+template <class T>
+using vec = typename vector_of<T, lanes<T>>::type;
+template <class T>
+struct integer_of;
+template <>
+struct integer_of<float> {
+  using type = int;
+};
+template <>
+struct integer_of<double> {
+  using type = long long;
+};
+template <class T>
+using ivec = typename vector_of<typename integer_of<T>::type, lanes<T>>::type;
+
+template <class T>
+BKIND3D_FN vec<T> broadcast(T x) {
+  return x - vec<T>{};
+}
+
+template <class T>
+BKIND3D_FN vec<T> iota() {
+  vec<T> v;
+  for (int i = 0; i < lanes<T>; ++i) v[i] = T(i);
+  return v;
+}
+
+BKIND3D_FN vec<float> select(ivec<float> mask, vec<float> a, vec<float> b) { return mask ? a : b; }
+BKIND3D_FN vec<double> select(ivec<double> mask, vec<double> a, vec<double> b) { return mask ? a : b; }
+BKIND3D_FN ivec<float> select(ivec<float> mask, ivec<float> a, ivec<float> b) { return mask ? a : b; }
+BKIND3D_FN ivec<double> select(ivec<double> mask, ivec<double> a, ivec<double> b) { return mask ? a : b; }
+
+// ---- loads and stores: any alignment; the half formats are widened and rounded to nearest even ----
+
+BKIND3D_FN vec<float> load(const float* p) { return *(const typename vector_of<float, lanes<float>>::unaligned*)p; }
+BKIND3D_FN vec<double> load(const double* p) { return *(const typename vector_of<double, lanes<double>>::unaligned*)p; }
+BKIND3D_FN void store(float* p, vec<float> v) { *(typename vector_of<float, lanes<float>>::unaligned*)p = v; }
+BKIND3D_FN void store(double* p, vec<double> v) { *(typename vector_of<double, lanes<double>>::unaligned*)p = v; }
+
+using halves = vector_of<unsigned short, lanes<float>>;
+using words = vector_of<unsigned, lanes<float>>;
+
+BKIND3D_FN vec<float> load(const bfloat16* p) {
+  const typename halves::type bits = *(const typename halves::unaligned*)p;
+  return (vec<float>)(__builtin_convertvector(bits, typename words::type) << 16);
+}
+
+BKIND3D_FN void store(bfloat16* p, vec<float> v) {
+  const typename words::type bits = (typename words::type)v;
+  const typename words::type rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const typename words::type nan = (bits >> 16) | 0x40;  // rounding could carry a NaN over into infinity
+  const typename words::type chosen = (typename words::type)(v != v ? (ivec<float>)nan : (ivec<float>)rounded);
+  *(typename halves::unaligned*)p = __builtin_convertvector(chosen, typename halves::type);
+}
+
+#if defined(__AVX512F__)
+BKIND3D_FN vec<float> load(const float16* p) { return (vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+BKIND3D_FN void store(float16* p, vec<float> v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+BKIND3D_FN vec<float> load(const float16* p) { return (vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+BKIND3D_FN void store(float16* p, vec<float> v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+BKIND3D_FN vec<float> load(const float16* p) {
+  // Exponent and mantissa moved into place are 2^112 too small; the product puts them right, subnormals included.
+  const typename words::type bits = __builtin_convertvector(*(const typename halves::unaligned*)p, typename words::type);
+  const vec<float> magnitude = (vec<float>)((bits & 0x7fff) << 13) * 0x1p112f;
+  const ivec<float> special = (bits & 0x7c00) == 0x7c00;
+  const typename words::type value = (typename words::type)(special ? (ivec<float>)(((bits & 0x3ff) << 13) | 0x7f800000)
+                                                                    : (ivec<float>)magnitude);
+  return (vec<float>)(value | ((bits & 0x8000) << 16));
+}
+BKIND3D_FN void store(float16* p, vec<float> v) {
+  typedef typename words::type U;
+  const U bits = (U)v, sign = (bits >> 16) & 0x8000, absolute = bits & 0x7fffffff;
+  const U normal = (absolute - (112u << 23) + 0xfff + ((absolute >> 13) & 1)) >> 13;
+  // Below 2^-14: the addition of 1/2 aligns the mantissa to the last bit of a subnormal and rounds.
+  const U small = (U)((vec<float>)absolute + 0.5f) - 0x3f000000u;
+  U value = (U)((ivec<float>)absolute < 0x38800000 ? (ivec<float>)small : (ivec<float>)normal);
+  value = (U)((ivec<float>)absolute >= 0x477ff000 ? ivec<float>{} + 0x7c00 : (ivec<float>)value);  // 65520 and above
+  value = (U)((ivec<float>)absolute > 0x7f800000 ? ivec<float>{} + 0x7e00 : (ivec<float>)value);   // NaN
+  *(typename halves::unaligned*)p = __builtin_convertvector(value | sign, typename halves::type);
+}
+#endif
+
+// The first `count` lanes, in a buffer on the stack; the other lanes are zero.
+template <class T, class S>
+BKIND3D_FN vec<T> load_first(const S* p, int count) {
+  S buffer[lanes<T>] = {};
+  for (int i = 0; i < count; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <class S, class V>
+BKIND3D_FN void store_first(S* p, V v, int count) {
+  S buffer[sizeof(V) / sizeof(v[0])];
+  store(buffer, v);
+  for (int i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+// ---- arithmetic ----
+
+#if defined(__AVX512F__)
+BKIND3D_FN vec<float> floor_of(vec<float> x) {
+  return (vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+BKIND3D_FN vec<double> floor_of(vec<double> x) {
+  return (vec<double>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+// As minps and maxps: the second operand where one is NaN.
+BKIND3D_FN vec<float> min_of(vec<float> a, vec<float> b) { return (vec<float>)_mm512_min_ps((__m512)b, (__m512)a); }
+BKIND3D_FN vec<float> max_of(vec<float> a, vec<float> b) { return (vec<float>)_mm512_max_ps((__m512)b, (__m512)a); }
+#elif defined(__AVX2__)
+BKIND3D_FN vec<float> floor_of(vec<float> x) { return (vec<float>)_mm256_floor_ps((__m256)x); }
+BKIND3D_FN vec<double> floor_of(vec<double> x) { return (vec<double>)_mm256_floor_pd((__m256d)x); }
+BKIND3D_FN vec<float> min_of(vec<float> a, vec<float> b) { return (vec<float>)_mm256_min_ps((__m256)b, (__m256)a); }
+BKIND3D_FN vec<float> max_of(vec<float> a, vec<float> b) { return (vec<float>)_mm256_max_ps((__m256)b, (__m256)a); }
+#else
+BKIND3D_FN vec<float> floor_of(vec<float> x) {
+  vec<float> r;
+  for (int i = 0; i < lanes<float>; ++i) r[i] = __builtin_floorf(x[i]);
+  return r;
+}
+BKIND3D_FN vec<double> floor_of(vec<double> x) {
+  vec<double> r;
+  for (int i = 0; i < lanes<double>; ++i) r[i] = __builtin_floor(x[i]);
+  return r;
+}
+#endif
+
+BKIND3D_FN ivec<float> to_int(vec<float> x) { return __builtin_convertvector(x, ivec<float>); }
+BKIND3D_FN ivec<double> to_int(vec<double> x) { return __builtin_convertvector(x, ivec<double>); }
+
+template <class V>
+BKIND3D_FN auto sum_of(V v) {
+  auto total = v[0];
+  for (int i = 1; i < int(sizeof(V) / sizeof(v[0])); ++i) total += v[i];
+  return total;
+}
+
+BKIND3D_FN float sum_of(vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float total = v[0];
+  for (int i = 1; i < lanes<float>; ++i) total += v[i];
+  return total;
+#endif
+}
+
+template <class V>
+BKIND3D_FN auto maximum_of(V v) {
+  auto best = v[0];
+  for (int i = 1; i < int(sizeof(V) / sizeof(v[0])); ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e^x. float: at most 1 ulp above the smallest normal number (x >= -87.33), where it is 0 below; double: at most 1 ulp
+// for x >= -708. Infinity above 88.72 and 709.78; NaN stays NaN. tests/kernels/test_simd.py measures it.
+BKIND3D_FN vec<float> exp_of(vec<float> x) {
+  const float low = -87.3365f, high = 88.7228f;
+  const vec<float> clamped = select(x > high, broadcast(high), x);
+  const vec<float> shifted = clamped * 1.44269504f + 0x1.8p23f;  // rounds to an integer in the low bits
+  const vec<float> n = shifted - 0x1.8p23f;
+  vec<float> f = clamped - n * 0x1.62ep-1f;    // ln 2 in two parts; the first product is exact
+  f = f - n * 0x1.0bfbe8p-15f;
+  vec<float> p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * (f * f) + f + 1.0f;
+#if defined(__AVX512F__)
+  p = (vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  // 2^n by the exponent's bits, in two factors, since n may be 128.
+  const ivec<float> k = (ivec<float>)shifted - 0x4b400000, half = k >> 1;
+  p = p * (vec<float>)((half + 127) << 23) * (vec<float>)((k - half + 127) << 23);
+#endif
+  p = select(x < low, vec<float>{}, p);
+  return select(x > high, broadcast(__builtin_inff()), p);
+}
+
+BKIND3D_FN vec<double> exp_of(vec<double> x) {
+  const double low = -708.0, high = 709.782712893384;
+  const vec<double> clamped = select(x > high, broadcast(high), x);
+  const vec<double> shifted = clamped * 1.4426950408889634 + 0x1.8p52;
+  const vec<double> n = shifted - 0x1.8p52;
+  vec<double> f = clamped - n * 0x1.62e42feep-1;
+  f = f - n * 0x1.a39ef35793c76p-33;
+  // Taylor: the first term left out, f^14/14!, is below 5e-18 for |f| <= ln(2)/2.
+  double factorial[14] = {1.0};
+  for (int i = 1; i < 14; ++i) factorial[i] = factorial[i - 1] * i;
+  vec<double> p = broadcast(1.0 / factorial[13]);
+  for (int i = 12; i > 1; --i) p = p * f + 1.0 / factorial[i];
+  p = p * (f * f) + f + 1.0;
+  const ivec<double> k = (ivec<double>)shifted - 0x4338000000000000LL, half = k >> 1;
+  p = p * (vec<double>)((half + 1023) << 52) * (vec<double>)((k - half + 1023) << 52);
+  p = select(x < low, vec<double>{}, p);
+  return select(x > high, broadcast(__builtin_inf()), p);
+}
+
+}  // namespace BKIND3D_ISA
+}  // namespace bkind3d
