@@ -37,21 +37,11 @@ struct vector_of {
 template <class T>
 constexpr int lanes = register_bytes / int(sizeof(T));
 
-// A full register of T (float, double) and of the integers of its size.
+// A full register of T (float, double) and of the integers of its size, as comparisons give them.
 template <class T>
 using vec = typename vector_of<T, lanes<T>>::type;
 template <class T>
-struct integer_of;
-template <>
-struct integer_of<float> {
-  using type = int;
-};
-template <>
-struct integer_of<double> {
-  using type = long long;
-};
-template <class T>
-using ivec = typename vector_of<typename integer_of<T>::type, lanes<T>>::type;
+using ivec = decltype(vec<T>{} < vec<T>{});
 
 template <class T>
 BKIND3D_FN vec<T> broadcast(T x) {
@@ -60,7 +50,7 @@ BKIND3D_FN vec<T> broadcast(T x) {
 
 template <class T>
 BKIND3D_FN vec<T> iota() {
-  vec<T> v;
+  vec<T> v = {};
   for (int i = 0; i < lanes<T>; ++i) v[i] = T(i);
   return v;
 }
@@ -159,16 +149,20 @@ BKIND3D_FN vec<float> min_of(vec<float> a, vec<float> b) { return (vec<float>)_m
 BKIND3D_FN vec<float> max_of(vec<float> a, vec<float> b) { return (vec<float>)_mm256_max_ps((__m256)b, (__m256)a); }
 #else
 BKIND3D_FN vec<float> floor_of(vec<float> x) {
-  vec<float> r;
+  vec<float> r = {};
   for (int i = 0; i < lanes<float>; ++i) r[i] = __builtin_floorf(x[i]);
   return r;
 }
 BKIND3D_FN vec<double> floor_of(vec<double> x) {
-  vec<double> r;
+  vec<double> r = {};
   for (int i = 0; i < lanes<double>; ++i) r[i] = __builtin_floor(x[i]);
   return r;
 }
+BKIND3D_FN vec<float> min_of(vec<float> a, vec<float> b) { return select(b < a, b, a); }
+BKIND3D_FN vec<float> max_of(vec<float> a, vec<float> b) { return select(b > a, b, a); }
 #endif
+BKIND3D_FN vec<double> min_of(vec<double> a, vec<double> b) { return select(b < a, b, a); }
+BKIND3D_FN vec<double> max_of(vec<double> a, vec<double> b) { return select(b > a, b, a); }
 
 BKIND3D_FN ivec<float> to_int(vec<float> x) { return __builtin_convertvector(x, ivec<float>); }
 BKIND3D_FN ivec<double> to_int(vec<double> x) { return __builtin_convertvector(x, ivec<double>); }
@@ -243,4 +237,7 @@ BKIND3D_FN vec<double> exp_of(vec<double> x) {
 }
 
 }  // namespace BKIND3D_ISA
+// The formulas of csrc/common, included after this file, find the vector versions beside the scalar ones.
+using namespace BKIND3D_ISA;
+
 }  // namespace bkind3d

@@ -1,0 +1,269 @@
+// Unprojection on the CPU: the torch face. Checks what the loops rely on, allocates, and hands out the work.
+#include "unproject.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "memory.h"
+
+namespace bkind3d {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t small_work = 1 << 15;      // samples of one channel: less is not worth a second thread
+constexpr int64_t stream_bytes = 8 << 20;    // a volume larger than this is written past the caches
+constexpr int64_t rows_at_once = 8;
+
+Aggregation parse_aggregation(const std::string& name) {
+  constexpr const char* names[] = {"softmax", "mean", "sum", "max", "weighted"};
+  for (int i = 0; i < 5; ++i)
+    if (name == names[i]) return static_cast<Aggregation>(i);
+  STD_TORCH_CHECK(false, "aggregation '", name, "': expected softmax, mean, sum, max or weighted");
+}
+
+bool parse_exclude(const std::string& name) {
+  STD_TORCH_CHECK(name == "zero" || name == "exclude", "unseen '", name, "': expected zero or exclude");
+  return name == "exclude";
+}
+
+Storage storage_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Storage::float32;
+    case ScalarType::Double: return Storage::float64;
+    case ScalarType::BFloat16: return Storage::bfloat16;
+    case ScalarType::Half: return Storage::float16;
+    default: STD_TORCH_CHECK(false, "features: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType arithmetic_of(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+Tensor as(const Tensor& tensor, ScalarType type) { return torch::stable::contiguous(torch::stable::to(tensor, type)); }
+
+// (N, M, C, H, W) as it is in memory when the channels are last: (N, M, H, W, C).
+Tensor channels_behind(const Tensor& features) {
+  return torch::stable::transpose(torch::stable::transpose(features, 2, 3), 3, 4);
+}
+
+// Everything that forward and backward share, and the tensors that the pointers need alive.
+struct Call {
+  UnprojectArgs args{};
+  Tensor features, q;
+  std::optional<Tensor> mask, weights;
+  ScalarType type, arithmetic;
+};
+
+Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor>& view_mask,
+             const std::optional<Tensor>& view_weights, const std::vector<int64_t>& shape, const std::string& aggregation,
+             const std::string& unseen, bool dense) {
+  STD_TORCH_CHECK(features.dim() == 5, "features: expected (N, M, C, H, W)");
+  STD_TORCH_CHECK(shape.size() == 3, "shape: expected three integers");
+  Call call;
+  UnprojectArgs& a = call.args;
+  const auto sizes = features.sizes();
+  a.samples = sizes[0], a.views = sizes[1], a.channels = sizes[2], a.height = sizes[3], a.width = sizes[4];
+  STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == a.samples && q.size(1) == a.views && q.size(2) == 3 && q.size(3) == 4,
+                  "q: expected (N, M, 3, 4)");
+  std::copy(shape.begin(), shape.end(), a.shape);
+  a.aggregation = parse_aggregation(aggregation);
+  a.exclude = parse_exclude(unseen);
+  call.type = features.scalar_type();
+  call.arithmetic = arithmetic_of(call.type);
+  a.storage = storage_of(call.type);
+
+  // Used as they are when the channels lie together in the type of the arithmetic; else one copy, as small as the maps.
+  Tensor maps = channels_behind(features);
+  const bool fits = call.type == call.arithmetic && (maps.stride(4) == 1 || a.channels == 1) &&
+                    (!dense || (maps.stride(3) == a.channels && maps.stride(2) == a.width * a.channels));
+  call.features = fits ? maps : as(maps, call.arithmetic);
+  a.features = call.features.const_data_ptr();
+  a.stride_n = call.features.stride(0), a.stride_m = call.features.stride(1);
+  a.stride_y = call.features.stride(2), a.stride_x = call.features.stride(3);
+  STD_TORCH_CHECK((a.height - 1) * a.stride_y + (a.width - 1) * a.stride_x + a.channels < (int64_t(1) << 31) &&
+                      std::max(a.height, a.width) < (1 << 24),
+                  "features: one map of (C, H, W) is too large for 32-bit offsets");
+  call.q = as(q, call.arithmetic);
+  a.q = call.q.const_data_ptr();
+  if (view_mask) {
+    STD_TORCH_CHECK(view_mask->scalar_type() == ScalarType::Bool && view_mask->numel() == a.samples * a.views,
+                    "view_mask: expected (N, M) bool");
+    call.mask = torch::stable::contiguous(*view_mask);
+    a.mask = static_cast<const bool*>(call.mask->const_data_ptr());
+  }
+  STD_TORCH_CHECK(view_weights.has_value() == (a.aggregation == Aggregation::weighted),
+                  "view_weights: expected with aggregation 'weighted' and with no other");
+  if (view_weights) {
+    STD_TORCH_CHECK(view_weights->numel() == a.samples * a.views * a.channels, "view_weights: expected (N, M, C)");
+    call.weights = as(*view_weights, call.arithmetic);
+    a.weights = call.weights->const_data_ptr();
+  }
+  return call;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Calls work(item, scratch) for items 0 to count - 1, each thread with scratch of its own; whoever is free takes the next.
+template <class Work>
+void for_each(int64_t count, bool serial, int64_t scratch_bytes, const Work& work) {
+  std::atomic<int64_t> next{0};
+  auto body = [&](int64_t, int64_t) {
+    std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64));
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item, scratch.get());
+  };
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  if (serial || threads <= 1) return body(0, 1);
+  torch::stable::parallel_for(0, threads, 1, body);
+}
+
+int64_t voxels(const UnprojectArgs& a) { return a.shape[0] * a.shape[1] * a.shape[2]; }
+
+bool is_small(const UnprojectArgs& a) { return a.samples * voxels(a) * a.views * a.channels < small_work; }
+
+std::tuple<Tensor, Tensor> unproject(Tensor features, Tensor q, std::optional<Tensor> view_mask,
+                                     std::optional<Tensor> view_weights, std::vector<int64_t> shape,
+                                     std::string aggregation, std::string unseen) {
+  Call call = prepare(features, q, view_mask, view_weights, shape, aggregation, unseen, false);
+  UnprojectArgs& a = call.args;
+  const std::vector<int64_t> size{a.samples, a.channels, shape[0], shape[1], shape[2]};
+  Tensor volume = torch::stable::empty(size, call.type, std::nullopt, features.device(), std::nullopt,
+                                       torch::headeronly::MemoryFormat::ChannelsLast3d);
+  Tensor counts = torch::stable::new_empty(features, {a.samples, shape[0], shape[1], shape[2]}, ScalarType::Byte);
+  a.volume = volume.mutable_data_ptr();
+  a.counts = static_cast<unsigned char*>(counts.mutable_data_ptr());
+  const int64_t bytes = volume.numel() * (a.storage == Storage::float64 ? 8 : a.storage == Storage::float32 ? 4 : 2);
+  a.stream = bytes > stream_bytes;
+  advise_huge_pages(a.volume, bytes);
+  const UnprojectLoops& loops = unproject_loops();
+  const int64_t rows = a.samples * shape[0] * shape[1], groups = (rows + rows_at_once - 1) / rows_at_once;
+  for_each(groups, is_small(a), loops.scratch(a, false), [&](int64_t group, void* scratch) {
+    loops.forward(a, group * rows_at_once, std::min(rows, (group + 1) * rows_at_once), scratch);
+  });
+  return {volume, counts};
+}
+
+// Threads share the work by samples and channels, where no two add to the same gradient. Only where that is not enough
+// are the rows cut into slabs with gradients of their own, which are added up in order at the end.
+void partition(UnprojectArgs& a, bool deterministic) {
+  const int64_t threads = is_small(a) ? 1 : torch::stable::get_num_threads();
+  auto tasks = [&] { return a.samples * ((a.channels + a.channel_block - 1) / a.channel_block); };
+  a.channel_block = std::min<int64_t>(a.channels, 64);
+  while (a.channel_block > 16 && tasks() < threads) a.channel_block = (a.channel_block / 2 + 15) / 16 * 16;
+  a.slabs = 1;
+  if (!deterministic && tasks() < threads && tasks() > 0)
+    a.slabs = std::min<int64_t>((threads + tasks() - 1) / tasks(), a.shape[0] * a.shape[1]);
+}
+
+template <class T>
+void add_slabs(T* gradient, int64_t count, int64_t slabs) {
+  torch::stable::parallel_for(0, count, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t slab = 1; slab < slabs; ++slab)
+      for (int64_t i = begin; i < end; ++i) gradient[i] += gradient[slab * count + i];
+  });
+}
+
+// Partial sums of the tasks of one sample, added in the order of the tasks.
+template <class T>
+void add_matrices(const UnprojectArgs& a, const std::vector<double>& partial, int64_t tasks, T* gradient) {
+  const int64_t size = a.views * 12, per_sample = a.samples ? tasks / a.samples : 0;
+  for (int64_t n = 0; n < a.samples; ++n)
+    for (int64_t e = 0; e < size; ++e) {
+      double total = 0;
+      for (int64_t t = 0; t < per_sample; ++t) total += partial[(n * per_sample + t) * size + e];
+      gradient[n * size + e] = static_cast<T>(total);
+    }
+}
+
+template <class T>
+void add_weights(const UnprojectArgs& a, const std::vector<double>& partial, int64_t tasks, T* gradient) {
+  const int64_t blocks = (a.channels + a.channel_block - 1) / a.channel_block;
+  for (int64_t n = 0; n < a.samples; ++n)
+    for (int64_t m = 0; m < a.views; ++m)
+      for (int64_t c = 0; c < a.channels; ++c) {
+        double total = 0;
+        for (int64_t slab = 0; slab < a.slabs; ++slab) {
+          const int64_t task = (n * blocks + c / a.channel_block) * a.slabs + slab;
+          total += partial[(task * a.views + m) * a.channel_block + c % a.channel_block];
+        }
+        gradient[(n * a.views + m) * a.channels + c] = static_cast<T>(total);
+      }
+}
+
+std::tuple<Tensor, Tensor, Tensor> unproject_backward(
+    Tensor grad_volume, Tensor features, Tensor q, std::optional<Tensor> view_mask, std::optional<Tensor> view_weights,
+    std::vector<int64_t> shape, std::string aggregation, std::string unseen, bool needs_features, bool needs_q,
+    bool needs_weights, bool deterministic) {
+  Call call = prepare(features, q, view_mask, view_weights, shape, aggregation, unseen, true);
+  UnprojectArgs& a = call.args;
+  STD_TORCH_CHECK(grad_volume.dim() == 5 && grad_volume.size(0) == a.samples && grad_volume.size(1) == a.channels,
+                  "grad_volume: expected (N, C, X, Y, Z)");
+  if (grad_volume.scalar_type() != call.type) grad_volume = torch::stable::to(grad_volume, call.type);
+  a.grad_volume = grad_volume.const_data_ptr();
+  for (int i = 0; i < 5; ++i) a.grad_stride[i] = grad_volume.stride(i);
+  partition(a, deterministic);
+
+  const int64_t blocks = (a.channels + a.channel_block - 1) / a.channel_block, tasks = a.samples * blocks * a.slabs;
+  // Slab 0 adds into what is returned, unless that is a half format.
+  Tensor grad_features = torch::stable::new_empty(features, {0}), accumulator = grad_features;
+  if (needs_features) {
+    const bool direct = a.slabs == 1;
+    const std::vector<int64_t> size{a.slabs * a.samples, a.views, a.height, a.width, a.channels};
+    accumulator = torch::stable::new_zeros(features, size, call.arithmetic);
+    a.grad_features = accumulator.mutable_data_ptr();
+    (void)direct;
+  }
+  std::vector<double> partial_q(needs_q ? tasks * a.views * 12 : 0);
+  std::vector<double> partial_weights(needs_weights ? tasks * a.views * a.channel_block : 0);
+  a.grad_q = needs_q ? partial_q.data() : nullptr;
+  a.grad_weights = needs_weights ? partial_weights.data() : nullptr;
+
+  const UnprojectLoops& loops = unproject_loops();
+  if (voxels(a) > 0)
+    for_each(tasks, is_small(a), loops.scratch(a, true),
+             [&](int64_t task, void* scratch) { loops.backward(a, task, scratch); });
+
+  const bool twice = call.arithmetic == ScalarType::Double;
+  if (needs_features) {
+    const int64_t count = a.samples * a.views * a.height * a.width * a.channels;
+    twice ? add_slabs(static_cast<double*>(a.grad_features), count, a.slabs)
+          : add_slabs(static_cast<float*>(a.grad_features), count, a.slabs);
+    if (a.slabs > 1) accumulator = torch::stable::clone(torch::stable::narrow(accumulator, 0, 0, a.samples));
+    if (call.type != call.arithmetic) accumulator = torch::stable::to(accumulator, call.type);
+    grad_features = torch::stable::transpose(torch::stable::transpose(accumulator, 3, 4), 2, 3);
+  }
+  Tensor grad_q = torch::stable::new_empty(call.q, {0}), grad_weights = torch::stable::new_empty(call.q, {0});
+  if (needs_q) {
+    grad_q = torch::stable::new_empty(call.q, {a.samples, a.views, 3, 4});
+    void* data = grad_q.mutable_data_ptr();
+    twice ? add_matrices(a, partial_q, tasks, static_cast<double*>(data))
+          : add_matrices(a, partial_q, tasks, static_cast<float*>(data));
+  }
+  if (needs_weights) {
+    grad_weights = torch::stable::new_empty(call.q, {a.samples, a.views, a.channels});
+    void* data = grad_weights.mutable_data_ptr();
+    twice ? add_weights(a, partial_weights, tasks, static_cast<double*>(data))
+          : add_weights(a, partial_weights, tasks, static_cast<float*>(data));
+  }
+  return {grad_features, grad_q, grad_weights};
+}
+
+}  // namespace
+}  // namespace bkind3d
+
+STABLE_TORCH_LIBRARY_IMPL(bkind3d, CPU, m) {
+  m.impl("unproject", TORCH_BOX(&bkind3d::unproject));
+  m.impl("unproject_backward", TORCH_BOX(&bkind3d::unproject_backward));
+}
