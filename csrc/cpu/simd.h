@@ -10,7 +10,12 @@
 #endif
 
 #if defined(__AVX2__)
+// GCC 12 takes the undefined registers of its own intrinsics for a mistake (its bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "../common/portable.h"
@@ -19,6 +24,14 @@ namespace bkind3d {
 namespace BKIND3D_ISA {
 
 using int64 = long long;
+
+// The scalar primitives beside those for vectors, and (at the end of this file) the other way round, so that a template
+// of csrc/common, included after this file, finds both.
+using bkind3d::floor_of;
+using bkind3d::max_of;
+using bkind3d::min_of;
+using bkind3d::select;
+using bkind3d::sqrt_of;
 
 #if defined(__AVX512F__)
 constexpr int register_bytes = 64;
@@ -119,12 +132,20 @@ BKIND3D_FN void store(float16* p, vec<float> v) {
 // The first `count` lanes, in a buffer on the stack; the other lanes are zero.
 template <class T, class S>
 BKIND3D_FN vec<T> load_first(const S* p, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 8) return (vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
+  if constexpr (sizeof(S) == 4) return (vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#endif
   S buffer[lanes<T>] = {};
   for (int i = 0; i < count; ++i) buffer[i] = p[i];
   return load(buffer);
 }
 template <class S, class V>
 BKIND3D_FN void store_first(S* p, V v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+#endif
   S buffer[sizeof(V) / sizeof(v[0])];
   store(buffer, v);
   for (int i = 0; i < count; ++i) p[i] = buffer[i];
@@ -132,6 +153,7 @@ BKIND3D_FN void store_first(S* p, V v, int count) {
 
 // ---- arithmetic ----
 
+// min_of and max_of: the first operand where one is NaN, in every set (minps and maxps give their second).
 #if defined(__AVX512F__)
 BKIND3D_FN vec<float> floor_of(vec<float> x) {
   return (vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -139,15 +161,22 @@ BKIND3D_FN vec<float> floor_of(vec<float> x) {
 BKIND3D_FN vec<double> floor_of(vec<double> x) {
   return (vec<double>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
-// As minps and maxps: the second operand where one is NaN.
 BKIND3D_FN vec<float> min_of(vec<float> a, vec<float> b) { return (vec<float>)_mm512_min_ps((__m512)b, (__m512)a); }
 BKIND3D_FN vec<float> max_of(vec<float> a, vec<float> b) { return (vec<float>)_mm512_max_ps((__m512)b, (__m512)a); }
+BKIND3D_FN vec<double> min_of(vec<double> a, vec<double> b) { return (vec<double>)_mm512_min_pd((__m512d)b, (__m512d)a); }
+BKIND3D_FN vec<double> max_of(vec<double> a, vec<double> b) { return (vec<double>)_mm512_max_pd((__m512d)b, (__m512d)a); }
 #elif defined(__AVX2__)
 BKIND3D_FN vec<float> floor_of(vec<float> x) { return (vec<float>)_mm256_floor_ps((__m256)x); }
 BKIND3D_FN vec<double> floor_of(vec<double> x) { return (vec<double>)_mm256_floor_pd((__m256d)x); }
 BKIND3D_FN vec<float> min_of(vec<float> a, vec<float> b) { return (vec<float>)_mm256_min_ps((__m256)b, (__m256)a); }
 BKIND3D_FN vec<float> max_of(vec<float> a, vec<float> b) { return (vec<float>)_mm256_max_ps((__m256)b, (__m256)a); }
+BKIND3D_FN vec<double> min_of(vec<double> a, vec<double> b) { return (vec<double>)_mm256_min_pd((__m256d)b, (__m256d)a); }
+BKIND3D_FN vec<double> max_of(vec<double> a, vec<double> b) { return (vec<double>)_mm256_max_pd((__m256d)b, (__m256d)a); }
 #else
+BKIND3D_FN vec<float> min_of(vec<float> a, vec<float> b) { return b < a ? b : a; }
+BKIND3D_FN vec<float> max_of(vec<float> a, vec<float> b) { return b > a ? b : a; }
+BKIND3D_FN vec<double> min_of(vec<double> a, vec<double> b) { return b < a ? b : a; }
+BKIND3D_FN vec<double> max_of(vec<double> a, vec<double> b) { return b > a ? b : a; }
 BKIND3D_FN vec<float> floor_of(vec<float> x) {
   vec<float> r = {};
   for (int i = 0; i < lanes<float>; ++i) r[i] = __builtin_floorf(x[i]);
@@ -158,11 +187,7 @@ BKIND3D_FN vec<double> floor_of(vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) r[i] = __builtin_floor(x[i]);
   return r;
 }
-BKIND3D_FN vec<float> min_of(vec<float> a, vec<float> b) { return select(b < a, b, a); }
-BKIND3D_FN vec<float> max_of(vec<float> a, vec<float> b) { return select(b > a, b, a); }
 #endif
-BKIND3D_FN vec<double> min_of(vec<double> a, vec<double> b) { return select(b < a, b, a); }
-BKIND3D_FN vec<double> max_of(vec<double> a, vec<double> b) { return select(b > a, b, a); }
 
 BKIND3D_FN ivec<float> to_int(vec<float> x) { return __builtin_convertvector(x, ivec<float>); }
 BKIND3D_FN ivec<double> to_int(vec<double> x) { return __builtin_convertvector(x, ivec<double>); }
@@ -182,6 +207,20 @@ BKIND3D_FN float sum_of(vec<float> v) {
   for (int i = 1; i < lanes<float>; ++i) total += v[i];
   return total;
 #endif
+}
+
+// The lowest lane where the mask is set, or -1.
+template <class M>
+BKIND3D_FN int first_lane(M mask) {
+#if defined(__AVX512F__)
+  const unsigned bits = sizeof(mask[0]) == 4 ? _mm512_movepi32_mask((__m512i)mask) : _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  const unsigned bits = sizeof(mask[0]) == 4 ? _mm256_movemask_ps((__m256)mask) : _mm256_movemask_pd((__m256d)mask);
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < int(sizeof(M) / sizeof(mask[0])); ++i) bits |= unsigned(mask[i] != 0) << i;
+#endif
+  return bits ? __builtin_ctz(bits) : -1;
 }
 
 template <class V>
