@@ -230,8 +230,9 @@ BKIND3D_FN auto maximum_of(V v) {
   return best;
 }
 
-// e^x. float: at most 1 ulp above the smallest normal number (x >= -87.33), where it is 0 below; double: at most 1 ulp
-// for x >= -708. Infinity above 88.72 and 709.78; NaN stays NaN. tests/kernels/test_simd.py measures it.
+// e^x. float: the error is at most 1.011 ulp (every float of the range was tried), and results below the smallest normal
+// number (x < -87.3365) are 0. double: at most 0.99 ulp in two million samples, and 0 for x < -708. Infinity above 88.7228
+// and 709.7827; NaN stays NaN. tests/kernels/test_simd.py measures it.
 BKIND3D_FN vec<float> exp_of(vec<float> x) {
   const float low = -87.3365f, high = 88.7228f;
   const vec<float> clamped = select(x > high, broadcast(high), x);
