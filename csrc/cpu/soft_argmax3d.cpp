@@ -1,0 +1,186 @@
+// 3D soft-argmax on the CPU: the torch face. Allocates, divides the work, and merges the slabs of each row.
+#include "soft_argmax3d.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "memory.h"
+
+namespace bkind3d {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t block_voxels = 1024;     // at most; the loops have room for as many
+constexpr int64_t slab_voxels = 32 << 10;  // less is not worth a second thread
+constexpr int64_t stream_bytes = 8 << 20;  // a gradient larger than this is written past the caches
+
+int type_index(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return 0;
+    case ScalarType::Double: return 1;
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Half: return 3;
+    default: STD_TORCH_CHECK(false, "logits: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t voxels(const SoftArgmaxArgs& a) { return a.shape[0] * a.shape[1] * a.shape[2]; }
+
+// Everything that forward and backward share. `logits` must stay alive.
+SoftArgmaxArgs prepare(const Tensor& logits, double temperature) {
+  STD_TORCH_CHECK(logits.dim() == 5, "logits: expected (N, J, X, Y, Z)");
+  SoftArgmaxArgs a{};
+  a.logits = logits.const_data_ptr();
+  for (int i = 0; i < 5; ++i) a.strides[i] = logits.stride(i);
+  a.joints = logits.size(1);
+  for (int i = 0; i < 3; ++i) a.shape[i] = logits.size(2 + i);
+  STD_TORCH_CHECK(voxels(a) > 0 && a.joints > 0, "logits: expected no empty dimension but N");
+  if (a.shape[2] == 1) a.strides[4] = 1;  // of no meaning then
+  a.beta = 1.0 / temperature;
+  a.segments = ceil_divide(a.shape[2], block_voxels);
+  a.segment = a.segments > 1 ? block_voxels : a.shape[2];
+  a.lines_per_block = a.segments > 1 ? 1 : std::min(block_voxels / a.shape[2], a.shape[0] * a.shape[1]);
+  const int64_t lines = a.shape[0] * a.shape[1];
+  a.blocks = a.segments > 1 ? lines * a.segments : ceil_divide(lines, a.lines_per_block);
+  a.blocks_per_slab = std::max<int64_t>(1, slab_voxels / (a.lines_per_block * a.segment));
+  a.slabs = ceil_divide(a.blocks, a.blocks_per_slab);
+  a.rows_per_task = a.strides[4] == 1 ? 1 : a.joints;
+  return a;
+}
+
+// All tasks; whoever is free takes the next.
+void run(SoftArgmaxTask work, const SoftArgmaxArgs& a, int64_t rows) {
+  const int64_t tasks = rows / a.rows_per_task * a.slabs;
+  std::atomic<int64_t> next{0};
+  auto body = [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(a, task);
+  };
+  const int64_t worthwhile = std::min(tasks, ceil_divide(rows * voxels(a), slab_voxels));
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worthwhile);
+  if (threads <= 1) return body(0, 1);
+  torch::stable::parallel_for(0, threads, 1, body);
+}
+
+// ---- forward ----
+
+template <bool Covariance>
+Moments<double> merged(const Moments<double>* slabs, int64_t count, double beta) {
+  Moments<double> row = slabs[0];
+  for (int64_t i = 1; i < count; ++i)
+    merge<Covariance>(row, slabs[i], beta, [](double x) { return std::exp(x); });
+  // Nothing but -inf, or a NaN: nothing can be said of this row.
+  if (!(row.total > 0)) {
+    row.total = std::numeric_limits<double>::quiet_NaN();
+    for (double& m : row.mean) m = row.total;
+  }
+  return row;
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+void write(const Outputs& outputs, int64_t row, const Moments<double>& m, bool covariance) {
+  for (int i = 0; i < 3; ++i) std::get<0>(outputs).mutable_data_ptr<T>()[3 * row + i] = T(m.mean[i]);
+  std::get<1>(outputs).mutable_data_ptr<T>()[row] = T(1 / m.total);
+  if (covariance) {
+    constexpr int entry[] = {0, 1, 2, 1, 3, 4, 2, 4, 5};
+    for (int i = 0; i < 9; ++i)
+      std::get<2>(outputs).mutable_data_ptr<T>()[9 * row + i] = T(m.second[entry[i]] / m.total);
+  }
+  std::get<3>(outputs).mutable_data_ptr<T>()[row] = T(m.maximum);
+  std::get<4>(outputs).mutable_data_ptr<T>()[row] = T(m.total);
+  std::get<5>(outputs).mutable_data_ptr<int64_t>()[row] = m.argmax;
+}
+
+Outputs soft_argmax3d(Tensor logits, double temperature, bool covariance) {
+  const int type = type_index(logits.scalar_type());
+  const ScalarType arithmetic = type == 1 ? ScalarType::Double : ScalarType::Float;
+  SoftArgmaxArgs a = prepare(logits, temperature);
+  a.covariance = covariance;
+  const int64_t n = logits.size(0), rows = n * a.joints;
+  std::vector<Moments<double>> moments(rows * a.slabs);
+  a.moments = moments.data();
+  run(soft_argmax3d_loops().forward[type], a, rows);
+
+  auto empty = [&](std::vector<int64_t> size, ScalarType dtype) { return torch::stable::new_empty(logits, size, dtype); };
+  const std::vector<int64_t> matrix = covariance ? std::vector<int64_t>{n, a.joints, 3, 3} : std::vector<int64_t>{0};
+  Outputs outputs{
+      empty({n, a.joints, 3}, arithmetic), empty({n, a.joints}, arithmetic), empty(matrix, arithmetic),
+      empty({n, a.joints}, arithmetic),    empty({n, a.joints}, arithmetic), empty({n, a.joints}, ScalarType::Long)};
+  // As the loops had it: beta in the type of the arithmetic.
+  const double beta = type == 1 ? a.beta : float(a.beta);
+  for (int64_t row = 0; row < rows; ++row) {
+    const Moments<double>* slabs = a.moments + row * a.slabs;
+    const Moments<double> m = covariance ? merged<true>(slabs, a.slabs, beta) : merged<false>(slabs, a.slabs, beta);
+    type == 1 ? write<double>(outputs, row, m, covariance) : write<float>(outputs, row, m, covariance);
+  }
+  return outputs;
+}
+
+// ---- backward ----
+
+// A small tensor of (rows, width) as doubles.
+std::vector<double> doubles(const char* name, const Tensor& tensor, int64_t numel) {
+  STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements");
+  const Tensor exact = torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Double));
+  const double* data = exact.const_data_ptr<double>();
+  return std::vector<double>(data, data + numel);
+}
+
+Tensor soft_argmax3d_backward(
+    Tensor grad_mean, Tensor grad_peak, std::optional<Tensor> grad_covariance, Tensor logits, double temperature,
+    Tensor mean, Tensor covariance, Tensor maximum, Tensor total, Tensor argmax) {
+  const int type = type_index(logits.scalar_type());
+  SoftArgmaxArgs a = prepare(logits, temperature);
+  const int64_t n = logits.size(0), rows = n * a.joints;
+
+  const std::vector<double> g_mean = doubles("grad_mean", grad_mean, 3 * rows);
+  const std::vector<double> g_peak = doubles("grad_peak", grad_peak, rows);
+  const bool second = grad_covariance.has_value();
+  const std::vector<double> g_covariance =
+      second ? doubles("grad_covariance", *grad_covariance, 9 * rows) : std::vector<double>();
+  const std::vector<double> means = doubles("mean", mean, 3 * rows);
+  const std::vector<double> covariances = second ? doubles("covariance", covariance, 9 * rows) : std::vector<double>();
+  const std::vector<double> maxima = doubles("maximum", maximum, rows);
+  const std::vector<double> totals = doubles("total", total, rows);
+  STD_TORCH_CHECK(argmax.scalar_type() == ScalarType::Long && argmax.numel() == rows, "argmax: expected (N, J) int64");
+  const Tensor places = torch::stable::contiguous(argmax);
+
+  std::vector<VolumeGradient<double>> volumes(rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    volumes[row] = volume_gradient(
+        &g_mean[3 * row], g_peak[row], second ? &g_covariance[9 * row] : nullptr, &means[3 * row],
+        second ? &covariances[9 * row] : nullptr, maxima[row], totals[row], places.const_data_ptr<int64_t>()[row],
+        a.beta);
+  }
+  const std::vector<int64_t> size{n, a.joints, a.shape[0], a.shape[1], a.shape[2]};
+  Tensor grad = torch::stable::new_empty(logits, size);
+  const int64_t bytes = rows * voxels(a) * static_cast<int64_t>(logits.element_size());
+  a.volumes = volumes.data();
+  a.grad = grad.mutable_data_ptr();
+  a.stream = bytes > stream_bytes;
+  advise_huge_pages(a.grad, bytes);
+  run(soft_argmax3d_loops().backward[type], a, rows);
+  return grad;
+}
+
+}  // namespace
+}  // namespace bkind3d
+
+STABLE_TORCH_LIBRARY_IMPL(bkind3d, CPU, m) {
+  m.impl("soft_argmax3d", TORCH_BOX(&bkind3d::soft_argmax3d));
+  m.impl("soft_argmax3d_backward", TORCH_BOX(&bkind3d::soft_argmax3d_backward));
+}
