@@ -23,7 +23,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t small_work = 1 << 15;      // samples of one channel: less is not worth a second thread
-constexpr int64_t stream_bytes = 8 << 20;    // a volume larger than this is written past the caches
 constexpr int64_t rows_at_once = 8;
 
 Aggregation parse_aggregation(const std::string& name) {
@@ -145,7 +144,6 @@ std::tuple<Tensor, Tensor> unproject(Tensor features, Tensor q, std::optional<Te
   a.volume = volume.mutable_data_ptr();
   a.counts = static_cast<unsigned char*>(counts.mutable_data_ptr());
   const int64_t bytes = volume.numel() * (a.storage == Storage::float64 ? 8 : a.storage == Storage::float32 ? 4 : 2);
-  a.stream = bytes > stream_bytes;
   advise_huge_pages(a.volume, bytes);
   const UnprojectLoops& loops = unproject_loops();
   const int64_t rows = a.samples * shape[0] * shape[1], groups = (rows + rows_at_once - 1) / rows_at_once;
@@ -216,14 +214,11 @@ std::tuple<Tensor, Tensor, Tensor> unproject_backward(
   partition(a, deterministic);
 
   const int64_t blocks = (a.channels + a.channel_block - 1) / a.channel_block, tasks = a.samples * blocks * a.slabs;
-  // Slab 0 adds into what is returned, unless that is a half format.
   Tensor grad_features = torch::stable::new_empty(features, {0}), accumulator = grad_features;
   if (needs_features) {
-    const bool direct = a.slabs == 1;
     const std::vector<int64_t> size{a.slabs * a.samples, a.views, a.height, a.width, a.channels};
     accumulator = torch::stable::new_zeros(features, size, call.arithmetic);
     a.grad_features = accumulator.mutable_data_ptr();
-    (void)direct;
   }
   std::vector<double> partial_q(needs_q ? tasks * a.views * 12 : 0);
   std::vector<double> partial_weights(needs_weights ? tasks * a.views * a.channel_block : 0);

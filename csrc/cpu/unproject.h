@@ -25,7 +25,6 @@ struct UnprojectArgs {
   Storage storage;
   void* volume;
   unsigned char* counts;
-  bool stream;                // past the caches: the volume is larger than they are
 
   // Backward: the volume's gradient in `storage` with any strides (n, c, x, y, z).
   const void* grad_volume;

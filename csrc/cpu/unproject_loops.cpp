@@ -23,56 +23,6 @@ constexpr int64 cache_bytes = 20480;  // of the samples v, so that they and the 
 
 BKIND3D_FN int64 round_up(int64 value, int64 to) { return (value + to - 1) / to * to; }
 
-// ---- the first `count` lanes of a vector, without touching memory behind them ----
-
-template <class T>
-BKIND3D_FN vec<T> load_tail(const T* p, int count) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    return (vec<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
-  } else {
-    return (vec<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), p);
-  }
-#else
-  vec<T> v = {};
-  for (int i = 0; i < lanes<T>; ++i)
-    if (i < count) v[i] = p[i];
-  return v;
-#endif
-}
-
-template <class T>
-BKIND3D_FN void store_tail(T* p, vec<T> v, int count) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
-  } else {
-    _mm512_mask_storeu_pd(p, (__mmask8)((1u << count) - 1), (__m512d)v);
-  }
-#else
-  for (int i = 0; i < lanes<T>; ++i)
-    if (i < count) p[i] = v[i];
-#endif
-}
-
-template <class T>
-BKIND3D_FN void stream(T* p, vec<T> v) {  // p is aligned to the register
-#if defined(__AVX512F__)
-  _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#elif defined(__AVX2__)
-  _mm256_stream_si256((__m256i*)p, (__m256i)v);
-#else
-  store(p, v);
-#endif
-}
-
-// Streaming stores are weakly ordered: before another thread may read, they must be done.
-BKIND3D_FN void finish_streams() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-
 // ---- scratch ----
 
 template <class T>
@@ -125,6 +75,8 @@ template <class T>
 BKIND3D_FN void project_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int64 m, T i, T j, T k0, int count) {
   using I = typename vector_of<int, lanes<T>>::type;
   using IU = typename vector_of<int, lanes<T>>::unaligned;
+  using B = typename vector_of<unsigned char, lanes<T>>::type;
+  using BU = typename vector_of<unsigned char, lanes<T>>::unaligned;
   unsigned char* seen = s.seen + m * s.tile;
   s.any[m] = false;
   if (a.mask && !a.mask[n * a.views + m]) {
@@ -150,16 +102,14 @@ BKIND3D_FN void project_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int
       row[e] = __builtin_convertvector(select(visible, y.index[e], vec<T>{}), I) * int(a.stride_y);
     }
     for (int e = 0; e < 4; ++e) {
-      store(weight + e * s.tile + t, y.weight[e / 2] * x.weight[e % 2]);
+      store(weight + e * s.tile + t, select(visible, y.weight[e / 2] * x.weight[e % 2], vec<T>{}));
       *(IU*)(offset + e * s.tile + t) = row[e / 2] + column[e % 2];
     }
     store(pixel + t, u);
     store(pixel + s.tile + t, v);
     store(pixel + 2 * s.tile + t, h.depth);
-    for (int e = 0; e < lanes<T>; ++e) {
-      seen[t + e] = visible[e] != 0;
-      total += seen[t + e];
-    }
+    *(BU*)(seen + t) = __builtin_convertvector(visible, B) & 1;
+    total += first_lane(visible) >= 0;
   }
   s.any[m] = total > 0;
 }
@@ -179,8 +129,8 @@ BKIND3D_FN void sample_voxel(const T* map, const int* offset, const T* weight, i
   for (; c + lanes<T> <= channels; c += lanes<T>)
     store(out + c, (w0 * load(p0 + c) + w1 * load(p1 + c)) + (w2 * load(p2 + c) + w3 * load(p3 + c)));
   if (const int rest = channels - c; rest > 0)
-    store(out + c, (w0 * load_tail(p0 + c, rest) + w1 * load_tail(p1 + c, rest)) +
-                       (w2 * load_tail(p2 + c, rest) + w3 * load_tail(p3 + c, rest)));
+    store(out + c, (w0 * load_first<T>(p0 + c, rest) + w1 * load_first<T>(p1 + c, rest)) +
+                       (w2 * load_first<T>(p2 + c, rest) + w3 * load_first<T>(p3 + c, rest)));
 }
 
 template <class T, int CB>
@@ -245,12 +195,6 @@ BKIND3D_FN void mean_scale(const UnprojectArgs& a, const Scratch<T>& s, const un
 
 // ---- aggregation, forward: v (M, cells) to out ----
 
-// Over the vectors at one place of all views: maximum, sum of exponentials, and that weighted by the values.
-template <class T>
-struct Softmax {
-  vec<T> maximum, total, weighted;
-};
-
 template <class T, int M, bool Exclude>
 BKIND3D_FN vec<T> softmax_at(const T* v, int64 cells, int64 views) {
   const int64 count = M ? M : views;
@@ -267,7 +211,7 @@ BKIND3D_FN vec<T> softmax_at(const T* v, int64 cells, int64 views) {
 #pragma GCC unroll 8
   for (int64 m = 0; m < count; ++m) {
     const vec<T> value = M ? values[M ? m : 0] : load(v + m * cells);
-    const vec<T> e = exp_of(value - best);
+    const vec<T> e = exp_of_nonpositive(value - best);
     total += e;
     weighted += e * (Exclude ? select(value == low, vec<T>{}, value) : value);
   }
@@ -275,26 +219,21 @@ BKIND3D_FN vec<T> softmax_at(const T* v, int64 cells, int64 views) {
   return Exclude ? select(total == 0, vec<T>{}, result) : result;
 }
 
-template <class T, bool Stream>
-BKIND3D_FN void put(T* out, vec<T> value) {
-  Stream ? stream(out, value) : store(out, value);
-}
-
-template <class T, int M, bool Exclude, bool Stream>
+template <class T, int M, bool Exclude>
 void softmax_run(const T* v, int64 cells, int64 views, int64 length, T* out) {
-  for (int64 c = 0; c < length; c += lanes<T>) put<T, Stream>(out + c, softmax_at<T, M, Exclude>(v + c, cells, views));
+  for (int64 c = 0; c < length; c += lanes<T>) store(out + c, softmax_at<T, M, Exclude>(v + c, cells, views));
 }
 
-template <class T, bool Exclude, bool Stream>
+template <class T, bool Exclude>
 void softmax_views(const UnprojectArgs& a, const Scratch<T>& s, int64 length, T* out) {
   switch (a.views) {
-    case 1: return softmax_run<T, 1, Exclude, Stream>(s.v, s.cells, 1, length, out);
-    case 2: return softmax_run<T, 2, Exclude, Stream>(s.v, s.cells, 2, length, out);
-    case 3: return softmax_run<T, 3, Exclude, Stream>(s.v, s.cells, 3, length, out);
-    case 4: return softmax_run<T, 4, Exclude, Stream>(s.v, s.cells, 4, length, out);
-    case 5: return softmax_run<T, 5, Exclude, Stream>(s.v, s.cells, 5, length, out);
-    case 6: return softmax_run<T, 6, Exclude, Stream>(s.v, s.cells, 6, length, out);
-    default: return softmax_run<T, 0, Exclude, Stream>(s.v, s.cells, a.views, length, out);
+    case 1: return softmax_run<T, 1, Exclude>(s.v, s.cells, 1, length, out);
+    case 2: return softmax_run<T, 2, Exclude>(s.v, s.cells, 2, length, out);
+    case 3: return softmax_run<T, 3, Exclude>(s.v, s.cells, 3, length, out);
+    case 4: return softmax_run<T, 4, Exclude>(s.v, s.cells, 4, length, out);
+    case 5: return softmax_run<T, 5, Exclude>(s.v, s.cells, 5, length, out);
+    case 6: return softmax_run<T, 6, Exclude>(s.v, s.cells, 6, length, out);
+    default: return softmax_run<T, 0, Exclude>(s.v, s.cells, a.views, length, out);
   }
 }
 
@@ -326,7 +265,7 @@ void scale_voxels(const Scratch<T>& s, int count, T* out) {
     for (int c = 0; c < s.block; c += lanes<T>) {
       const int rest = s.block - c < lanes<T> ? s.block - c : lanes<T>;
       T* p = out + t * s.block + c;
-      store_tail(p, load_tail(p, rest) * s.scale[t], rest);
+      store_first(p, load_first<T>(p, rest) * s.scale[t], rest);
     }
 }
 
@@ -338,25 +277,22 @@ void weigh_views(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first
       const int rest = s.block - c < lanes<T> ? s.block - c : lanes<T>;
       vec<T> total = {}, norm = {};
       for (int64 m = 0; m < a.views; ++m) {
-        const vec<T> w = load_tail(weights + m * a.channels + c, rest);
+        const vec<T> w = load_first<T>(weights + m * a.channels + c, rest);
         total += w * load(s.v + m * s.cells + t * s.block + c);
         if (s.seen[m * s.tile + t]) norm += w;
       }
       const vec<T> mean = select(norm != 0, total / select(norm != 0, norm, broadcast(T(1))), vec<T>{});
-      store_tail(out + t * s.block + c, a.exclude ? mean : total, rest);
+      store_first(out + t * s.block + c, a.exclude ? mean : total, rest);
     }
 }
 
 // The aggregate of the tile into `out`; whole vectors are stored.
 template <class T>
-void aggregate(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first, int count, T* out, bool past_caches) {
+void aggregate(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first, int count, T* out) {
   const int64 length = int64(count) * s.block;
   switch (a.aggregation) {
     case Aggregation::softmax:
-      if (past_caches) return a.exclude ? softmax_views<T, true, true>(a, s, length, out)
-                                        : softmax_views<T, false, true>(a, s, length, out);
-      return a.exclude ? softmax_views<T, true, false>(a, s, length, out)
-                       : softmax_views<T, false, false>(a, s, length, out);
+      return a.exclude ? softmax_views<T, true>(a, s, length, out) : softmax_views<T, false>(a, s, length, out);
     case Aggregation::max: return max_views(a, s, length, out);
     case Aggregation::weighted: return weigh_views(a, s, n, first, count, out);
     case Aggregation::sum: return sum_views(a, s, length, out);
@@ -432,9 +368,9 @@ void forward_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int64 i, int64
     T* direct = (T*)a.volume + voxel * a.channels + first;
     const bool same = a.storage == (sizeof(T) == 8 ? Storage::float64 : Storage::float32);
     if (same && s.block == a.channels && length % lanes<T> == 0) {
-      aggregate(a, s, n, first, count, direct, a.stream && (unsigned long long)direct % register_bytes == 0);
+      aggregate(a, s, n, first, count, direct);
     } else {
-      aggregate(a, s, n, first, count, s.g, false);
+      aggregate(a, s, n, first, count, s.g);
       store_tile_as(a, s, voxel, first, count);
     }
   }
@@ -452,7 +388,6 @@ void forward_rows(const UnprojectArgs& a, int64 begin, int64 end, void* memory) 
       forward_tile(a, s, n, i, j, k, int(left < s.tile ? left : s.tile));
     }
   }
-  if (a.stream) finish_streams();
 }
 
 // ---- aggregation, backward: g and v (M, cells) to dL/dv in place of v ----
@@ -473,7 +408,7 @@ BKIND3D_FN void softmax_gradient_at(T* v, vec<T> g, int64 cells, int64 views) {
 #pragma GCC unroll 8
   for (int64 m = 0; m < count; ++m) {
     const vec<T> value = M ? values[M ? m : 0] : load(v + m * cells);
-    const vec<T> e = exp_of(value - best);
+    const vec<T> e = exp_of_nonpositive(value - best);
     if (M) exponentials[M ? m : 0] = e;
     total += e;
     weighted += e * (Exclude ? select(value == low, vec<T>{}, value) : value);
@@ -482,7 +417,7 @@ BKIND3D_FN void softmax_gradient_at(T* v, vec<T> g, int64 cells, int64 views) {
 #pragma GCC unroll 8
   for (int64 m = 0; m < count; ++m) {
     const vec<T> value = M ? values[M ? m : 0] : load(v + m * cells);
-    const vec<T> e = M ? exponentials[M ? m : 0] : exp_of(value - best);
+    const vec<T> e = M ? exponentials[M ? m : 0] : exp_of_nonpositive(value - best);
     const vec<T> gradient = softmax_gradient(g, e * inverse, value, aggregate);
     store(v + m * cells, Exclude ? select(value == low, vec<T>{}, gradient) : gradient);
   }
@@ -530,22 +465,22 @@ void weigh_gradient_views(const UnprojectArgs& a, const Scratch<T>& s, int64 n, 
     for (int c = 0; c < s.block; c += lanes<T>) {
       const int rest = s.block - c < lanes<T> ? s.block - c : lanes<T>;
       const int64 at = int64(t) * s.block + c;
-      const vec<T> g = load_tail(s.g + at, rest);
+      const vec<T> g = load_first<T>(s.g + at, rest);
       vec<T> total = {}, norm = {};
       for (int64 m = 0; m < a.views; ++m) {
         if (!a.exclude || !s.seen[m * s.tile + t]) continue;
-        const vec<T> w = load_tail(weights + m * a.channels + c, rest);
-        total += w * load_tail(s.v + m * s.cells + at, rest);
+        const vec<T> w = load_first<T>(weights + m * a.channels + c, rest);
+        total += w * load_first<T>(s.v + m * s.cells + at, rest);
         norm += w;
       }
       const vec<T> inverse = a.exclude ? select(norm != 0, 1 / norm, vec<T>{}) : broadcast(T(1));
       for (int64 m = 0; m < a.views; ++m) {
         if (!s.seen[m * s.tile + t]) continue;
         T* p = s.v + m * s.cells + at;
-        const vec<T> share = g * inverse * (load_tail(p, rest) - (a.exclude ? total * inverse : vec<T>{}));
+        const vec<T> share = g * inverse * (load_first<T>(p, rest) - (a.exclude ? total * inverse : vec<T>{}));
         if (grad)
           for (int e = 0; e < rest; ++e) grad[m * a.channel_block + c + e] += double(share[e]);
-        store_tail(p, g * inverse * load_tail(weights + m * a.channels + c, rest), rest);
+        store_first(p, g * inverse * load_first<T>(weights + m * a.channels + c, rest), rest);
       }
     }
 }
@@ -567,26 +502,44 @@ void gradient_of_samples(const UnprojectArgs& a, const Scratch<T>& s, int64 n, i
 
 // ---- gradients of one view's map and matrix from dL/dv ----
 
-// Each tap's pixel gets its weight times the gradient. The four may be the same pixel: one after the other.
+// p += w * g for N elements where `count` has that bit: whole narrow vectors, since a load that follows a masked store
+// to the same place waits until that has left the store buffer, and neighbouring voxels share their taps.
+template <class T, int N>
+BKIND3D_FN void add_part(T*& p, T w, const T*& g, int count) {
+  if (!(count & N)) return;
+  using U = typename vector_of<T, N>::unaligned;
+  *(U*)p = *(const U*)p + *(const U*)g * w;
+  p += N, g += N;
+}
+
+template <class T>
+BKIND3D_FN void add_tail(T* p, T w, const T* g, int count) {
+  if constexpr (lanes<T> > 8) add_part<T, 8>(p, w, g, count);
+  if constexpr (lanes<T> > 4) add_part<T, 4>(p, w, g, count);
+  if constexpr (lanes<T> > 2) add_part<T, 2>(p, w, g, count);
+  if (count & 1) *p += w * *g;
+}
+
+// Each tap's pixel gets its weight times the gradient. The four may be the same pixel: one after the other. The views are
+// the inner loop: neighbouring voxels share pixels, and an addition must wait for the last one to the same place.
 template <class T, int CB>
-BKIND3D_FN void scatter_view(const Scratch<T>& s, T* map, int64 m, int count) {
-  const T* gradient = s.v + m * s.cells;
-  const unsigned char* seen = s.seen + m * s.tile;
+BKIND3D_FN void scatter_tile(const UnprojectArgs& a, const Scratch<T>& s, T* maps, int count) {
   const int block = CB ? CB : s.block;
-  const int* offset = s.offset + m * 4 * s.tile;
-  const T* weight = s.weight + m * 4 * s.tile;
-  for (int t = 0; t < count; ++t, gradient += block) {
-    if (!seen[t]) continue;
-    for (int e = 0; e < 4; ++e) {
-      T* p = map + offset[e * s.tile + t];
-      const vec<T> w = broadcast(weight[e * s.tile + t]);
-      int c = 0;
+  const int64 per_map = a.height * a.width * a.channels;
+  for (int t = 0; t < count; ++t)
+    for (int64 m = 0; m < a.views; ++m) {
+      if (!s.seen[m * s.tile + t]) continue;
+      const T* gradient = s.v + m * s.cells + int64(t) * block;
+      for (int e = 0; e < 4; ++e) {
+        const int64 at = (m * 4 + e) * s.tile + t;
+        T* p = maps + m * per_map + s.offset[at];
+        const T w = s.weight[at];
+        int c = 0;
 #pragma GCC unroll 4
-      for (; c + lanes<T> <= block; c += lanes<T>) store(p + c, load(p + c) + w * load(gradient + c));
-      if (const int rest = block - c; rest > 0)
-        store_tail(p + c, load_tail(p + c, rest) + w * load_tail(gradient + c, rest), rest);
+        for (; c + lanes<T> <= block; c += lanes<T>) store(p + c, load(p + c) + w * load(gradient + c));
+        if (c < block) add_tail(p + c, w, gradient + c, block - c);
+      }
     }
-  }
 }
 
 template <class T>
@@ -594,7 +547,7 @@ BKIND3D_FN T dot(const T* a, const T* b, int block) {
   vec<T> total = {};
   int c = 0;
   for (; c + lanes<T> <= block; c += lanes<T>) total += load(a + c) * load(b + c);
-  if (c < block) total += load_tail(a + c, block - c) * load_tail(b + c, block - c);
+  if (c < block) total += load_first<T>(a + c, block - c) * load_first<T>(b + c, block - c);
   return sum_of(total);
 }
 
@@ -652,17 +605,14 @@ void backward_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int first, in
     mean_scale(a, s, counts, count);
   }
   gradient_of_samples(a, s, n, first, count, grad_weights);
-  for (int64 m = 0; m < a.views; ++m) {
-    if (!s.any[m]) continue;
-    if (grad_q) matrix_view(a, s, n, first, m, T(i), T(j), T(k), count, grad_q + m * 12);
-    if (!grad_maps) continue;
-    T* map = grad_maps + m * a.height * a.width * a.channels;
-    switch (s.block) {
-      case 16: scatter_view<T, 16>(s, map, m, count); break;
-      case 32: scatter_view<T, 32>(s, map, m, count); break;
-      case 64: scatter_view<T, 64>(s, map, m, count); break;
-      default: scatter_view<T, 0>(s, map, m, count);
-    }
+  for (int64 m = 0; grad_q && m < a.views; ++m)
+    if (s.any[m]) matrix_view(a, s, n, first, m, T(i), T(j), T(k), count, grad_q + m * 12);
+  if (!grad_maps) return;
+  switch (s.block) {
+    case 16: return scatter_tile<T, 16>(a, s, grad_maps, count);
+    case 32: return scatter_tile<T, 32>(a, s, grad_maps, count);
+    case 64: return scatter_tile<T, 64>(a, s, grad_maps, count);
+    default: return scatter_tile<T, 0>(a, s, grad_maps, count);
   }
 }
 
