@@ -10,7 +10,6 @@ import csv
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,18 +18,12 @@ from pathlib import Path
 
 import torch
 
+from .machine import cpu_name
+
 COLUMNS = (
     "seed", "predictor", "mpjpe_absolute", "mpjpe", "pmpjpe", "mpjpe_to_mean_pose", "mpjpe_to_untrained", "units",
     "steps", "training_seconds", "threads", "cpu", "torch", "commit", "date",
 )  # fmt: skip
-
-
-def cpu_name() -> str:
-    """Name of the processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def run_seed(seed: int, out: Path, threads: int) -> Path:
