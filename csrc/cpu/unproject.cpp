@@ -154,14 +154,17 @@ std::tuple<Tensor, Tensor> unproject(Tensor features, Tensor q, std::optional<Te
 }
 
 // Threads share the work by samples and channels, where no two add to the same gradient. Only where that is not enough
-// are the rows cut into slabs with gradients of their own, which are added up in order at the end.
+// are the rows cut into slabs with gradients of their own, which are added up in order at the end. So the result depends
+// on the number of threads, though never on their timing; `deterministic` fixes the partition as well.
 void partition(UnprojectArgs& a, bool deterministic) {
+  constexpr int64_t widest = 64, narrowest = 16;
   const int64_t threads = is_small(a) ? 1 : torch::stable::get_num_threads();
   auto tasks = [&] { return a.samples * ((a.channels + a.channel_block - 1) / a.channel_block); };
-  a.channel_block = std::min<int64_t>(a.channels, 64);
-  while (a.channel_block > 16 && tasks() < threads) a.channel_block = (a.channel_block / 2 + 15) / 16 * 16;
+  a.channel_block = std::min<int64_t>(a.channels, deterministic ? narrowest : widest);
+  while (a.channel_block > narrowest && tasks() < threads)
+    a.channel_block = (a.channel_block / 2 + narrowest - 1) / narrowest * narrowest;
   a.slabs = 1;
-  if (!deterministic && tasks() < threads && tasks() > 0)
+  if (!deterministic && tasks() > 0 && tasks() < threads)
     a.slabs = std::min<int64_t>((threads + tasks() - 1) / tasks(), a.shape[0] * a.shape[1]);
 }
 

@@ -622,7 +622,8 @@ void backward_task(const UnprojectArgs& a, int64 task, void* memory) {
   const int64 slab = task % a.slabs, block = task / a.slabs % blocks, n = task / a.slabs / blocks;
   const int first = int(block * a.channel_block);
   Scratch<T> s;
-  lay_out(s, a, int(a.channels - first < a.channel_block ? a.channels - first : a.channel_block), memory);
+  lay_out(s, a, int(a.channel_block), memory);
+  if (a.channels - first < a.channel_block) s.block = int(a.channels - first);
   const int64 sample = a.views * a.height * a.width * a.channels;
   T* grad_maps = a.grad_features ? (T*)a.grad_features + (slab * a.samples + n) * sample + first : nullptr;
   double* grad_q = a.grad_q ? a.grad_q + task * a.views * 12 : nullptr;

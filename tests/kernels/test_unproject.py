@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from measure import gradients, saved_elements
 from torch import Tensor
 
-from bkind3d_kernels import Unproject, VoxelGrid, unproject
+from bkind3d_kernels import Unproject, VoxelGrid, explain, unproject
 from bkind3d_kernels.reference import unproject as reference
 
+RUNNABLE = [line.backend for line in explain("unproject") if line.available]
 OPTIONS = list(itertools.product(["softmax", "mean", "sum", "max", "weighted"], ["zero", "exclude"]))
 
 
@@ -43,8 +44,9 @@ def only(weights: Tensor, aggregation: str) -> Tensor | None:
     options=st.sampled_from(OPTIONS),
     per_sample=st.booleans(),
     seed=st.integers(0, 2**16),
+    backend=st.sampled_from(RUNNABLE),
 )
-def test_agrees_with_the_oracle(n, m, c, size, shape, options, per_sample, seed) -> None:
+def test_agrees_with_the_oracle(n, m, c, size, shape, options, per_sample, seed, backend) -> None:
     features, projections, grid, mask, weights = scene(n, m, c, size, shape, seed, n if per_sample else 1)
     aggregation, unseen = options
     expected, expected_counts = oracle.unproject(
@@ -59,6 +61,7 @@ def test_agrees_with_the_oracle(n, m, c, size, shape, options, per_sample, seed)
         view_mask=mask,
         view_weights=only(weights, aggregation),
         return_counts=True,
+        backend=backend,
     )
     np.testing.assert_array_equal(counts, expected_counts)
     np.testing.assert_allclose(volume, expected, rtol=1e-9, atol=1e-9)
