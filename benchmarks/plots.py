@@ -86,6 +86,7 @@ def _scaling(plt: Any, rows: list[Row], parameter: str) -> Any:
         axes.plot(values, [floor[x] for x in values], "--", color="black", label="floor", linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel=AXES[parameter], title=TITLES[mode])
         axes.set_xticks(values, [str(x) for x in values])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.minorticks_off()
         axes.grid(True, which="major", alpha=0.25)
     panels[0].set_ylabel("median time, ms")
@@ -105,6 +106,7 @@ def _bars(plt: Any, rows: list[Row], columns: int) -> tuple[Any, Any, list[str],
         axes.set_yticks(range(len(groups)), groups)
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.tick_params(axis="y", length=0)
         axes.grid(True, axis="x", which="major", alpha=0.25)
         axes.set_axisbelow(True)
@@ -171,12 +173,14 @@ def _memory(plt: Any, rows: list[Row]) -> Any:
         text = f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
         text += "" if row["peak_bytes"] else ", skipped"
         axes.annotate(text, (value, y), (3, 0), textcoords="offset points", va="center", fontsize=7)
-    axes.set_xlim(left, max(known) * 3)
+    axes.set_xlim(left, max(known) * (max(known) / left) ** 0.25)  # room for the labels
     axes.set_xlabel("peak memory above the inputs in a training step, MB (dotted: would be needed)")
     return _finish(figure, axes, rows, present, "Memory")
 
 
 def _why(row: Row) -> str:
+    """The reason of a skipped row in a few words; all of it is in the CSV."""
     if row["needed_bytes"] and row["reason"].startswith("needs"):
         return f"skipped: {int(row['needed_bytes']) / 1e9:.3g} GB"
-    return f"{row['status']}: {row['reason']}"[:48]
+    reason = row["reason"].split(":")[0]
+    return f"{row['status']}: {reason}" if len(reason) < 20 else row["status"]

@@ -157,7 +157,7 @@ class Suite:
                 except Skipped as why:
                     skipped.append((name, "skipped", str(why), needed))
                 except Exception as error:  # noqa: BLE001  one competitor's failure is a row, and the others go on
-                    skipped.append((name, "failed", f"{type(error).__name__}: {error}".splitlines()[0], needed))
+                    skipped.append((name, "failed", _line(error), needed))
             skipped += self._measure(case, entries, share + case_started)
         finally:
             for entry in entries:
@@ -192,8 +192,8 @@ class Suite:
             )
         started = time.monotonic()
         if case.device == "cuda":
-            contestant: Contestant | Worker = Contestant(case, name)
             try:
+                contestant: Contestant | Worker = Contestant(case, name)
                 probe = contestant.probe(limit)
             except torch.OutOfMemoryError as error:
                 raise Skipped("out of GPU memory") from error
@@ -210,6 +210,9 @@ class Suite:
         if entry.seconds < WARM_UP_SECONDS:
             entry.probe.seconds |= contestant.round()
         self.pace[case.op, name] = entry.seconds / case.floor("both").seconds(self.rates)
+        if entry.seconds * MIN_ROUNDS > max(0.0, COMPETITOR_SHARE * self.left()):
+            contestant.close()
+            raise Skipped(f"budget: {MIN_ROUNDS} rounds would take {entry.seconds * MIN_ROUNDS:.0f} s")
         return entry
 
     def _measure(self, case: Case, entries: list[Entry], until: float) -> list[tuple[str, str, str, int | None]]:
@@ -223,7 +226,8 @@ class Suite:
                 print("    errors are not measured: no memory for the float64 reference", flush=True)
             spare = max(0.0, until - time.monotonic()) / max(1, len(entries))
             for entry in entries:
-                entry.repeats = repeats(entry.probe.seconds["forward"] if case.device == "cpu" else 1e-3)
+                # A GPU's events are exact for short calls too; repeats only steady the median there.
+                entry.repeats = repeats(max(entry.probe.seconds["forward"], 1e-3 if case.device == "cuda" else 0.0))
                 affordable = int(spare / max(entry.seconds * entry.repeats, 1e-9))
                 entry.rounds = max(MIN_ROUNDS, min(self.settings.rounds, affordable))
             rounds = max((entry.rounds for entry in entries), default=0)
@@ -238,15 +242,16 @@ class Suite:
                         if truth is not None and not entry.errors:
                             entry.errors = entry.contestant.errors(truth)  # type: ignore[arg-type]
                     except Exception as error:  # noqa: BLE001
-                        failures.append((entry.name, "failed", f"{error}".splitlines()[0], None))
+                        failures.append((entry.name, "failed", _line(error), None))
                         entry.contestant.close()
                         entries.remove(entry)
         return failures
 
     def _truth(self, case: Case, entries: list[Entry], folder: Path) -> Truth | Path | None:
         """The float64 reference, where time allows it."""
-        fast = [entry.seconds for entry in entries if entry.name == "reference"]
-        expected = 3 * (fast[0] if fast else self.pace.get((case.op, "reference"), 0.0))
+        known = [entry.seconds for entry in entries if entry.name == "reference"]
+        known.append(self.pace.get((case.op, "reference"), 0.0) * case.floor("both").seconds(self.rates))
+        expected = 3 * known[0]
         if not entries or (case.workload.sweep and not self.settings.quick and not self.settings.workloads):
             return None
         if expected > TRUTH_SHARE * self.left():
@@ -317,6 +322,10 @@ class Suite:
         return rows
 
 
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
     if len(values) < 2:
@@ -329,7 +338,7 @@ def with_defaults(settings: Settings) -> Settings:
     """Quick runs: few rounds, no compiler unless it is named."""
     if not settings.quick:
         return settings
-    named = settings.competitors or tuple(
-        name for name in competitors(settings.ops[0], settings.device, settings.dtype) if name != "compile"
-    )
+    found = competitors(settings.ops[0], settings.device, settings.dtype)
+    usual = tuple(name for name, why in found.items() if why is None and name != "compile")
+    named = settings.competitors or usual
     return replace(settings, rounds=min(settings.rounds, 5), budget=min(settings.budget, 50.0), competitors=named)

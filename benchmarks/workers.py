@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,13 +64,14 @@ class Worker:
 
 def _serve(pipe: Connection, case: Case, competitor: str, threads: int) -> None:
     """Answer calls until the other end closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes the pipe
     torch.set_num_threads(threads)
     contestant: Contestant | None = None
     limit = 0
     while True:
         try:
             method, arguments = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             contestant = contestant or Contestant(case, competitor)

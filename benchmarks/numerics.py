@@ -1,0 +1,209 @@
+"""Are the numbers right on this device?  python -m benchmarks.numerics --device cuda
+
+Runs every backend that can run, in every dtype and with the options that matter, on small random scenes, and compares
+the outputs and all gradients with the float64 reference on the CPU, on the same (rounded) inputs. One row each; the
+error is the largest difference in units of the largest magnitude. float64 and float32 have fixed tolerances; bfloat16
+and float16 may err at most twice as much as the reference does on the CPU in that dtype. Exit status 1 if a row fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bkind3d_kernels import VoxelGrid, explain, rasterize_edges, soft_argmax3d, unproject
+from bkind3d_kernels.backends import OPERATIONS
+
+from .measure import largest_error
+from .problems import FLOATING
+from .unproject import ring
+
+COLUMNS = ("device", "op", "options", "backend", "dtype", "quantity", "error", "tolerance", "status", "reason")
+# Of values, and of gradients to geometry: those jump where a float32 coordinate falls on the other side of a pixel's
+# border or another edge wins, for a few voxels or pixels of all that they add up.
+TOLERANCES = {torch.float64: (1e-11, 1e-9), torch.float32: (5e-5, 1e-3)}
+LEAST = 1e-3  # half precision: below this nothing is said
+GEOMETRY = ("projections", "affine", "keypoints")
+
+
+@dataclass
+class Scene:
+    """An operation with its options, on inputs that all take gradients."""
+
+    op: str
+    options: str
+    inputs: dict[str, Tensor]
+    call: Callable[..., Any]  # (backend, **inputs) -> tensor, tuple or list
+    low: tuple[str, ...]  # the inputs that take the measured dtype; the rest is geometry
+
+    def evaluate(self, backend: str, dtype: torch.dtype, device: str, exact: bool = False) -> dict[str, Tensor]:
+        """Outputs and gradients by name. With ``exact`` in float64, of the numbers as rounded to ``dtype``."""
+        geometry = torch.float64 if dtype == torch.float64 else torch.float32
+        inputs = {}
+        for name, value in self.inputs.items():
+            value = value.to(dtype if name in self.low else geometry)
+            inputs[name] = (value.double() if exact else value).to(device).requires_grad_()
+        found = self.call(backend, **inputs)
+        outputs = [o for o in (found if isinstance(found, (tuple, list)) else [found]) if o.is_floating_point()]
+        generator = torch.Generator().manual_seed(2)
+        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+        if not exact:
+            cotangents = [c.to(o) for c, o in zip(cotangents, outputs)]
+        else:
+            rounding = [dtype if self.op == "unproject" else geometry] * len(outputs)
+            cotangents = [c.to(d).double().to(o.device) for c, d, o in zip(cotangents, rounding, outputs)]
+        gradients = torch.autograd.grad(outputs, list(inputs.values()), cotangents)
+        values = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+        return values | {f"gradient of {name}": g for name, g in zip(inputs, gradients)}
+
+
+def scenes() -> Iterator[Scene]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    # Features as smooth as those of a network: derivatives along the map then jump little between pixels.
+    coarse = normal(2 * 3, 5, 6, 7)
+    features = F.interpolate(coarse, size=(24, 28), mode="bicubic", align_corners=True).view(2, 3, 5, 24, 28)
+    features = features.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    cameras = ring(3, (24, 28)).expand(2, -1, -1, -1) * (1 + 0.01 * normal(2, 3, 1, 4))
+    shape = (12, 11, 9)
+    box = VoxelGrid.box(torch.zeros(3, dtype=torch.float64), (2.4, 2.2, 1.8), shape).affine
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    view_weights = 0.2 + torch.rand(2, 3, 5, generator=generator, dtype=torch.float64)
+    for aggregation in ("softmax", "mean", "sum", "max", "weighted"):
+        for unseen in ("zero", "exclude"):
+
+            def lift(backend: str, aggregation: str = aggregation, unseen: str = unseen, **inputs: Tensor) -> Any:
+                return unproject(
+                    inputs["features"],
+                    inputs["projections"],
+                    VoxelGrid(inputs["affine"], shape),
+                    aggregation=aggregation,
+                    unseen=unseen,
+                    view_mask=mask.to(inputs["features"].device),
+                    view_weights=inputs.get("view_weights"),
+                    return_counts=True,
+                    backend=backend,
+                )
+
+            given = {"features": features, "projections": cameras, "affine": box}
+            given |= {"view_weights": view_weights} if aggregation == "weighted" else {}
+            yield Scene("unproject", f"{aggregation}, {unseen}", given, lift, ("features", "view_weights"))
+
+    logits = 3 * normal(2, 7, 12, 10, 9)
+    volume = VoxelGrid.box(torch.tensor([0.3, -0.2, 0.5]).double(), (1.0, 0.8, 0.7), (12, 10, 9)).affine
+    for temperature in (1.0, 0.25):
+
+        def locate(backend: str, temperature: float = temperature, **inputs: Tensor) -> Any:
+            grid, more = VoxelGrid(inputs["affine"], (12, 10, 9)), {"return_peak": True, "return_covariance": True}
+            return soft_argmax3d(inputs["logits"], grid, temperature=temperature, backend=backend, **more)
+
+        given = {"logits": logits, "affine": volume}
+        yield Scene("soft_argmax3d", f"temperature {temperature}, peak, covariance", given, locate, ("logits",))
+
+    keypoints = 24 * torch.rand(3, 8, 2, generator=generator, dtype=torch.float64) - 4  # some outside of the first map
+    weights = normal(3, 28) + 0.5  # some not drawn
+    for sizes, sigmas in (([(16, 16)], [2.0]), ([(8, 10), (16, 20), (33, 31)], [1.8, 3.6, 2.3])):
+
+        def draw(backend: str, sizes: Any = sizes, sigmas: Any = sigmas, **inputs: Tensor) -> Any:
+            return rasterize_edges(inputs["keypoints"], inputs["weights"], sizes, sigmas, backend=backend)
+
+        given = {"keypoints": keypoints, "weights": weights}
+        options = "sizes " + " ".join(f"{h}x{w}" for h, w in sizes)
+        yield Scene("rasterize_edges", options, given, draw, ("keypoints", "weights"))
+
+
+def rows(device: str) -> Iterator[dict[str, Any]]:
+    """One row for each scene, backend, dtype and quantity."""
+    for scene in scenes():
+        for dtype in FLOATING:
+            if scene.op == "rasterize_edges" and dtype not in TOLERANCES:
+                continue
+            exact = scene.evaluate("reference", dtype, "cpu", exact=True)
+            usual = scene.evaluate("reference", dtype, "cpu") if dtype not in TOLERANCES else {}
+            for line in explain(scene.op, device=device, dtype=dtype):
+                identity = {"device": device, "op": scene.op, "options": scene.options, "backend": line.backend}
+                identity["dtype"] = str(dtype).removeprefix("torch.")
+                if not line.available:
+                    continue
+                try:
+                    found = scene.evaluate(line.backend, dtype, device)
+                except Exception as error:  # noqa: BLE001  a failure is a row, and the others go on
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                    yield identity | {"quantity": "all", "status": "failed", "reason": reason}
+                    continue
+                for quantity, value in found.items():
+                    error = largest_error([value], [exact[quantity]])
+                    if dtype in TOLERANCES:
+                        tolerance = TOLERANCES[dtype][any(name in quantity for name in GEOMETRY)]
+                    else:
+                        tolerance = max(LEAST, 2 * largest_error([usual[quantity]], [exact[quantity]]))
+                    yield identity | {
+                        "quantity": quantity,
+                        "error": f"{error:.2e}",
+                        "tolerance": f"{tolerance:.1e}",
+                        "status": "passed" if error <= tolerance else "failed",  # a NaN fails
+                    }
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Rows passed and the worst error for each operation, backend and dtype."""
+    lines = [f"{'operation':<18}{'backend':<12}{'dtype':<10}{'passed':>9}  {'worst output':>13}{'worst gradient':>16}"]
+    for key in dict.fromkeys((row["op"], row["backend"], row["dtype"]) for row in found):
+        own = [row for row in found if (row["op"], row["backend"], row["dtype"]) == key]
+        passed = sum(row["status"] == "passed" for row in own)
+        worst = []
+        for kind in ("output", "gradient"):
+            errors = [float(row["error"]) for row in own if row["quantity"].startswith(kind)]
+            worst.append(f"{max(errors):.1e}" if errors else "-")
+        lines.append(f"{key[0]:<18}{key[1]:<12}{key[2]:<10}{passed:>4}/{len(own):<4}  {worst[0]:>13}{worst[1]:>16}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, write, print; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.numerics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="CSV file for the rows")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no GPU here", file=sys.stderr)
+        return 2
+    found = []
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") if options.out is not None else open("/dev/null", "w") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows(options.device):
+            writer.writerow(row)
+            file.flush()
+            found.append(row)
+    for row in found:
+        if row["status"] == "failed":
+            print("failed:", *(f"{row[column]}" for column in COLUMNS if row.get(column) and column != "status"))
+    print(table(found))
+    for op in OPERATIONS:
+        absent = [
+            f"{line.backend} ({line.reason})" for line in explain(op, device=options.device) if not line.available
+        ]
+        if absent:
+            print(f"{op}: not available on {options.device}: {'; '.join(absent)}")
+    return 1 if any(row["status"] == "failed" for row in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
