@@ -1,7 +1,8 @@
-// The softmax of a volume, its moments of the voxel index, and their derivatives. Templates over V, a floating type or a
-// vector of them (portable.h), and over T, the floating type of V; exponentials are left to the caller.
+// The softmax of a volume, its moments of the voxel index, and their derivatives. Templates over V, a floating type or
+// a vector of them (portable.h), over T, the floating type of V, and over A, that of long sums; exponentials are left
+// to the caller.
 //
-// A voxel x with logit l has the weight e = exp((l - maximum) beta), beta = 1 / temperature. Weights of a few voxels are
+// A voxel with logit l has the weight e = exp((l - maximum) beta), beta = 1 / temperature. Weights of a few voxels are
 // summed in V about an origin near their largest (Sums), then kept about their mean in A (Moments), so that neither a
 // large volume nor a sharp peak far from the origin cancels.
 #pragma once
@@ -15,10 +16,10 @@ namespace bkind3d {
 // What is subtracted from the logits: their maximum, or 0 where all are -inf (masked), since -inf + inf is NaN.
 template <class T>
 BKIND3D_FN T softmax_reference(T maximum) {
-  return maximum < -T(__FLT_MAX__) && maximum - maximum != 0 ? T(0) : maximum;
+  return maximum == -T(__builtin_inf()) ? T(0) : maximum;
 }
 
-// The weight is the exponential of this.
+// The weight is the exponential of this; with beta / ln 2 in place of beta, 2 to the power of this.
 template <class V, class T>
 BKIND3D_FN V softmax_exponent(V logit, T reference, T beta) {
   return (logit - reference) * beta;

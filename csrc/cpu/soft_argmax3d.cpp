@@ -115,16 +115,16 @@ Outputs soft_argmax3d(Tensor logits, double temperature, bool covariance) {
   a.moments = moments.data();
   run(soft_argmax3d_loops().forward[type], a, rows);
 
-  auto empty = [&](std::vector<int64_t> size, ScalarType dtype) { return torch::stable::new_empty(logits, size, dtype); };
+  auto empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
+    return torch::stable::new_empty(logits, size, dtype);
+  };
   const std::vector<int64_t> matrix = covariance ? std::vector<int64_t>{n, a.joints, 3, 3} : std::vector<int64_t>{0};
   Outputs outputs{
       empty({n, a.joints, 3}, arithmetic), empty({n, a.joints}, arithmetic), empty(matrix, arithmetic),
       empty({n, a.joints}, arithmetic),    empty({n, a.joints}, arithmetic), empty({n, a.joints}, ScalarType::Long)};
-  // As the loops had it: beta in the type of the arithmetic.
-  const double beta = type == 1 ? a.beta : float(a.beta);
   for (int64_t row = 0; row < rows; ++row) {
     const Moments<double>* slabs = a.moments + row * a.slabs;
-    const Moments<double> m = covariance ? merged<true>(slabs, a.slabs, beta) : merged<false>(slabs, a.slabs, beta);
+    const Moments<double> m = covariance ? merged<true>(slabs, a.slabs, a.beta) : merged<false>(slabs, a.slabs, a.beta);
     type == 1 ? write<double>(outputs, row, m, covariance) : write<float>(outputs, row, m, covariance);
   }
   return outputs;

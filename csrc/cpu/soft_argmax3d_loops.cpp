@@ -1,14 +1,15 @@
 // 3D soft-argmax on the CPU: the loops, compiled once per instruction set.
 //
 // Forward goes over a row in blocks of about 1,000 voxels (4 KB, in the first-level cache): their maximum, where it is,
-// then their exponentials and sums about that voxel in vectors of float, merged into the slab's moments in double. If
-// the maximum has grown the moments so far are scaled down, so the logits are read from memory once. Backward recomputes
-// the exponentials from the maximum; the gradient along a line is a polynomial of degree 2 in z.
-// Threads take slabs of about 32,000 voxels of a row; the torch face merges slabs in their order.
+// then their exponentials and the sums about that voxel in vectors of float, merged into the slab's moments in double.
+// Where the maximum has grown, the moments so far are scaled down, so memory is read once. Backward recomputes the
+// exponentials from the maximum; along a line the rest of the gradient is a polynomial of degree 2 in z.
+// Threads take slabs of about 32,000 voxels of a row; the torch face merges the slabs of a row in their order.
 //
-// Floors, for V voxels of float: forward reads 4V bytes and backward reads 4V and writes 4V, past the caches when large;
-// an exponential and 4 (with the covariance 5) FMA a voxel are about 20 operations, so with vectors of 16 both are bound
-// by memory once two or three cores work. Saved for backward: the logits (an input) and per row the outputs.
+// Floors, for V voxels of float: forward reads 4V bytes; backward reads 4V and writes 4V, past the caches when large.
+// An exponential is 10 operations on vectors and the sums 4 (with the covariance 5), 16 to 18 with loads and the
+// maximum: one core with vectors of 16 takes 0.33 ns a voxel, above its memory, and two are near it. The tiles of
+// channels-last logits cost 0.5 ns a voxel more. Saved for backward: the logits (an input) and the outputs.
 #include "simd.h"
 #include "soft_argmax3d.h"
 
@@ -82,30 +83,68 @@ BKIND3D_FN vec<T> load_last(const Span<T>& span, const S* p, int64 length) {
   return length < lanes<T> ? load_first<T>(p, int(length)) : load(p + span.last);
 }
 
-// ---- rows whose voxels do not lie together: one block, copied ----
+// ---- rows whose voxels do not lie together (channels last): one block of several rows at a time, transposed ----
+
+constexpr int tile_rows = 16, tile_step = block_voxels + 64;  // a step of a power of 2 would meet in few cache sets
 
 template <class S>
 struct Tile {
-  alignas(64) S voxels[block_voxels];
+  alignas(64) S voxels[tile_rows * tile_step];
 };
 
-template <class S>
-BKIND3D_FN Lines<S> gather(const SoftArgmaxArgs& a, const Block& b, const S* row, Tile<S>& tile) {
-  S* out = tile.voxels;
-  const int64 step = a.strides[4];
-  const S* first = row + b.x * a.strides[2] + b.y * a.strides[3] + b.z * step;
-  for_each_line(b, Lines<S>{first, a.strides[3], a.strides[2]}, [&](const S* p, int64, int64) {
-    for (int64 z = 0; z < b.length; ++z) out[z] = p[z * step];
-    out += b.length;
-  });
-  return {tile.voxels, b.length, b.length * b.size_y};
+BKIND3D_FN int64 row_offset(const SoftArgmaxArgs& a, int64 row) {
+  return row / a.joints * a.strides[0] + row % a.joints * a.strides[1];
 }
 
 template <class S>
-BKIND3D_FN Lines<S> lines_of(const SoftArgmaxArgs& a, const Block& b, int64 row, Tile<S>& tile) {
-  const S* p = (const S*)a.logits + row / a.joints * a.strides[0] + row % a.joints * a.strides[1];
-  if (a.strides[4] != 1) return gather(a, b, p, tile);
-  return {p + b.x * a.strides[2] + b.y * a.strides[3] + b.z, a.strides[3], a.strides[2]};
+BKIND3D_FN void gather(const SoftArgmaxArgs& a, const Block& b, int64 row, int64 rows, Tile<S>& tile) {
+  constexpr int64 chunk = 64;  // voxels, of which all rows are read while they are in the first-level cache
+  const int64 step = a.strides[4], joint = a.strides[1];
+  S* out = tile.voxels;
+  const S* first = (const S*)a.logits + row_offset(a, row) + b.x * a.strides[2] + b.y * a.strides[3] + b.z * step;
+  for_each_line(b, Lines<S>{first, a.strides[3], a.strides[2]}, [&](const S* p, int64, int64) {
+    for (int64 z = 0; z < b.length; z += chunk) {
+      const int64 end = z + chunk < b.length ? z + chunk : b.length;
+      for (int64 r = 0; r < rows; ++r) {
+        const S* source = p + r * joint;
+        for (int64 i = z; i < end; ++i) out[r * tile_step + i] = source[i * step];
+      }
+    }
+    out += b.length;
+  });
+}
+
+// f(block, row, its lines) for all blocks of a task, and for each of them its rows.
+template <class S, class F>
+BKIND3D_FN void for_each_block(const SoftArgmaxArgs& a, int64 task, F f) {
+  Tile<S> tile;
+  const bool together = a.strides[4] == 1;
+  const int64 first_row = task / a.slabs * a.rows_per_task, end_row = first_row + a.rows_per_task;
+  const int64 first = task % a.slabs * a.blocks_per_slab;
+  const int64 end = first + a.blocks_per_slab < a.blocks ? first + a.blocks_per_slab : a.blocks;
+  for (int64 i = first; i < end; ++i) {
+    const Block b = block_at(a, i);
+    for (int64 row = first_row; row < end_row; ++row) {
+      const int64 at = (row - first_row) % tile_rows, rest = end_row - row;
+      if (!together && at == 0) gather(a, b, row, rest < tile_rows ? rest : tile_rows, tile);
+      const S* p = (const S*)a.logits + row_offset(a, row) + b.x * a.strides[2] + b.y * a.strides[3] + b.z;
+      f(b, row, together ? Lines<S>{p, a.strides[3], a.strides[2]}
+                         : Lines<S>{tile.voxels + at * tile_step, b.length, b.length * b.size_y});
+    }
+  }
+}
+
+// ---- weights: the exponentials ----
+
+// In float a power of 2, whose factor goes into that of the temperature.
+BKIND3D_FN float exponent_scale(float, double beta) { return float(beta * 1.4426950408889634); }
+BKIND3D_FN double exponent_scale(double, double beta) { return beta; }
+
+BKIND3D_FN vec<float> weight_of(vec<float> logit, float reference, float scale) {
+  return exp2_of_nonpositive(softmax_exponent(logit, reference, scale));
+}
+BKIND3D_FN vec<double> weight_of(vec<double> logit, double reference, double scale) {
+  return exp_of(softmax_exponent(logit, reference, scale));
 }
 
 // ---- forward ----
@@ -162,7 +201,7 @@ BKIND3D_FN Sums<double> reduce(const Sums<vec<T>>& sums) {
 
 template <bool Covariance, class T, class S>
 BKIND3D_FN Sums<double> block_sums(
-    const Block& b, const Lines<S>& lines, const Span<T>& span, T reference, T beta, const Place& origin) {
+    const Block& b, const Lines<S>& lines, const Span<T>& span, T reference, T scale, const Place& origin) {
   Sums<vec<T>> sums;
   const vec<T> start = iota<T>() + T(b.z - origin.z);
   for_each_line(b, lines, [&](const S* p, int64 x, int64 y) {
@@ -174,11 +213,11 @@ BKIND3D_FN Sums<double> block_sums(
       if constexpr (Covariance) second += product * d;
     };
     for (int z = 0; z < span.whole; z += lanes<T>) {
-      add(exp_of(softmax_exponent(load(p + z), reference, beta)), dz);
+      add(weight_of(load(p + z), reference, scale), dz);
       dz += T(lanes<T>);
     }
     if (span.last >= 0) {
-      const vec<T> e = exp_of(softmax_exponent(load_last(span, p, b.length), reference, beta));
+      const vec<T> e = weight_of(load_last(span, p, b.length), reference, scale);
       add(select(span.fresh, e, vec<T>{}), start + T(span.last));
     }
     add_line<Covariance>(sums, total, first, second, T(x - origin.x), T(y - origin.y));
@@ -187,36 +226,26 @@ BKIND3D_FN Sums<double> block_sums(
 }
 
 template <bool Covariance, class T, class S>
-BKIND3D_FN void forward_block(const SoftArgmaxArgs& a, const Block& b, const Lines<S>& lines, Moments<double>& moments) {
+BKIND3D_FN void forward_block(
+    const SoftArgmaxArgs& a, const Block& b, const Lines<S>& lines, Moments<double>& moments) {
   const Span<T> span = span_of<T>(b.length);
   const T largest = block_maximum<T>(b, lines, span);
   const Place place = find(b, lines, span, largest);
-  const T maximum = largest > T(moments.maximum) ? largest : T(moments.maximum), beta = T(a.beta);
-  const Sums<double> sums = block_sums<Covariance>(b, lines, span, softmax_reference(maximum), beta, place);
+  const T maximum = largest > T(moments.maximum) ? largest : T(moments.maximum);
+  const T reference = softmax_reference(maximum), scale = exponent_scale(T(), a.beta);
+  const Sums<double> sums = block_sums<Covariance>(b, lines, span, reference, scale, place);
   const double origin[] = {double(place.x), double(place.y), double(place.z)};
   merge<Covariance>(
       moments, moments_of<Covariance>(sums, double(maximum), origin, offset_of(a, place.x, place.y, place.z)),
-      double(beta), [](double x) { return __builtin_exp(x); });
-}
-
-// f(block, row) for all blocks and rows of a task: the rows of a block together.
-template <class F>
-BKIND3D_FN void for_each_block(const SoftArgmaxArgs& a, int64 task, F f) {
-  const int64 row = task / a.slabs * a.rows_per_task, first = task % a.slabs * a.blocks_per_slab;
-  const int64 last = first + a.blocks_per_slab < a.blocks ? first + a.blocks_per_slab : a.blocks;
-  for (int64 i = first; i < last; ++i) {
-    const Block block = block_at(a, i);
-    for (int64 r = row; r < row + a.rows_per_task; ++r) f(block, r);
-  }
+      a.beta, [](double x) { return __builtin_exp(x); });
 }
 
 template <bool Covariance, class T, class S>
 void forward_task(const SoftArgmaxArgs& a, int64 task) {
-  Tile<S> tile;
   const int64 row = task / a.slabs * a.rows_per_task, slab = task % a.slabs;
   for (int64 r = row; r < row + a.rows_per_task; ++r) a.moments[r * a.slabs + slab] = no_voxels<double>();
-  for_each_block(a, task, [&](const Block& b, int64 r) {
-    forward_block<Covariance, T>(a, b, lines_of(a, b, r, tile), a.moments[r * a.slabs + slab]);
+  for_each_block<S>(a, task, [&](const Block& b, int64 r, const Lines<S>& lines) {
+    forward_block<Covariance, T>(a, b, lines, a.moments[r * a.slabs + slab]);
   });
 }
 
@@ -260,14 +289,14 @@ template <class T, class S>
 BKIND3D_FN void backward_block(
     const SoftArgmaxArgs& a, const Block& b, const Lines<S>& lines, const VolumeGradient<double>& volume, S* out) {
   const Span<T> span = span_of<T>(b.length);
-  const T reference = T(volume.maximum), beta = T(a.beta);
+  const T reference = T(volume.maximum), scale = exponent_scale(T(), a.beta);
   const vec<T> start = iota<T>() + T(b.z) - T(volume.mean[2]);
   S* q = out;
   for_each_line(b, lines, [&](const S* p, int64 x, int64 y) {
     const LineGradient<double> exact = line_gradient(volume, double(x), double(y));
     const LineGradient<T> line = {T(exact.constant), T(exact.linear), T(exact.quadratic)};
     auto gradient = [&](vec<T> logit, int z) {
-      return logit_gradient(exp_of(softmax_exponent(logit, reference, beta)), start + T(z), line);
+      return logit_gradient(weight_of(logit, reference, scale), start + T(z), line);
     };
     for (int z = 0; z < span.whole; z += lanes<T>) store(q + z, gradient(load(p + z), z));
     if (span.last >= 0) {
@@ -292,12 +321,12 @@ BKIND3D_FN void backward_block(
 
 template <class T, class S>
 void backward(const SoftArgmaxArgs& a, int64 task) {
-  Tile<S> tile, result;
+  alignas(64) S result[block_voxels];
   const int64 voxels = a.shape[0] * a.shape[1] * a.shape[2];
-  for_each_block(a, task, [&](const Block& b, int64 row) {
+  for_each_block<S>(a, task, [&](const Block& b, int64 row, const Lines<S>& lines) {
     S* out = (S*)a.grad + row * voxels + offset_of(a, b.x, b.y, b.z);
-    backward_block<T>(a, b, lines_of(a, b, row, tile), a.volumes[row], a.stream ? result.voxels : out);
-    if (a.stream) copy_past_caches((char*)out, (const char*)result.voxels, b.lines * b.length * int64(sizeof(S)));
+    backward_block<T>(a, b, lines, a.volumes[row], a.stream ? result : out);
+    if (a.stream) copy_past_caches((char*)out, (const char*)result, b.lines * b.length * int64(sizeof(S)));
   });
   if (a.stream) finish_copies();
 }

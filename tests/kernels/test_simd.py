@@ -94,6 +94,18 @@ def test_exp_float_within_its_claim(simd: ctypes.CDLL) -> None:
     assert error.max() <= 1.02
 
 
+def test_exp2_float_within_its_claim(simd: ctypes.CDLL) -> None:
+    x = -np.arange(0, bits(np.float32(126)) + 1, 307, np.uint32).view(np.float32)
+    exact = np.exp2(x.astype(np.float64))
+    error = np.abs(call(simd, "exp2_float", x) - exact) / np.spacing(exact.astype(np.float32)).astype(np.float64)
+    print(f"2^x: {error.max():.4f} ulp at {x[error.argmax()]!r}")
+    assert error.max() <= 1.25
+    x = np.array([0.0, -0.0, -np.inf, np.nan, -1e30, -151, -1e-30], np.float32)
+    np.testing.assert_array_equal(call(simd, "exp2_float", x), np.array([1, 1, 0, np.nan, 0, 0, 1], np.float32))
+    x = np.linspace(-150, -125.9, 10_000, dtype=np.float32)
+    assert np.abs(call(simd, "exp2_float", x) - np.exp2(x.astype(np.float64))).max() < 2.0**-126
+
+
 def bits(x: np.float32) -> int:
     return int(np.float32(x).view(np.uint32))
 

@@ -25,39 +25,45 @@ void copy_first(const S* x, S* y, int count) {
 
 }  // namespace
 
-#define FOR_TYPE(T)                                                                                           \
-  __attribute__((visibility("default"))) int lanes_##T() { return lanes<T>; }                                 \
-  __attribute__((visibility("default"))) void exp_##T(const T* x, T* y, long n) {                             \
-    map(x, y, n, [](vec<T> v) { return exp_of(v); });                                                         \
-  }                                                                                                           \
-  __attribute__((visibility("default"))) void floor_##T(const T* x, T* y, long n) {                           \
-    map(x, y, n, [](vec<T> v) { return floor_of(v); });                                                       \
-  }                                                                                                           \
-  __attribute__((visibility("default"))) void min_##T(const T* a, const T* b, T* y) {                         \
-    store(y, min_of(load(a), load(b)));                                                                       \
-  }                                                                                                           \
-  __attribute__((visibility("default"))) void max_##T(const T* a, const T* b, T* y) {                         \
-    store(y, max_of(load(a), load(b)));                                                                       \
-  }                                                                                                           \
-  __attribute__((visibility("default"))) void copy_first_##T(const T* x, T* y, int n) { copy_first<T>(x, y, n); } \
-  __attribute__((visibility("default"))) int first_lane_##T(const T* x) { return first_lane(load(x) > T(0)); } \
-  __attribute__((visibility("default"))) void reduce_##T(const T* x, T* y) {                                  \
-    y[0] = sum_of(load(x));                                                                                   \
-    y[1] = maximum_of(load(x));                                                                               \
-  }                                                                                                           \
-  __attribute__((visibility("default"))) void special_##T(T x, T* y) {                                        \
-    store(y, iota<T>());                                                                                      \
-    store(y + lanes<T>, broadcast(x));                                                                        \
+#define EXPORT __attribute__((visibility("default")))
+
+#define FOR_TYPE(T)                                                               \
+  EXPORT int lanes_##T() { return lanes<T>; }                                     \
+  EXPORT void exp_##T(const T* x, T* y, long n) {                                 \
+    map(x, y, n, [](vec<T> v) { return exp_of(v); });                             \
+  }                                                                               \
+  EXPORT void floor_##T(const T* x, T* y, long n) {                               \
+    map(x, y, n, [](vec<T> v) { return floor_of(v); });                           \
+  }                                                                               \
+  EXPORT void min_##T(const T* a, const T* b, T* y) {                             \
+    store(y, min_of(load(a), load(b)));                                           \
+  }                                                                               \
+  EXPORT void max_##T(const T* a, const T* b, T* y) {                             \
+    store(y, max_of(load(a), load(b)));                                           \
+  }                                                                               \
+  EXPORT void copy_first_##T(const T* x, T* y, int n) { copy_first<T>(x, y, n); } \
+  EXPORT int first_lane_##T(const T* x) { return first_lane(load(x) > T(0)); }    \
+  EXPORT void reduce_##T(const T* x, T* y) {                                      \
+    y[0] = sum_of(load(x));                                                       \
+    y[1] = maximum_of(load(x));                                                   \
+  }                                                                               \
+  EXPORT void special_##T(T x, T* y) {                                            \
+    store(y, iota<T>());                                                          \
+    store(y + lanes<T>, broadcast(x));                                            \
   }
 
 extern "C" {
 FOR_TYPE(float)
 FOR_TYPE(double)
 
-#define FOR_HALF(T)                                                                                                   \
-  __attribute__((visibility("default"))) void widen_##T(const T* x, float* y, long n) { convert(x, y, n); }           \
-  __attribute__((visibility("default"))) void narrow_##T(const float* x, T* y, long n) { convert(x, y, n); }          \
-  __attribute__((visibility("default"))) void copy_first_##T(const T* x, T* y, int n) { copy_first<float>(x, y, n); }
+EXPORT void exp2_float(const float* x, float* y, long n) {
+  map(x, y, n, [](vec<float> v) { return exp2_of_nonpositive(v); });
+}
+
+#define FOR_HALF(T)                                                          \
+  EXPORT void widen_##T(const T* x, float* y, long n) { convert(x, y, n); }  \
+  EXPORT void narrow_##T(const float* x, T* y, long n) { convert(x, y, n); } \
+  EXPORT void copy_first_##T(const T* x, T* y, int n) { copy_first<float>(x, y, n); }
 FOR_HALF(bfloat16)
 FOR_HALF(float16)
 }
