@@ -16,6 +16,7 @@ cd "$(dirname "$0")/.." || exit 2
 device=${DEVICE:-cuda} python=${PYTHON:-python3} budget=${BUDGET:-270}
 read -ra arguments <<< "${ARGS:-}"
 [ "$device" = cpu ] && arguments+=(--quick)
+[ -e "$out/info.txt" ] && { echo "$out holds results already: choose another folder"; exit 2; }
 mkdir -p "$out" || exit 2
 "$python" -c "import torch" || { echo "$python has no torch: name another with PYTHON="; exit 2; }
 
@@ -38,7 +39,7 @@ stage() {  # NAME SECONDS COMMAND...: run, show and keep the output; remember a 
 cat "$out/info.txt"
 stage numerics 120 "$python" -m benchmarks.numerics --device "$device" --out "$out/numerics.csv"
 stage times $((budget + 60)) "$python" -m benchmarks --device "$device" --budget-seconds "$budget" \
-    --out "$out/times" --force ${arguments[@]+"${arguments[@]}"}
+    --out "$out/times" ${arguments[@]+"${arguments[@]}"}
 
 echo
 echo "== results in $out"

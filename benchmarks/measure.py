@@ -109,9 +109,7 @@ class Truth:
     def of(cls, case: Case) -> Truth:
         exact = case.make().double()
         outputs = function(case, "reference", exact)()
-        # The cotangents are those of the measured dtype, rounding included.
-        rounded = [c.to(case.dtype).double() for c in cotangents([o.detach() for o in outputs])]
-        gradients = torch.autograd.grad(outputs, exact.leaves, rounded)
+        gradients = torch.autograd.grad(outputs, exact.leaves, cotangents([o.detach() for o in outputs], case.dtype))
         return cls([o.detach() for o in outputs], list(gradients))
 
     def save(self, path: Path) -> Path:
@@ -190,7 +188,7 @@ class Contestant:
 
     def _backward(self, outputs: list[Tensor]) -> tuple[Tensor, ...]:
         if self.cotangents is None:
-            self.cotangents = cotangents([o.detach() for o in outputs])
+            self.cotangents = cotangents([o.detach() for o in outputs], self.case.dtype)
         return torch.autograd.grad(outputs, self.problem.leaves, self.cotangents)
 
     def probe(self, limit: int) -> Probe:
@@ -219,7 +217,7 @@ class Contestant:
         (training,), (outputs,) = self.clock(self._training_forward)
         first, held = memory.peak(), memory.now()
         if self.cotangents is None:
-            self.cotangents = cotangents([o.detach() for o in outputs])
+            self.cotangents = cotangents([o.detach() for o in outputs], self.case.dtype)
         memory.start()
         (backward,), _gradients = self.clock(lambda _: self._backward(outputs))
         peak["backward"] = memory.peak()

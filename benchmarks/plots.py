@@ -86,7 +86,7 @@ def _scaling(plt: Any, rows: list[Row], parameter: str) -> Any:
         axes.plot(values, [floor[x] for x in values], "--", color="black", label="floor", linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel=AXES[parameter], title=TITLES[mode])
         axes.set_xticks(values, [str(x) for x in values])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.12g}")
         axes.minorticks_off()
         axes.grid(True, which="major", alpha=0.25)
     panels[0].set_ylabel("median time, ms")
@@ -106,7 +106,7 @@ def _bars(plt: Any, rows: list[Row], columns: int) -> tuple[Any, Any, list[str],
         axes.set_yticks(range(len(groups)), groups)
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.12g}")
         axes.tick_params(axis="y", length=0)
         axes.grid(True, axis="x", which="major", alpha=0.25)
         axes.set_axisbelow(True)
@@ -155,7 +155,7 @@ def _speedup(plt: Any, rows: list[Row]) -> Any:
 def _memory(plt: Any, rows: list[Row]) -> Any:
     """Peak memory of a training step; outlines are what a competitor that was skipped would need."""
     rows = [row for row in rows if row["mode"] == "both"]
-    if not any(row["peak_bytes"] for row in rows):
+    if not any(int(row["peak_bytes"] or 0) for row in rows):
         return None
     figure, (axes,), groups, present, height = _bars(plt, rows, 1)
     figure.set_figwidth(7)

@@ -158,7 +158,7 @@ def function(case: Case, competitor: str, problem: Problem) -> Function:
     return lambda: apply(problem.inputs, workload, competitor)
 
 
-def cotangents(outputs: list[Tensor], seed: int = 1) -> list[Tensor]:
-    """Random gradients of the outputs, in their memory layout."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.empty_like(o).copy_(torch.randn(o.shape, generator=generator)) for o in outputs]
+def cotangents(outputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Random gradients of the outputs in their memory layout, of numbers that ``dtype`` can hold."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.empty_like(o).copy_(torch.randn(o.shape, generator=generator).to(dtype)) for o in outputs]
