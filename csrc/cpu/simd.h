@@ -313,30 +313,7 @@ BKIND3D_FN vec<double> exp_of(vec<double> x) {
   return select(x > high, broadcast(__builtin_inf()), p);
 }
 
-// e^x for x <= 0, as the softmax needs it: without the branches for overflow, and with subnormal results where the
-// instruction set gives them (AVX-512), 0 where it does not. NaN stays NaN. The error is at most 1.7 ulp (AVX-512).
-BKIND3D_FN vec<float> exp_of_nonpositive(vec<float> x) {
-#if defined(__AVX512F__)
-  // e^x = 2^n e^f, n rounded to a sixteenth: the fraction of 2^n comes from a table in a register, so that |f| < 0.022
-  // and three terms of the series are enough. The units that bound the softmax do 8 operations an element instead of 12.
-  const vec<float> table = {0x1p0f,         0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fe0p0f, 0x1.3dea64p0f,
-                            0x1.4bfdaep0f, 0x1.5ab07ep0f, 0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f,
-                            0x1.ae89fap0f, 0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f};
-  x = max_of(x, broadcast(-104.0f));
-  const vec<float> shifted = x * 1.44269504f + 0x1.8p19f;  // sixteenths in the low bits
-  const vec<float> n = shifted - 0x1.8p19f;
-  vec<float> f = x - n * 0x1.62ep-1f;
-  f = f - n * 0x1.0bfbe8p-15f;
-  vec<float> p = f * 0x1.555556p-3f + 0.5f;
-  p = p * f + 1.0f;
-  p = p * f + 1.0f;
-  p = p * (vec<float>)_mm512_permutexvar_ps((__m512i)shifted, (__m512)table);
-  return (vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);  // takes the floor of n
-#else
-  return exp_of(x);
-#endif
-}
-BKIND3D_FN vec<double> exp_of_nonpositive(vec<double> x) { return exp_of(x); }
+BKIND3D_FN vec<double> exp2_of_nonpositive(vec<double> x) { return exp_of(x * 0x1.62e42fefa39efp-1); }
 
 }  // namespace BKIND3D_ISA
 // The formulas of csrc/common, included after this file, find the vector versions beside the scalar ones.

@@ -195,6 +195,12 @@ BKIND3D_FN void mean_scale(const UnprojectArgs& a, const Scratch<T>& s, const un
 
 // ---- aggregation, forward: v (M, cells) to out ----
 
+// e^(value - best). The rounding of the product is a relative error of |value - best| 2^-24, where the weight is small.
+template <class T>
+BKIND3D_FN vec<T> softmax_exponential(vec<T> value, vec<T> best) {
+  return exp2_of_nonpositive((value - best) * T(1.44269504088896340736));
+}
+
 template <class T, int M, bool Exclude>
 BKIND3D_FN vec<T> softmax_at(const T* v, int64 cells, int64 views) {
   const int64 count = M ? M : views;
@@ -211,7 +217,7 @@ BKIND3D_FN vec<T> softmax_at(const T* v, int64 cells, int64 views) {
 #pragma GCC unroll 8
   for (int64 m = 0; m < count; ++m) {
     const vec<T> value = M ? values[M ? m : 0] : load(v + m * cells);
-    const vec<T> e = exp_of_nonpositive(value - best);
+    const vec<T> e = softmax_exponential<T>(value, best);
     total += e;
     weighted += e * (Exclude ? select(value == low, vec<T>{}, value) : value);
   }
@@ -408,7 +414,7 @@ BKIND3D_FN void softmax_gradient_at(T* v, vec<T> g, int64 cells, int64 views) {
 #pragma GCC unroll 8
   for (int64 m = 0; m < count; ++m) {
     const vec<T> value = M ? values[M ? m : 0] : load(v + m * cells);
-    const vec<T> e = exp_of_nonpositive(value - best);
+    const vec<T> e = softmax_exponential<T>(value, best);
     if (M) exponentials[M ? m : 0] = e;
     total += e;
     weighted += e * (Exclude ? select(value == low, vec<T>{}, value) : value);
@@ -417,7 +423,7 @@ BKIND3D_FN void softmax_gradient_at(T* v, vec<T> g, int64 cells, int64 views) {
 #pragma GCC unroll 8
   for (int64 m = 0; m < count; ++m) {
     const vec<T> value = M ? values[M ? m : 0] : load(v + m * cells);
-    const vec<T> e = M ? exponentials[M ? m : 0] : exp_of_nonpositive(value - best);
+    const vec<T> e = M ? exponentials[M ? m : 0] : softmax_exponential<T>(value, best);
     const vec<T> gradient = softmax_gradient(g, e * inverse, value, aggregate);
     store(v + m * cells, Exclude ? select(value == low, vec<T>{}, gradient) : gradient);
   }

@@ -56,10 +56,6 @@ extern "C" {
 FOR_TYPE(float)
 FOR_TYPE(double)
 
-EXPORT void exp_nonpositive_float(const float* x, float* y, long n) {
-  map(x, y, n, [](vec<float> v) { return exp_of_nonpositive(v); });
-}
-
 EXPORT void exp2_float(const float* x, float* y, long n) {
   map(x, y, n, [](vec<float> v) { return exp2_of_nonpositive(v); });
 }
