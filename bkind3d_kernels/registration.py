@@ -171,18 +171,19 @@ def _soft_argmax3d_autograd(namespace: str) -> Any:
 
 
 # ---- rasterize_edges ----
+#
+# The maps are a list, so that each has memory and a gradient of its own. The winners are one flat tensor, map after
+# map: only backward reads them, and each further tensor in a list costs microseconds at every call.
 
 
 def _rasterize_edges_fake(
     keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[int], sigmas: list[float]
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], Tensor]:
     n = keypoints.shape[0]
     index = torch.int16 if edges.shape[0] <= INT16_EDGES else torch.int32
-    shapes = [(n, h, w) for h, w in zip(sizes[::2], sizes[1::2])]
-    return (
-        [keypoints.new_empty(shape) for shape in shapes],
-        [keypoints.new_empty(shape, dtype=index) for shape in shapes],
-    )
+    shapes = list(zip(sizes[::2], sizes[1::2]))
+    maps = [keypoints.new_empty((n, h, w)) for h, w in shapes]
+    return maps, keypoints.new_empty((n * sum(h * w for h, w in shapes),), dtype=index)
 
 
 def _rasterize_edges_backward_fake(
@@ -190,7 +191,7 @@ def _rasterize_edges_backward_fake(
     keypoints: Tensor,
     weights: Tensor,
     edges: Tensor,
-    winners: list[Tensor],
+    winners: Tensor,
     sizes: list[int],
     sigmas: list[float],
     deterministic: bool,
@@ -198,23 +199,24 @@ def _rasterize_edges_backward_fake(
     return keypoints.new_empty(keypoints.shape), weights.new_empty(weights.shape)
 
 
-def _rasterize_edges_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
+def _rasterize_edges_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
     keypoints, weights, edges, sizes, sigmas = inputs
-    maps, winners = output
-    ctx.save_for_backward(keypoints, weights, edges, *winners)
+    ctx.save_for_backward(keypoints, weights, edges, output[1])
     ctx.options = list(sizes), list(sigmas)
-    ctx.mark_non_differentiable(*winners)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _rasterize_edges_autograd(namespace: str) -> Any:
     def backward(ctx: Any, grad_maps: list[Tensor | None], _: Any) -> Any:
-        keypoints, weights, edges, *winners = ctx.saved_tensors
-        grad_maps = [
-            keypoints.new_zeros(w.shape) if g is None else g.to(keypoints.dtype) for g, w in zip(grad_maps, winners)
-        ]
+        keypoints, weights, edges, winners = ctx.saved_tensors
         sizes, sigmas = ctx.options
+        shapes = zip(sizes[::2], sizes[1::2])
         grad_keypoints, grad_weights = _operator(namespace, "rasterize_edges_backward")(
-            grad_maps,
+            [
+                keypoints.new_zeros(()).expand(keypoints.shape[0], h, w) if g is None else g
+                for g, (h, w) in zip(grad_maps, shapes)
+            ],
             keypoints,
             weights,
             edges,

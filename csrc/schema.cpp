@@ -20,10 +20,12 @@ STABLE_TORCH_LIBRARY(bkind3d, m) {
 
   m.def(
       "rasterize_edges(Tensor keypoints, Tensor weights, Tensor edges, int[] sizes, float[] sigmas) -> (Tensor[] maps, "
-      "Tensor[] winners)");
+      "Tensor winners)");
   m.def(
-      "rasterize_edges_backward(Tensor[] grad_maps, Tensor keypoints, Tensor weights, Tensor edges, Tensor[] winners, "
+      "rasterize_edges_backward(Tensor[] grad_maps, Tensor keypoints, Tensor weights, Tensor edges, Tensor winners, "
       "int[] sizes, float[] sigmas, bool deterministic) -> (Tensor grad_keypoints, Tensor grad_weights)");
+
+  m.def("set_rasterize_edges_culling(bool on) -> ()");  // for tests: off, every edge visits every pixel
 
   m.def("cpu_instruction_set() -> str");
   m.def("set_cpu_instruction_set(str name) -> ()");
