@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from . import backends
+from . import backends, library
 
 
 def report() -> str:
@@ -22,6 +22,7 @@ def report() -> str:
         f"torch    {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} CPU threads",
         f"devices  {', '.join(['cpu', *names])}",
         f"{variable}  {os.environ.get(variable) or 'unset'}",
+        *library.describe(),
     ]
     for op in backends.OPERATIONS:
         for device in devices:

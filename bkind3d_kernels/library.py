@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,28 +17,31 @@ FOLDER = Path(__file__).parent
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 ISA_VARIABLE = "BKIND3D_CPU_ISA"
 
-_REASONS: dict[str, str | None] = {}
-
-
-def reason(name: str) -> str | None:
-    """Why library ``name`` ("_cpu") is not loaded, or None when it is. The first call loads it."""
-    if name not in _REASONS:
-        _REASONS[name] = _load(FOLDER / f"{name}.so")
-    return _REASONS[name]
-
 
 def _load(path: Path) -> str | None:
+    """Load a library; why it cannot be, on one line, or None."""
     if not path.exists():
+        if sys.platform == "win32":
+            return f"{path.name} is not built: there is no build of the C++ kernels for Windows"
         return (
-            f"{path.name} is not built: no C++ compiler was found at installation; install g++ or clang++, then "
-            "pip install --no-build-isolation again"
+            f"{path.name} is not built: it is when bkind3d is installed where there is a C++ compiler; install g++ or "
+            "clang++, then run pip install --no-build-isolation --no-deps --force-reinstall again"
         )
     try:
         torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:  # the loader's own words, on one line
+    except (OSError, RuntimeError) as error:  # the loader's own words
         return f"{path.name} cannot be loaded into torch {torch.__version__}: {' '.join(str(error).split())}"
     registration.attach("bkind3d")
     return None
+
+
+# At import, once: torch.compile cannot trace the loading.
+_REASONS = {"_cpu": _load(FOLDER / "_cpu.so")}
+
+
+def reason(name: str) -> str | None:
+    """Why library ``name`` ("_cpu") is not loaded, or None when it is."""
+    return _REASONS[name]
 
 
 def cpp_unavailable(device: str, dtype: torch.dtype) -> str | None:
@@ -52,7 +56,10 @@ def cpp_unavailable(device: str, dtype: torch.dtype) -> str | None:
 def instruction_set() -> str | None:
     """The instruction set that the C++ kernels use, one of :data:`INSTRUCTION_SETS`; None when they are not built.
 
-    The best of the processor, or what the environment variable BKIND3D_CPU_ISA names when the library is loaded.
+    The best of the processor, or what the environment variable BKIND3D_CPU_ISA names at the first call.
+
+    Raises:
+        RuntimeError: the variable names no set, or one that the processor does not have.
     """
     return None if reason("_cpu") else torch.ops.bkind3d.cpu_instruction_set()
 
@@ -62,8 +69,10 @@ def use_instruction_set(name: str) -> Iterator[None]:
     """Run the C++ kernels with another instruction set, for tests and measurements; for the whole process.
 
     Raises:
-        RuntimeError: the processor does not have it, or no set has that name.
+        RuntimeError: the processor does not have it, no set has that name, or the kernels are not built.
     """
+    if missing := reason("_cpu"):
+        raise RuntimeError(missing)
     before = torch.ops.bkind3d.cpu_instruction_set()
     torch.ops.bkind3d.set_cpu_instruction_set(name)
     try:
@@ -73,7 +82,12 @@ def use_instruction_set(name: str) -> Iterator[None]:
 
 
 def describe() -> list[str]:
-    """Lines for ``python -m bkind3d_kernels.info``."""
-    missing = reason("_cpu")
-    state = missing or f"{FOLDER / '_cpu.so'}, instruction set {instruction_set()}"
-    return [f"C++      {state}", f"{ISA_VARIABLE}  {os.environ.get(ISA_VARIABLE) or 'unset'}"]
+    """Lines for ``python -m bkind3d_kernels.info``: the library, or what is missing, and the instruction set."""
+    if missing := reason("_cpu"):
+        return [f"C++      {missing}"]
+    try:
+        chosen = instruction_set()
+    except RuntimeError as error:
+        chosen = f"error: {error}"
+    variable = f"{ISA_VARIABLE} {os.environ.get(ISA_VARIABLE) or 'unset'}"
+    return [f"C++      {FOLDER / '_cpu.so'}", f"         instruction set {chosen} ({variable})"]
