@@ -2,8 +2,8 @@
 
 ``bkind3d_kernels/_cpu.so`` (csrc/schema.cpp and csrc/cpu) is a plain shared library over torch's stable ABI, loaded
 with ``torch.ops.load_library``: it holds no Python symbol, so one wheel tagged ``py3-none-<platform>`` serves every
-Python, and every torch from 2.10 on. ninja compiles it, since the loops are compiled once per instruction set, each with
-its own flags.
+Python, and every torch from 2.10 on. ninja compiles it: the loops are compiled once per instruction set, each with its
+own flags.
 
 Environment: CXX names the compiler; BKIND3D_CXXFLAGS and BKIND3D_LDFLAGS are added at the end, and BKIND3D_BUILD is the
 folder of the objects (sanitizers); MAX_JOBS limits the compilers that run at once.
