@@ -263,7 +263,8 @@ BKIND3D_FN void copy_past_caches(char* target, const char* source, int64 bytes) 
   __builtin_memcpy(target, source, head);
   int64 i = head;
   for (; i + register_bytes <= bytes; i += register_bytes) {
-    const vec<float> v = load((const float*)(source + i));
+    vec<float> v;
+    __builtin_memcpy(&v, source + i, register_bytes);
 #if defined(__AVX512F__)
     _mm512_stream_ps((float*)(target + i), (__m512)v);
 #elif defined(__AVX2__)

@@ -62,11 +62,15 @@ def compare(logits: Tensor, temperature: float, rtol: float, atol: float) -> Non
     """Forward and backward against the reference in float64."""
     outputs = forward(logits, temperature)
     for got, expected in zip(outputs, reference.run(logits.double(), temperature, True)):
-        torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol)
+        size = max(1.0, float(expected.abs().max()))  # of a covariance, whose entries off the diagonal may be near 0
+        torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol * size)
     grads = random_grads(*logits.shape[:2], outputs[0].dtype)
     got = backward(grads, logits, temperature, outputs)
     expected = exact_gradient(logits.double(), temperature, grads)
-    torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol * float(expected.abs().max()))
+    # Where one voxel has nearly all the weight its gradient is a difference of equal terms.
+    cancelled = 16 * torch.finfo(outputs[0].dtype).eps / temperature * float(outputs[1].max())
+    atol = atol * float(expected.abs().max()) + cancelled
+    torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol)
 
 
 # ---- against the reference in float64 ----
