@@ -80,6 +80,7 @@ def pointer(x: np.ndarray) -> ctypes.c_void_p:
 
 # ---- exponentials ----
 
+
 def test_exp_float_within_its_claim(simd: ctypes.CDLL) -> None:
     low, high = np.float32(-87.3365), np.float32(88.7228)
     # Every 307th float of the range, which visits all exponents and low bits, and both ends without gaps.
