@@ -1,0 +1,84 @@
+"""``make sanitize``: builds the C++ kernels with sanitizers, beside the installed ones, and runs exercise.py with each.
+
+- address, undefined: AddressSanitizer and UndefinedBehaviorSanitizer, which end the run at the first report;
+- thread: ThreadSanitizer, over OpenMP regions on threads that it can follow (openmp_threads.cpp).
+
+What each shows and what not: csrc/README.md. Needs g++, which brings the sanitizers' libraries along.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+FOLDER = ROOT / "build" / "sanitize"
+CXX = os.environ.get("CXX") or "g++"
+FLAGS = {
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS",
+    "thread": "-fsanitize=thread",
+}
+OPTIONS = {
+    # Python and torch leave memory behind when they end.
+    "address": {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    "thread": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1"},
+}
+
+
+def runtime(name: str) -> str:
+    path = subprocess.run([CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+    if not Path(path).is_absolute():
+        sys.exit(f"sanitize: {CXX} has no {name}; g++ brings it along")
+    return path
+
+
+def build(name: str) -> Path:
+    """The package with its library instrumented: a folder for PYTHONPATH."""
+    target = FOLDER / name / "lib"
+    environment = os.environ | {
+        "CXX": CXX,
+        "BKIND3D_BUILD": str(FOLDER / name / "native"),
+        "BKIND3D_CXXFLAGS": f"{FLAGS[name]} -O1 -g -fno-omit-frame-pointer",
+        "BKIND3D_LDFLAGS": FLAGS[name],
+    }
+    # build_py would keep a module that has been removed.
+    shutil.rmtree(target, ignore_errors=True)
+    place = ["--build-lib", str(target)]
+    command = [sys.executable, "setup.py", "-q", "build_py", *place, "build_ext", *place]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return target
+
+
+def preloaded(name: str) -> list[str]:
+    if name == "address":
+        return [runtime("libasan.so"), runtime("libubsan.so")]
+    library = FOLDER / "libopenmp_threads.so"
+    source = HERE / "openmp_threads.cpp"
+    command = [CXX, "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-fsanitize=thread", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return [runtime("libtsan.so"), str(library)]
+
+
+def fixed_addresses() -> list[str]:
+    """ThreadSanitizer cannot start where the kernel places libraries too randomly; this turns that off if it may."""
+    command = ["setarch", "-R"]
+    if shutil.which("setarch") and subprocess.run([*command, "true"], capture_output=True).returncode == 0:
+        return command
+    return []
+
+
+def main() -> None:
+    for name in FLAGS:
+        target = build(name)
+        environment = os.environ | OPTIONS[name] | {"PYTHONPATH": str(target), "LD_PRELOAD": ":".join(preloaded(name))}
+        print(f"sanitizer {name}:", end=" ", flush=True)
+        command = [*fixed_addresses(), sys.executable, str(HERE / "exercise.py"), str(target)]
+        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        if code:
+            sys.exit(f"sanitizer {name}: failed with exit status {code}")
+
+
+if __name__ == "__main__":
+    main()
