@@ -29,8 +29,9 @@ def _load(path: Path) -> str | None:
         )
     try:
         torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:  # the loader's own words
-        return f"{path.name} cannot be loaded into torch {torch.__version__}: {' '.join(str(error).split())}"
+    except (OSError, RuntimeError) as error:
+        words = str(error.__cause__ or error)  # the loader's own
+        return f"{path.name} cannot be loaded into torch {torch.__version__}: {' '.join(words.split())}"
     registration.attach("bkind3d")
     return None
 
