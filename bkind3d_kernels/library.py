@@ -32,7 +32,10 @@ def _load(path: Path) -> str | None:
     except (OSError, RuntimeError) as error:
         words = str(error.__cause__ or error)  # the loader's own
         return f"{path.name} cannot be loaded into torch {torch.__version__}: {' '.join(words.split())}"
-    registration.attach("bkind3d")
+    try:
+        registration.attach("bkind3d")
+    except RuntimeError as error:
+        return f"{path.name} was built from other sources than this package: {error}; install bkind3d again"
     return None
 
 

@@ -1,7 +1,7 @@
 """What every family of kernels gets around it, in one place: fake kernels, autograd, and no silent second derivative.
 
-A family is a namespace of operators with the schemas of ``csrc/schema.cpp``: ``bkind3d`` (C++ on CPU tensors, CUDA on CUDA
-tensors). :func:`attach` gives each of its operators
+A family is a namespace of operators with the schemas of ``csrc/schema.cpp``: ``bkind3d`` (C++ on CPU tensors, CUDA on
+CUDA tensors). :func:`attach` gives each of its operators
 
 - a fake kernel: shapes, dtypes and strides, for torch.compile and torch.export;
 - autograd, through the ``*_backward`` operator;
@@ -14,12 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 INT16_EDGES = 2**15  # up to here the winner's index is int16
 
 
 def attach(namespace: str) -> None:
-    """Register fake kernels and autograd for the operators of ``namespace``. Once for each namespace."""
+    """Register fake kernels and autograd for the operators of ``namespace``. Once for each namespace.
+
+    Raises:
+        RuntimeError: an operator is missing; nothing has then been registered.
+    """
+    missing = [name for op in _OPERATORS for name in (op, f"{op}_backward") if not _exists(namespace, name)]
+    if missing:
+        raise RuntimeError(f"operators {', '.join(missing)} are missing")
     for op, (fake, fake_backward, setup_context, backward) in _OPERATORS.items():
         name = f"{namespace}::{op}"
         torch.library.register_fake(name, fake)
@@ -28,8 +36,22 @@ def attach(namespace: str) -> None:
         torch.library.register_autograd(f"{name}_backward", _no_second_derivative(op))
 
 
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """Raise if a tensor carries a forward-mode tangent: an operator without a formula for it would drop it silently."""
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{op}: the compiled kernels have no forward-mode derivative; use backend='reference' for one"
+        )
+
+
 def _operator(namespace: str, name: str) -> Any:
     return getattr(getattr(torch.ops, namespace), name)
+
+
+def _exists(namespace: str, name: str) -> bool:
+    return hasattr(getattr(torch.ops, namespace), name)
 
 
 def _no_second_derivative(op: str) -> Any:
@@ -93,7 +115,7 @@ def _unproject_autograd(namespace: str) -> Any:
     def backward(ctx: Any, grad_volume: Tensor | None, _: Any) -> Any:
         features, q, view_mask, view_weights = ctx.saved_tensors
         if grad_volume is None:
-            return (None,) * 7
+            grad_volume = features.new_zeros(()).expand(features.shape[0], features.shape[2], *ctx.options[0])
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], view_weights is not None and ctx.needs_input_grad[3]
         gradients = _operator(namespace, "unproject_backward")(
             grad_volume,

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ..library import cpp_unavailable as unavailable
+from ..registration import refuse_tangents
 
 __all__ = ["run", "unavailable"]
 
 
 def run(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean, peak and covariance of the index; arguments as in ``reference/soft_argmax3d.py``."""
+    refuse_tangents("soft_argmax3d", logits)
     mean, peak, second, *_ = torch.ops.bkind3d.soft_argmax3d(logits, temperature, covariance)
     return mean, peak, second if covariance else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..library import cpp_unavailable as unavailable
+from ..registration import refuse_tangents
 
 __all__ = ["run", "unavailable"]
 
@@ -20,4 +21,5 @@ def run(
     view_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Volume and counts; arguments as in ``reference/unproject.py``."""
+    refuse_tangents("unproject", features, q, view_weights)
     return torch.ops.bkind3d.unproject(features, q, view_mask, view_weights, shape, aggregation, unseen)

@@ -8,14 +8,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <string>
 #include <tuple>
 #include <vector>
+
+#include "threads.h"
 
 namespace bkind3d {
 namespace {
@@ -29,32 +28,6 @@ constexpr int64_t small_work = 1 << 16;   // pixels times edges, and 64 times ed
 std::atomic<bool>& culling() {
   static std::atomic<bool> on{true};
   return on;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory allocate(int64_t bytes) {
-  Memory memory(static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64)));
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
-
-// Calls work(item, scratch) for items 0 to count - 1, each thread with scratch of its own; whoever is free takes the
-// next.
-template <class Work>
-void for_each(int64_t count, bool serial, int64_t scratch_bytes, const Work& work) {
-  std::atomic<int64_t> next{0};
-  auto body = [&](int64_t, int64_t) {
-    if (next.load(std::memory_order_relaxed) >= count) return;
-    const Memory scratch = allocate(scratch_bytes);
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item, scratch.get());
-  };
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  if (serial || threads <= 1) return body(0, 1);
-  torch::stable::parallel_for(0, threads, 1, body);
 }
 
 // Everything that forward and backward share, and the tensors that the pointers need alive.
@@ -218,7 +191,7 @@ void take_gradients(Call& call, const std::vector<Tensor>& grads, const Tensor& 
   STD_TORCH_CHECK(winners.is_contiguous() && winners.numel() == a.samples * call.pixels &&
                       winners.scalar_type() == (a.wide_winners ? ScalarType::Int : ScalarType::Short),
                   "winners: expected those that the forward pass returned");
-  char* winner = static_cast<char*>(winners.mutable_data_ptr());
+  const char* winner = static_cast<const char*>(winners.const_data_ptr());
   for (size_t i = 0; i < grads.size(); ++i) {
     EdgeMap& map = call.maps[i];
     const Tensor& grad = grads[i];
@@ -227,7 +200,7 @@ void take_gradients(Call& call, const std::vector<Tensor>& grads, const Tensor& 
                     "grad_maps: expected the shapes and dtype of the maps");
     map.grad = grad.const_data_ptr();
     for (int d = 0; d < 3; ++d) map.grad_stride[d] = grad.stride(d);
-    map.winners = winner;
+    map.winners = const_cast<char*>(winner);  // only read
     winner += a.samples * map.height * map.width * (a.wide_winners ? 4 : 2);
   }
 }
@@ -270,9 +243,7 @@ void finish(const RasterizeEdgesArgs& a, int64_t sample, const std::vector<doubl
   T* to = static_cast<T*>(grad_keypoints.mutable_data_ptr()) + sample * a.points * 2;
   for (int64_t i = 0; i < 2 * a.points; ++i) to[i] = static_cast<T>(points[i]);
   to = static_cast<T*>(grad_weights.mutable_data_ptr()) + sample * a.count;
-  const T* from = static_cast<const T*>(a.weights) + sample * a.weight_stride[0];
-  for (int64_t e = 0; e < a.count; ++e)  // value = w exp(-d^2 / sigma^2); an edge that won nothing may have w = 0
-    to[e] = weights[e] == 0 ? T(0) : static_cast<T>(weights[e] / static_cast<double>(from[e * a.weight_stride[1]]));
+  for (int64_t e = 0; e < a.count; ++e) to[e] = static_cast<T>(weights[e]);
 }
 
 std::tuple<Tensor, Tensor> rasterize_edges_backward(std::vector<Tensor> grad_maps, Tensor keypoints, Tensor weights,
@@ -298,7 +269,7 @@ std::tuple<Tensor, Tensor> rasterize_edges_backward(std::vector<Tensor> grad_map
     for (int64_t map = 0; map < a.maps; ++map)
       for (int64_t band = 0; band < bands(call.maps[map]); ++band) {
         const Band b{sample, map, band};
-        loops.collect(a, map, table(call, bytes, sample, map), records.at(call, b), records.number(call, b),
+        loops.collect(a, sample, map, table(call, bytes, sample, map), records.at(call, b), records.number(call, b),
                       points.data(), sums.data());
       }
     (a.is_double ? finish<double> : finish<float>)(a, sample, points, sums, grad_keypoints, grad_weights);

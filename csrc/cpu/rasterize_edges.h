@@ -46,8 +46,8 @@ struct RasterizeEdgesLoops {
   long long (*backward)(const RasterizeEdgesArgs&, long long sample, long long map, long long band, const char* table,
                         char* records, void* scratch);
   // Adds records to the sums of a sample, double (K, 2) and (E).
-  void (*collect)(const RasterizeEdgesArgs&, long long map, const char* table, const char* records, long long count,
-                  double* keypoints, double* weights);
+  void (*collect)(const RasterizeEdgesArgs&, long long sample, long long map, const char* table, const char* records,
+                  long long count, double* keypoints, double* weights);
 };
 
 BKIND3D_DECLARE_LOOPS(RasterizeEdgesLoops, rasterize_edges_loops)

@@ -466,7 +466,7 @@ template <class T>
 BKIND3D_FN Record add_up(Edges<T> edges, const T* inverses, int64 e, vec<T> x, T y, Pixels<T>& pixels, int first,
                          int rows) {
   const vec<T> ux = broadcast(edges.ux[e]), uy = broadcast(edges.uy[e]), lo = broadcast(edges.lo[e]);
-  const vec<T> hi = broadcast(edges.hi[e]), log_weight = broadcast(edges.log_weight[e]);
+  const vec<T> hi = broadcast(edges.hi[e]);
   const vec<T> inverse = broadcast(inverses[e]);
   const Column<vec<T>> c = column(x, ux, uy, broadcast(edges.across[e]));
   const ivec<T> index = ivec<T>{} + index_of<T>(e);
@@ -477,7 +477,7 @@ BKIND3D_FN Record add_up(Edges<T> edges, const T* inverses, int64 e, vec<T> x, T
     pixels.winner[r] = select(won, ivec<T>{} - 1, pixels.winner[r]);
     const Offset<vec<T>> o = offset(c, broadcast(y + T(r)), ux, uy, lo, hi);
     const Shares<vec<T>> share = shares(o.clamped, lo, hi, inverse);
-    const vec<T> m = select(won, pixels.grad[r] * exp_of(score(o, log_weight)), vec<T>{});
+    const vec<T> m = select(won, pixels.grad[r] * exp_of(score(o, vec<T>{})), vec<T>{});
     const vec<T> ma = m * share.a, mb = m * share.b;
     s.value += m;
     s.across_a += ma * o.across, s.across_b += mb * o.across;
@@ -524,15 +524,17 @@ int64 backward(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, in
   return count;
 }
 
+// Records are without the weight, so that d value / d weight = exp(-d^2 / sigma^2) neither overflows nor vanishes with it.
 // d value / d end = 2 value share (pixel - nearest point) / sigma^2, and (pixel - nearest point) / sigma is
 // across * (-uy, ux) + beyond * (ux, uy) with (ux, uy) of length 1.
 template <class T>
-void collect(const RasterizeEdgesArgs& a, const EdgeMap& map, const char* table, const Record* records, int64 count,
-             double* keypoints, double* weights) {
+void collect(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, const char* table, const Record* records,
+             int64 count, double* keypoints, double* weights) {
   const Edges<T> edges = edges_at<T>((char*)table + head_bytes, a.count);
   for (int64 i = 0; i < count; ++i) {
     const Record& r = records[i];
-    const double ux = 2 * double(edges.ux[r.edge]), uy = 2 * double(edges.uy[r.edge]);
+    const double weight = ((const T*)a.weights)[sample * a.weight_stride[0] + r.edge * a.weight_stride[1]];
+    const double ux = 2 * weight * edges.ux[r.edge], uy = 2 * weight * edges.uy[r.edge];
     double *p = keypoints + 2 * a.edges[2 * r.edge], *q = keypoints + 2 * a.edges[2 * r.edge + 1];
     p[0] += map.scale_x * (r.beyond_a * ux - r.across_a * uy);
     p[1] += map.scale_y * (r.beyond_a * uy + r.across_a * ux);
@@ -577,9 +579,9 @@ int64 backward_any(const RasterizeEdgesArgs& a, int64 sample, int64 map, int64 b
   return run(a, sample, a.map[map], band, table, (Record*)records, (int*)scratch);
 }
 
-void collect_any(const RasterizeEdgesArgs& a, int64 map, const char* table, const char* records, int64 count,
+void collect_any(const RasterizeEdgesArgs& a, int64 sample, int64 map, const char* table, const char* records, int64 count,
                  double* keypoints, double* weights) {
-  (a.is_double ? collect<double> : collect<float>)(a, a.map[map], table, (const Record*)records, count, keypoints,
+  (a.is_double ? collect<double> : collect<float>)(a, sample, a.map[map], table, (const Record*)records, count, keypoints,
                                                    weights);
 }
 

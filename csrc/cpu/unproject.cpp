@@ -6,15 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "memory.h"
+#include "threads.h"
 
 namespace bkind3d {
 namespace {
@@ -24,6 +22,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t small_work = 1 << 15;      // samples of one channel: less is not worth a second thread
 constexpr int64_t rows_at_once = 8;
+constexpr int64_t max_views = 255;           // counts are bytes
+constexpr int64_t max_slabs = 8;
 
 Aggregation parse_aggregation(const std::string& name) {
   constexpr const char* names[] = {"softmax", "mean", "sum", "max", "weighted"};
@@ -56,6 +56,16 @@ Tensor channels_behind(const Tensor& features) {
   return torch::stable::transpose(torch::stable::transpose(features, 2, 3), 3, 4);
 }
 
+// Whether offsets within one map fit 31 bits.
+bool spans_31_bits(const Tensor& maps) {
+  return (maps.size(2) - 1) * maps.stride(2) + (maps.size(3) - 1) * maps.stride(3) + maps.size(4) < (int64_t(1) << 31);
+}
+
+bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape) {
+  const auto sizes = tensor.sizes();
+  return std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
+}
+
 // Everything that forward and backward share, and the tensors that the pointers need alive.
 struct Call {
   UnprojectArgs args{};
@@ -73,6 +83,8 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
   UnprojectArgs& a = call.args;
   const auto sizes = features.sizes();
   a.samples = sizes[0], a.views = sizes[1], a.channels = sizes[2], a.height = sizes[3], a.width = sizes[4];
+  STD_TORCH_CHECK(1 <= a.views && a.views <= max_views && a.channels > 0 && a.height > 0 && a.width > 0,
+                  "features: expected 1 to 255 views and no empty dimension but N");
   STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == a.samples && q.size(1) == a.views && q.size(2) == 3 && q.size(3) == 4,
                   "q: expected (N, M, 3, 4)");
   std::copy(shape.begin(), shape.end(), a.shape);
@@ -85,18 +97,18 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
   // Used as they are when the channels lie together in the type of the arithmetic; else one copy, as small as the maps.
   Tensor maps = channels_behind(features);
   const bool fits = call.type == call.arithmetic && (maps.stride(4) == 1 || a.channels == 1) &&
+                    spans_31_bits(maps) &&
                     (!dense || (maps.stride(3) == a.channels && maps.stride(2) == a.width * a.channels));
   call.features = fits ? maps : as(maps, call.arithmetic);
   a.features = call.features.const_data_ptr();
   a.stride_n = call.features.stride(0), a.stride_m = call.features.stride(1);
   a.stride_y = call.features.stride(2), a.stride_x = call.features.stride(3);
-  STD_TORCH_CHECK((a.height - 1) * a.stride_y + (a.width - 1) * a.stride_x + a.channels < (int64_t(1) << 31) &&
-                      std::max(a.height, a.width) < (1 << 24),
+  STD_TORCH_CHECK(spans_31_bits(call.features) && std::max(a.height, a.width) < (1 << 24),
                   "features: one map of (C, H, W) is too large for 32-bit offsets");
   call.q = as(q, call.arithmetic);
   a.q = call.q.const_data_ptr();
   if (view_mask) {
-    STD_TORCH_CHECK(view_mask->scalar_type() == ScalarType::Bool && view_mask->numel() == a.samples * a.views,
+    STD_TORCH_CHECK(view_mask->scalar_type() == ScalarType::Bool && has_shape(*view_mask, {a.samples, a.views}),
                     "view_mask: expected (N, M) bool");
     call.mask = torch::stable::contiguous(*view_mask);
     a.mask = static_cast<const bool*>(call.mask->const_data_ptr());
@@ -104,28 +116,11 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
   STD_TORCH_CHECK(view_weights.has_value() == (a.aggregation == Aggregation::weighted),
                   "view_weights: expected with aggregation 'weighted' and with no other");
   if (view_weights) {
-    STD_TORCH_CHECK(view_weights->numel() == a.samples * a.views * a.channels, "view_weights: expected (N, M, C)");
+    STD_TORCH_CHECK(has_shape(*view_weights, {a.samples, a.views, a.channels}), "view_weights: expected (N, M, C)");
     call.weights = as(*view_weights, call.arithmetic);
     a.weights = call.weights->const_data_ptr();
   }
   return call;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Calls work(item, scratch) for items 0 to count - 1, each thread with scratch of its own; whoever is free takes the next.
-template <class Work>
-void for_each(int64_t count, bool serial, int64_t scratch_bytes, const Work& work) {
-  std::atomic<int64_t> next{0};
-  auto body = [&](int64_t, int64_t) {
-    std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64));
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item, scratch.get());
-  };
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  if (serial || threads <= 1) return body(0, 1);
-  torch::stable::parallel_for(0, threads, 1, body);
 }
 
 int64_t voxels(const UnprojectArgs& a) { return a.shape[0] * a.shape[1] * a.shape[2]; }
@@ -154,8 +149,9 @@ std::tuple<Tensor, Tensor> unproject(Tensor features, Tensor q, std::optional<Te
 }
 
 // Threads share the work by samples and channels, where no two add to the same gradient. Only where that is not enough
-// are the rows cut into slabs with gradients of their own, which are added up in order at the end. So the result depends
-// on the number of threads, though never on their timing; `deterministic` fixes the partition as well.
+// are the rows cut into slabs with gradients of their own, which are added up in order at the end: a few, and only where
+// the voxels are many more than the pixels that each further slab has to clear and add. So the result depends on the
+// number of threads, though never on their timing; `deterministic` fixes the partition as well.
 void partition(UnprojectArgs& a, bool deterministic) {
   constexpr int64_t widest = 64, narrowest = 16;
   const int64_t threads = is_small(a) ? 1 : torch::stable::get_num_threads();
@@ -165,7 +161,8 @@ void partition(UnprojectArgs& a, bool deterministic) {
     a.channel_block = (a.channel_block / 2 + narrowest - 1) / narrowest * narrowest;
   a.slabs = 1;
   if (!deterministic && tasks() > 0 && tasks() < threads)
-    a.slabs = std::min<int64_t>((threads + tasks() - 1) / tasks(), a.shape[0] * a.shape[1]);
+    a.slabs = std::min<int64_t>({(threads + tasks() - 1) / tasks(), a.shape[0] * a.shape[1], max_slabs,
+                        std::max<int64_t>(1, 4 * voxels(a) / (a.height * a.width))});
 }
 
 template <class T>

@@ -1,10 +1,11 @@
 // Unprojection on the CPU: the loops, compiled once per instruction set.
 //
-// A tile is up to 64 voxels of one row (i, j, .). For each view its voxels are projected, 16 at a time, into four tap
+// A tile is up to 64 voxels of one row (i, j, .). For each view its voxels are projected, a vector at a time, into four tap
 // offsets and weights each; then the channels of one voxel are blended with contiguous loads into v[m][voxel][channel],
 // which stays in the first-level cache; then the views are aggregated over that flat array, whatever C is. No per-view
 // volume exists. Threads take rows of the volume (forward) or a range of channels of one sample (backward), so that no
-// two of them add to the same gradient: no lock, no atomic, and always the same order of additions.
+// two of them add to the same gradient: no lock, no atomic. With more threads than such ranges, slabs of rows have
+// gradients of their own.
 //
 // Floors, for V voxels, M views, C channels in float: forward writes 4VC bytes and does VMC * (4 taps * 1 FMA + about 16
 // for the exponential and its sums); at (M, C) = (4, 32) that is 128 bytes and 2,560 FMA a voxel, so arithmetic bounds

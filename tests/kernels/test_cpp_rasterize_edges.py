@@ -431,3 +431,12 @@ def test_the_operator_checks_what_it_relies_on(changes: dict, message: str) -> N
     } | changes
     with pytest.raises(RuntimeError, match=message):
         torch.ops.bkind3d.rasterize_edges(*arguments.values())
+
+
+@pytest.mark.parametrize("weight", [1e37, 1e-30])
+def test_gradient_of_extreme_weights(weight: float) -> None:
+    """dL/dw = exp(−d²/σ²) whatever w is: on the segment, 1."""
+    keypoints = torch.tensor([[[0.0, 0.0], [3.0, 0.0]]])
+    weights = torch.tensor([weight], requires_grad=True)
+    rasterize_edges(keypoints, weights, (1, 4), 1.0, backend="cpp").sum().mul(100).backward()
+    torch.testing.assert_close(weights.grad, torch.tensor([400.0]))

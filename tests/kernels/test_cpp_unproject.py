@@ -79,7 +79,8 @@ def test_agrees_with_the_reference(aggregation: str, unseen: str, dtype: torch.d
         for a, b in zip(got, expected):
             assert a.dtype == typed[0].dtype or a.dtype == geometry
             # The gradient of a maximum jumps where two views come within rounding of each other.
-            assert relative(a, b) < (max(tolerance, 0.02) if aggregation == "max" else tolerance)
+            jumps = aggregation == "max" and dtype != torch.float64
+            assert relative(a, b) < (0.02 if jumps else tolerance)
 
 
 @settings(max_examples=60, deadline=None)
@@ -218,15 +219,6 @@ def test_opcheck(case: int) -> None:
                 (gradient, features, q, mask, weights, *options, *wanted, False),
                 test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
             )
-
-
-def test_second_derivative_is_refused() -> None:
-    features, projections, grid, _, _ = inputs(1, 2, 2, (4, 4), (2, 2, 2))
-    features.requires_grad_()
-    volume = unproject(features, projections, grid, backend="cpp")
-    (gradient,) = torch.autograd.grad((volume * volume).sum(), features, create_graph=True)
-    with pytest.raises(RuntimeError, match="unproject: the compiled kernels have no second derivative"):
-        gradient.sum().backward()
 
 
 def test_keeps_nothing_but_its_inputs() -> None:

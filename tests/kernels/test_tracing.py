@@ -7,7 +7,7 @@ from measure import gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bkind3d_kernels import EdgeRasterizer, SoftArgmax3d, Unproject, VoxelGrid
+from bkind3d_kernels import EdgeRasterizer, SoftArgmax3d, Unproject, VoxelGrid, rasterize_edges, soft_argmax3d
 from bkind3d_kernels.geometry import project_points, rescale_projections
 
 SIZE, SHAPE = (6, 7), (4, 5, 3)
@@ -74,6 +74,25 @@ def test_compiles_with_inductor(backend: str) -> None:
     volume, expected = compiled(*inputs()[:3]), module(*inputs()[:3])
     torch.testing.assert_close(volume, expected, rtol=1e-4, atol=1e-5)
     assert volume.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_function_takes_other_temperatures_and_widths(dynamic: bool | None, backend: str) -> None:
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    logits, keypoints = torch.randn(1, 2, *SHAPE, generator=generator), torch.rand(1, 3, 2, generator=generator) * 5
+    grid = scenes.grid(SHAPE, generator).to(dtype=torch.float32)
+
+    def function(logits: Tensor, keypoints: Tensor, number: float) -> tuple[Tensor, Tensor]:
+        return (
+            soft_argmax3d(logits, grid, temperature=number, backend=backend),
+            rasterize_edges(keypoints, torch.ones(3), (5, 6), number, backend=backend),
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager", dynamic=dynamic)
+    for number in (1.0, 0.9, 0.5):
+        for a, b in zip(compiled(logits, keypoints, number), function(logits, keypoints, number)):
+            torch.testing.assert_close(a, b)
 
 
 def test_compiled_model_takes_other_batch_sizes(backend: str) -> None:

@@ -1,0 +1,80 @@
+"""What compiled kernels refuse: derivatives that they do not have, and arguments that would harm memory."""
+
+import pytest
+import scenes
+import torch
+from torch.autograd import forward_ad
+
+from bkind3d_kernels import VoxelGrid, library, rasterize_edges, registration, soft_argmax3d, unproject
+
+pytestmark = pytest.mark.skipif(library.reason("_cpu") is not None, reason=str(library.reason("_cpu")))
+
+GRID = VoxelGrid.cube((0.0, 0.0, 3.0), 1.0, 3)
+PROJECTIONS = scenes.projections(1, 2, (4, 5), torch.Generator().manual_seed(0)).float()
+CALLS = {
+    "unproject": (torch.randn(1, 2, 3, 4, 5), lambda x: unproject(x, PROJECTIONS, GRID, backend="cpp")),
+    "soft_argmax3d": (torch.randn(1, 2, 3, 3, 3), lambda x: soft_argmax3d(x, GRID, backend="cpp")),
+    "rasterize_edges": (torch.rand(1, 3, 2), lambda x: rasterize_edges(x, torch.ones(3), (4, 4), 1.0, backend="cpp")),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_forward_mode_is_refused(op: str) -> None:
+    x, function = CALLS[op]
+    message = f"{op}: the compiled kernels have no forward-mode derivative; use backend='reference'"
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match=message):
+            function(forward_ad.make_dual(x, torch.ones_like(x)))
+        assert function(x).shape == function(x.clone()).shape  # a tensor without a tangent passes
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_second_derivative_is_refused(op: str) -> None:
+    x, function = CALLS[op]
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}: the compiled kernels have no second derivative"):
+        gradient.sum().backward()
+
+
+def test_missing_operators_are_named_before_anything_is_registered() -> None:
+    with pytest.raises(RuntimeError, match="operators unproject, unproject_backward, .* are missing"):
+        registration.attach("bkind3d_absent")
+
+
+def arguments(**changes):
+    """Of the operator unproject, in order."""
+    good = {
+        "features": torch.zeros(1, 2, 3, 4, 5),
+        "q": torch.zeros(1, 2, 3, 4),
+        "view_mask": None,
+        "view_weights": None,
+        "shape": [2, 2, 2],
+        "aggregation": "softmax",
+        "unseen": "zero",
+    }
+    return list((good | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": torch.zeros(1, 0, 3, 4, 5), "q": torch.zeros(1, 0, 3, 4)}, "features: expected 1 to 255 views"),
+        ({"features": torch.zeros(1, 2, 0, 4, 5)}, "features: expected 1 to 255 views and no empty dimension"),
+        ({"features": torch.zeros(1, 1, 3, 4, 5).expand(1, 300, 3, 4, 5)}, "features: expected 1 to 255 views"),
+        ({"features": torch.zeros(2, 3, 4, 5)}, r"features: expected \(N, M, C, H, W\)"),
+        ({"features": torch.zeros(1, 2, 3, 4, 5).int()}, "features: expected float32, float64, bfloat16 or float16"),
+        ({"q": torch.zeros(1, 3, 3, 4)}, r"q: expected \(N, M, 3, 4\)"),
+        ({"view_mask": torch.ones(2, 1, dtype=torch.bool)}, r"view_mask: expected \(N, M\) bool"),
+        ({"view_weights": torch.ones(1, 2, 3)}, "view_weights: expected with aggregation 'weighted'"),
+        ({"view_weights": torch.ones(3, 2, 1), "aggregation": "weighted"}, r"view_weights: expected \(N, M, C\)"),
+        ({"shape": [2, 2]}, "shape: expected three integers"),
+        ({"aggregation": "median"}, "aggregation 'median': expected softmax"),
+        ({"unseen": "nan"}, "unseen 'nan': expected zero or exclude"),
+    ],
+)
+def test_the_operator_checks_what_its_loops_rely_on(changes: dict, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.bkind3d.unproject(*arguments(**changes))
