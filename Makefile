@@ -12,16 +12,25 @@ VENV := .venv
 RUN := $(VENV)/bin
 # Named after the build of torch, so that another TORCH= installs again.
 STAMP := $(VENV)/installed-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
+# Built again when a source has changed; without a C++ compiler there is none, and every rule works without it.
+LIBRARY := bkind3d_kernels/_cpu.so
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CPP := $(NATIVE) $(wildcard tests/kernels/*/*.h tests/kernels/*/*.cpp)
+# The oldest torch that pyproject.toml allows.
+OLDEST_TORCH ?= torch==2.10.0
+OLDEST := build/oldest-torch
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format sanitize check-oldest-torch clean
 
 help:
 	@echo "make demo [SUBJECT=animal|human] [SEED=0] [ARGS=...]   from videos to 3D keypoints and a report, under runs/"
 	@echo "make test [ARGS=...]                                   the test suite"
-	@echo "make lint | format                                     ruff and mypy | apply ruff's format"
+	@echo "make lint | format                                     ruff, mypy and clang-format | apply the formats"
+	@echo "make sanitize                                          the C++ kernels under sanitizers; needs g++"
+	@echo "make check-oldest-torch [OLDEST_TORCH=torch==2.10.0]   the wheel built here, tested with another torch: gigabytes"
 	@echo "make clean                                             remove .venv and what was built"
 
-install: $(STAMP)
+install: $(STAMP) $(LIBRARY)
 
 # torch comes first and alone, so that nothing after it can bring another build along.
 $(STAMP): pyproject.toml setup.py
@@ -32,20 +41,44 @@ $(STAMP): pyproject.toml setup.py
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[train,dev]"
 	touch $@
 
-demo: $(STAMP)
+$(LIBRARY): $(NATIVE) | $(STAMP)
+	$(RUN)/python setup.py -q build_ext --inplace
+
+demo: $(STAMP) $(LIBRARY)
 	$(RUN)/bkind3d demo --subject $(SUBJECT) --seed $(SEED) --force $(ARGS)
 
-test: $(STAMP)
+test: $(STAMP) $(LIBRARY)
 	$(RUN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(STAMP)
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
+	$(RUN)/clang-format -i $(CPP)
+
+sanitize: $(STAMP)
+	$(RUN)/python tests/kernels/native/sanitize.py
+
+# Left out: the reference's second derivatives are those of grid_sample, which came with a later torch.
+check-oldest-torch: $(STAMP)
+	test -x $(OLDEST)/venv/bin/python || $(PYTHON) -m venv $(OLDEST)/venv
+	$(OLDEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_TORCH) numpy pytest hypothesis mpmath
+	rm -rf $(OLDEST)/wheel
+	$(RUN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w $(OLDEST)/wheel .
+	$(OLDEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(OLDEST)/wheel/*.whl
+	{ date -u +%F; echo "commit $$(git describe --always --dirty)"; \
+	  $(RUN)/python -c "import torch; print('built against torch', torch.__version__)"; \
+	  cd $(OLDEST) && venv/bin/python -m bkind3d_kernels.info; } | sed "s#$(CURDIR)/##g" >$(OLDEST)/log
+	$(OLDEST)/venv/bin/pytest -q --no-header -p no:cacheprovider -W ignore::DeprecationWarning \
+	  --deselect tests/kernels/test_unproject.py::test_second_derivative \
+	  tests/kernels/test_cpp_*.py $(foreach op,unproject soft_argmax3d rasterize_edges,tests/kernels/test_$(op).py) >>$(OLDEST)/log \
+	  || { cat $(OLDEST)/log; exit 1; }
+	cat $(OLDEST)/log
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -111,8 +111,7 @@ inline constexpr T score_slack = tolerance<T> * (sizeof(T) == 8 ? 1500 : 200);
 template <class T>
 BKIND3D_FN Tile<T> tile_of(T x0, T y0, T x1, T y1, T sigma) {
   Tile<T> t = {(x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2, 0};
-  t.slack = tolerance<T> * T(1.5) / sigma *
-            (max_of(t.x, -t.x) + max_of(t.y, -t.y) + t.half_width + t.half_height);
+  t.slack = tolerance<T> * T(1.5) / sigma * (max_of(t.x, -t.x) + max_of(t.y, -t.y) + t.half_width + t.half_height);
   return t;
 }
 
@@ -137,9 +136,8 @@ BKIND3D_FN Bounds<V> bounds(Tile<T> t, V ux, V uy, V across, V lo, V hi, V log_w
   const V outside = max_of(lo - along, along - hi);
   const V near_side = max_of(side - radius_across, zero), near_end = max_of(outside - radius_along, zero);
   const V far_side = side + radius_across, far_end = max_of(outside + radius_along, zero);
-  return {
-      log_weight - (near_side * near_side + near_end * near_end) * (1 - tolerance<T>),
-      log_weight - (far_side * far_side + far_end * far_end) * (1 + tolerance<T>)};
+  return {log_weight - (near_side * near_side + near_end * near_end) * (1 - tolerance<T>),
+          log_weight - (far_side * far_side + far_end * far_end) * (1 + tolerance<T>)};
 }
 
 }  // namespace bkind3d

@@ -117,9 +117,8 @@ struct VolumeGradient {
 
 // g: gradients of mean (3), peak and covariance (3 x 3, as it is: not necessarily symmetric; null for none).
 template <class A>
-BKIND3D_FN VolumeGradient<A> volume_gradient(
-    const A* g_mean, A g_peak, const A* g_covariance, const A* mean, const A* covariance, A maximum, A total,
-    long long argmax, A beta) {
+BKIND3D_FN VolumeGradient<A> volume_gradient(const A* g_mean, A g_peak, const A* g_covariance, const A* mean,
+                                             const A* covariance, A maximum, A total, long long argmax, A beta) {
   const A scale = beta / total, peak = 1 / total;
   VolumeGradient<A> v = {maximum, {mean[0], mean[1], mean[2]}, -g_peak * peak, {}, {}, beta * g_peak * peak, argmax};
   for (int i = 0; i < 3; ++i) v.linear[i] = g_mean[i] * scale;
@@ -145,10 +144,9 @@ struct LineGradient {
 template <class A>
 BKIND3D_FN LineGradient<A> line_gradient(const VolumeGradient<A>& v, A x, A y) {
   const A dx = x - v.mean[0], dy = y - v.mean[1];
-  return {
-      v.constant + dx * (v.linear[0] + v.quadratic[0] * dx + v.quadratic[1] * dy) +
-          dy * (v.linear[1] + v.quadratic[3] * dy),
-      v.linear[2] + v.quadratic[2] * dx + v.quadratic[4] * dy, v.quadratic[5]};
+  return {v.constant + dx * (v.linear[0] + v.quadratic[0] * dx + v.quadratic[1] * dy) +
+              dy * (v.linear[1] + v.quadratic[3] * dy),
+          v.linear[2] + v.quadratic[2] * dx + v.quadratic[4] * dy, v.quadratic[5]};
 }
 
 template <class V, class T>

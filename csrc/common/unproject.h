@@ -14,9 +14,8 @@ struct Homogeneous {
 
 template <class V, class T>
 BKIND3D_FN Homogeneous<V> project(const T* q, V i, V j, V k) {
-  return {
-      q[0] * i + q[1] * j + q[2] * k + q[3], q[4] * i + q[5] * j + q[6] * k + q[7],
-      q[8] * i + q[9] * j + q[10] * k + q[11]};
+  return {q[0] * i + q[1] * j + q[2] * k + q[3], q[4] * i + q[5] * j + q[6] * k + q[7],
+          q[8] * i + q[9] * j + q[10] * k + q[11]};
 }
 
 // Whether a view sees pixel (u, v) at this depth: in front, and floor(u) in -1 .. W-1, floor(v) in -1 .. H-1, so that a

@@ -28,9 +28,8 @@ Isa best() {
 Isa parse(const std::string& name, const char* source) {
   for (int i = 0; i < 3; ++i) {
     if (name == names[i]) {
-      STD_TORCH_CHECK(
-          i <= static_cast<int>(best()), source, " '", name, "': this processor or build has ",
-          names[static_cast<int>(best())], " at most");
+      STD_TORCH_CHECK(i <= static_cast<int>(best()), source, " '", name, "': this processor or build has ",
+                      names[static_cast<int>(best())], " at most");
       return static_cast<Isa>(i);
     }
   }

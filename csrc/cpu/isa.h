@@ -16,19 +16,27 @@ Isa isa();
 // Declares `const Table& ` chosen for the set in use, for a table of function pointers that every set defines under the
 // same name: BKIND3D_DECLARE_LOOPS(UnprojectLoops, unproject_loops) and then choose: unproject_loops().
 #if defined(BKIND3D_HAS_X86)
-#define BKIND3D_DECLARE_LOOPS(Table, name)                  \
-  namespace baseline { extern const Table name; }           \
-  namespace avx2 { extern const Table name; }               \
-  namespace avx512 { extern const Table name; }             \
-  inline const Table& name() {                              \
-    switch (isa()) {                                        \
-      case Isa::avx512: return avx512::name;                \
-      case Isa::avx2: return avx2::name;                    \
-      default: return baseline::name;                       \
-    }                                                       \
+#define BKIND3D_DECLARE_LOOPS(Table, name)   \
+  namespace baseline {                       \
+  extern const Table name;                   \
+  }                                          \
+  namespace avx2 {                           \
+  extern const Table name;                   \
+  }                                          \
+  namespace avx512 {                         \
+  extern const Table name;                   \
+  }                                          \
+  inline const Table& name() {               \
+    switch (isa()) {                         \
+      case Isa::avx512: return avx512::name; \
+      case Isa::avx2: return avx2::name;     \
+      default: return baseline::name;        \
+    }                                        \
   }
 #else
-#define BKIND3D_DECLARE_LOOPS(Table, name)                  \
-  namespace baseline { extern const Table name; }           \
+#define BKIND3D_DECLARE_LOOPS(Table, name) \
+  namespace baseline {                     \
+  extern const Table name;                 \
+  }                                        \
   inline const Table& name() { return baseline::name; }
 #endif

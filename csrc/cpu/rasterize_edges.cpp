@@ -261,8 +261,8 @@ std::tuple<Tensor, Tensor> rasterize_edges_backward(std::vector<Tensor> grad_map
   Records records(call, loops.record_bytes());
   for_each(call.ends.back(), is_small(call), loops.scratch(a), [&](int64_t task, char* scratch) {
     const Band b = band_of(call, task);
-    records.number(call, b) = loops.backward(a, b.sample, b.map, b.band, table(call, bytes, b.sample, b.map),
-                                                records.at(call, b), scratch);
+    records.number(call, b) =
+        loops.backward(a, b.sample, b.map, b.band, table(call, bytes, b.sample, b.map), records.at(call, b), scratch);
   });
   for_each(a.samples, is_small(call), 0, [&](int64_t sample, char*) {
     std::vector<double> points(2 * a.points), sums(a.count);

@@ -16,17 +16,17 @@ struct EdgeMap {
 };
 
 struct RasterizeEdgesArgs {
-  const void* keypoints;           // T, strides (n, keypoint, coordinate)
+  const void* keypoints;  // T, strides (n, keypoint, coordinate)
   long long keypoint_stride[3];
-  const void* log_weights;         // T, row n at n log_weight_stride; -inf where an edge is not drawn
+  const void* log_weights;  // T, row n at n log_weight_stride; -inf where an edge is not drawn
   long long log_weight_stride;
-  const void* weights;             // T, strides (n, edge)
+  const void* weights;  // T, strides (n, edge)
   long long weight_stride[2];
-  const int* edges;                // (E, 2)
+  const int* edges;  // (E, 2)
   long long samples, points, count, maps;
-  const EdgeMap* map;              // (maps)
+  const EdgeMap* map;  // (maps)
   bool is_double, wide_winners;
-  bool cull;                       // false in tests alone: every edge visits every pixel
+  bool cull;  // false in tests alone: every edge visits every pixel
 };
 
 // Rows from one band to the next; a band of one map of one sample is one task for a thread.

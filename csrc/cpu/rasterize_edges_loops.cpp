@@ -149,14 +149,14 @@ BKIND3D_FN int64 append(Edges<T> to, int64 count, Edges<T> from, int64 first, un
   return count + __builtin_popcount(bits);
 }
 
-// The edges that may win a pixel of the square: those whose upper bound reaches the best lower bound. `to` may be `from`.
+// The edges that may win a pixel of the square: those whose upper bound reaches the best lower bound. `to` may be
+// `from`.
 template <class T>
 int64 cull(Tile<T> square, Edges<T> from, int64 count, Edges<T> to, T* upper) {
   vec<T> best = broadcast<T>(lowest_score<T>);
   for (int64 e = 0; e < count; e += lanes<T>) {
-    const Bounds<vec<T>> b = bounds<vec<T>>(
-        square, load(from.ux + e), load(from.uy + e), load(from.across + e), load(from.lo + e), load(from.hi + e),
-        load(from.log_weight + e));
+    const Bounds<vec<T>> b = bounds<vec<T>>(square, load(from.ux + e), load(from.uy + e), load(from.across + e),
+                                            load(from.lo + e), load(from.hi + e), load(from.log_weight + e));
     store(upper + e, b.upper);
     best = max_of(best, b.lower);
   }
@@ -524,9 +524,9 @@ int64 backward(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, in
   return count;
 }
 
-// Records are without the weight, so that d value / d weight = exp(-d^2 / sigma^2) neither overflows nor vanishes with it.
-// d value / d end = 2 value share (pixel - nearest point) / sigma^2, and (pixel - nearest point) / sigma is
-// across * (-uy, ux) + beyond * (ux, uy) with (ux, uy) of length 1.
+// Records are without the weight, so that d value / d weight = exp(-d^2 / sigma^2) neither overflows nor vanishes with
+// it. d value / d end = 2 value share (pixel - nearest point) / sigma^2, and (pixel - nearest point) / sigma is across
+// * (-uy, ux) + beyond * (ux, uy) with (ux, uy) of length 1.
 template <class T>
 void collect(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, const char* table, const Record* records,
              int64 count, double* keypoints, double* weights) {
@@ -579,10 +579,10 @@ int64 backward_any(const RasterizeEdgesArgs& a, int64 sample, int64 map, int64 b
   return run(a, sample, a.map[map], band, table, (Record*)records, (int*)scratch);
 }
 
-void collect_any(const RasterizeEdgesArgs& a, int64 sample, int64 map, const char* table, const char* records, int64 count,
-                 double* keypoints, double* weights) {
-  (a.is_double ? collect<double> : collect<float>)(a, sample, a.map[map], table, (const Record*)records, count, keypoints,
-                                                   weights);
+void collect_any(const RasterizeEdgesArgs& a, int64 sample, int64 map, const char* table, const char* records,
+                 int64 count, double* keypoints, double* weights) {
+  (a.is_double ? collect<double> : collect<float>)(a, sample, a.map[map], table, (const Record*)records, count,
+                                                   keypoints, weights);
 }
 
 }  // namespace

@@ -115,8 +115,8 @@ BKIND3D_FN vec<float> load(const float16* p) {
   const typename words::type bits = __builtin_convertvector(stored, typename words::type);
   const vec<float> magnitude = (vec<float>)((bits & 0x7fff) << 13) * 0x1p112f;
   const ivec<float> special = (bits & 0x7c00) == 0x7c00;
-  const typename words::type value = (typename words::type)(special ? (ivec<float>)(((bits & 0x3ff) << 13) | 0x7f800000)
-                                                                    : (ivec<float>)magnitude);
+  const typename words::type value =
+      (typename words::type)(special ? (ivec<float>)(((bits & 0x3ff) << 13) | 0x7f800000) : (ivec<float>)magnitude);
   return (vec<float>)(value | ((bits & 0x8000) << 16));
 }
 BKIND3D_FN void store(float16* p, vec<float> v) {
@@ -250,7 +250,7 @@ BKIND3D_FN vec<float> exp_of(vec<float> x) {
   const vec<float> clamped = min_of(x, broadcast(high));
   const vec<float> shifted = clamped * 1.44269504f + 0x1.8p23f;  // rounds to an integer in the low bits
   const vec<float> n = shifted - 0x1.8p23f;
-  vec<float> f = clamped - n * 0x1.62ep-1f;    // ln 2 in two parts; the first product is exact
+  vec<float> f = clamped - n * 0x1.62ep-1f;  // ln 2 in two parts; the first product is exact
   f = f - n * 0x1.0bfbe8p-15f;
   vec<float> p = f * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;

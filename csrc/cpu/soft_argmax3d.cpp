@@ -79,8 +79,7 @@ void run(SoftArgmaxTask work, const SoftArgmaxArgs& a, int64_t rows) {
 template <bool Covariance>
 Moments<double> merged(const Moments<double>* slabs, int64_t count, double beta) {
   Moments<double> row = slabs[0];
-  for (int64_t i = 1; i < count; ++i)
-    merge<Covariance>(row, slabs[i], beta, [](double x) { return std::exp(x); });
+  for (int64_t i = 1; i < count; ++i) merge<Covariance>(row, slabs[i], beta, [](double x) { return std::exp(x); });
   // Nothing but -inf, or a NaN: nothing can be said of this row.
   if (!(row.total > 0)) {
     row.total = std::numeric_limits<double>::quiet_NaN();
@@ -119,9 +118,9 @@ Outputs soft_argmax3d(Tensor logits, double temperature, bool covariance) {
     return torch::stable::new_empty(logits, size, dtype);
   };
   const std::vector<int64_t> matrix = covariance ? std::vector<int64_t>{n, a.joints, 3, 3} : std::vector<int64_t>{0};
-  Outputs outputs{
-      empty({n, a.joints, 3}, arithmetic), empty({n, a.joints}, arithmetic), empty(matrix, arithmetic),
-      empty({n, a.joints}, arithmetic),    empty({n, a.joints}, arithmetic), empty({n, a.joints}, ScalarType::Long)};
+  Outputs outputs{empty({n, a.joints, 3}, arithmetic), empty({n, a.joints}, arithmetic),
+                  empty(matrix, arithmetic),           empty({n, a.joints}, arithmetic),
+                  empty({n, a.joints}, arithmetic),    empty({n, a.joints}, ScalarType::Long)};
   for (int64_t row = 0; row < rows; ++row) {
     const Moments<double>* slabs = a.moments + row * a.slabs;
     const Moments<double> m = covariance ? merged<true>(slabs, a.slabs, a.beta) : merged<false>(slabs, a.slabs, a.beta);
@@ -140,9 +139,9 @@ std::vector<double> doubles(const char* name, const Tensor& tensor, int64_t nume
   return std::vector<double>(data, data + numel);
 }
 
-Tensor soft_argmax3d_backward(
-    Tensor grad_mean, Tensor grad_peak, std::optional<Tensor> grad_covariance, Tensor logits, double temperature,
-    Tensor mean, Tensor covariance, Tensor maximum, Tensor total, Tensor argmax) {
+Tensor soft_argmax3d_backward(Tensor grad_mean, Tensor grad_peak, std::optional<Tensor> grad_covariance, Tensor logits,
+                              double temperature, Tensor mean, Tensor covariance, Tensor maximum, Tensor total,
+                              Tensor argmax) {
   const int type = type_index(logits.scalar_type());
   SoftArgmaxArgs a = prepare(logits, temperature);
   const int64_t n = logits.size(0), rows = n * a.joints;
@@ -161,10 +160,9 @@ Tensor soft_argmax3d_backward(
 
   std::vector<VolumeGradient<double>> volumes(rows);
   for (int64_t row = 0; row < rows; ++row) {
-    volumes[row] = volume_gradient(
-        &g_mean[3 * row], g_peak[row], second ? &g_covariance[9 * row] : nullptr, &means[3 * row],
-        second ? &covariances[9 * row] : nullptr, maxima[row], totals[row], places.const_data_ptr<int64_t>()[row],
-        a.beta);
+    volumes[row] = volume_gradient(&g_mean[3 * row], g_peak[row], second ? &g_covariance[9 * row] : nullptr,
+                                   &means[3 * row], second ? &covariances[9 * row] : nullptr, maxima[row], totals[row],
+                                   places.const_data_ptr<int64_t>()[row], a.beta);
   }
   const std::vector<int64_t> size{n, a.joints, a.shape[0], a.shape[1], a.shape[2]};
   Tensor grad = torch::stable::new_empty(logits, size);

@@ -30,9 +30,12 @@ BKIND3D_FN Block block_at(const SoftArgmaxArgs& a, int64 index) {
   const int64 line = a.segments > 1 ? index / a.segments : index * a.lines_per_block;
   const int64 z = a.segments > 1 ? index % a.segments * a.segment : 0;
   const int64 lines = a.shape[0] * a.shape[1] - line, length = a.shape[2] - z;
-  return {
-      line / a.shape[1], line % a.shape[1], z, lines < a.lines_per_block ? lines : a.lines_per_block,
-      length < a.segment ? length : a.segment, a.shape[1]};
+  return {line / a.shape[1],
+          line % a.shape[1],
+          z,
+          lines < a.lines_per_block ? lines : a.lines_per_block,
+          length < a.segment ? length : a.segment,
+          a.shape[1]};
 }
 
 BKIND3D_FN int64 offset_of(const SoftArgmaxArgs& a, int64 x, int64 y, int64 z) {
@@ -128,8 +131,9 @@ BKIND3D_FN void for_each_block(const SoftArgmaxArgs& a, int64 task, F f) {
       const int64 at = (row - first_row) % tile_rows, rest = end_row - row;
       if (!together && at == 0) gather(a, b, row, rest < tile_rows ? rest : tile_rows, tile);
       const S* p = (const S*)a.logits + row_offset(a, row) + b.x * a.strides[2] + b.y * a.strides[3] + b.z;
-      f(b, row, together ? Lines<S>{p, a.strides[3], a.strides[2]}
-                         : Lines<S>{tile.voxels + at * tile_step, b.length, b.length * b.size_y});
+      f(b, row,
+        together ? Lines<S>{p, a.strides[3], a.strides[2]}
+                 : Lines<S>{tile.voxels + at * tile_step, b.length, b.length * b.size_y});
     }
   }
 }
@@ -200,8 +204,8 @@ BKIND3D_FN Sums<double> reduce(const Sums<vec<T>>& sums) {
 }
 
 template <bool Covariance, class T, class S>
-BKIND3D_FN Sums<double> block_sums(
-    const Block& b, const Lines<S>& lines, const Span<T>& span, T reference, T scale, const Place& origin) {
+BKIND3D_FN Sums<double> block_sums(const Block& b, const Lines<S>& lines, const Span<T>& span, T reference, T scale,
+                                   const Place& origin) {
   Sums<vec<T>> sums;
   const vec<T> start = iota<T>() + T(b.z - origin.z);
   for_each_line(b, lines, [&](const S* p, int64 x, int64 y) {
@@ -226,8 +230,8 @@ BKIND3D_FN Sums<double> block_sums(
 }
 
 template <bool Covariance, class T, class S>
-BKIND3D_FN void forward_block(
-    const SoftArgmaxArgs& a, const Block& b, const Lines<S>& lines, Moments<double>& moments) {
+BKIND3D_FN void forward_block(const SoftArgmaxArgs& a, const Block& b, const Lines<S>& lines,
+                              Moments<double>& moments) {
   const Span<T> span = span_of<T>(b.length);
   const T largest = block_maximum<T>(b, lines, span);
   const Place place = find(b, lines, span, largest);
@@ -235,9 +239,9 @@ BKIND3D_FN void forward_block(
   const T reference = softmax_reference(maximum), scale = exponent_scale(T(), a.beta);
   const Sums<double> sums = block_sums<Covariance>(b, lines, span, reference, scale, place);
   const double origin[] = {double(place.x), double(place.y), double(place.z)};
-  merge<Covariance>(
-      moments, moments_of<Covariance>(sums, double(maximum), origin, offset_of(a, place.x, place.y, place.z)),
-      a.beta, [](double x) { return __builtin_exp(x); });
+  merge<Covariance>(moments,
+                    moments_of<Covariance>(sums, double(maximum), origin, offset_of(a, place.x, place.y, place.z)),
+                    a.beta, [](double x) { return __builtin_exp(x); });
 }
 
 template <bool Covariance, class T, class S>
@@ -287,8 +291,8 @@ BKIND3D_FN void finish_copies() {
 }
 
 template <class T, class S>
-BKIND3D_FN void backward_block(
-    const SoftArgmaxArgs& a, const Block& b, const Lines<S>& lines, const VolumeGradient<double>& volume, S* out) {
+BKIND3D_FN void backward_block(const SoftArgmaxArgs& a, const Block& b, const Lines<S>& lines,
+                               const VolumeGradient<double>& volume, S* out) {
   const Span<T> span = span_of<T>(b.length);
   const T reference = T(volume.maximum), scale = exponent_scale(T(), a.beta);
   const vec<T> start = iota<T>() + T(b.z) - T(volume.mean[2]);

@@ -20,9 +20,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t small_work = 1 << 15;      // samples of one channel: less is not worth a second thread
+constexpr int64_t small_work = 1 << 15;  // samples of one channel: less is not worth a second thread
 constexpr int64_t rows_at_once = 8;
-constexpr int64_t max_views = 255;           // counts are bytes
+constexpr int64_t max_views = 255;  // counts are bytes
 constexpr int64_t max_slabs = 8;
 
 Aggregation parse_aggregation(const std::string& name) {
@@ -75,8 +75,8 @@ struct Call {
 };
 
 Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor>& view_mask,
-             const std::optional<Tensor>& view_weights, const std::vector<int64_t>& shape, const std::string& aggregation,
-             const std::string& unseen, bool dense) {
+             const std::optional<Tensor>& view_weights, const std::vector<int64_t>& shape,
+             const std::string& aggregation, const std::string& unseen, bool dense) {
   STD_TORCH_CHECK(features.dim() == 5, "features: expected (N, M, C, H, W)");
   STD_TORCH_CHECK(shape.size() == 3, "shape: expected three integers");
   Call call;
@@ -96,8 +96,7 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
 
   // Used as they are when the channels lie together in the type of the arithmetic; else one copy, as small as the maps.
   Tensor maps = channels_behind(features);
-  const bool fits = call.type == call.arithmetic && (maps.stride(4) == 1 || a.channels == 1) &&
-                    spans_31_bits(maps) &&
+  const bool fits = call.type == call.arithmetic && (maps.stride(4) == 1 || a.channels == 1) && spans_31_bits(maps) &&
                     (!dense || (maps.stride(3) == a.channels && maps.stride(2) == a.width * a.channels));
   call.features = fits ? maps : as(maps, call.arithmetic);
   a.features = call.features.const_data_ptr();
@@ -149,9 +148,9 @@ std::tuple<Tensor, Tensor> unproject(Tensor features, Tensor q, std::optional<Te
 }
 
 // Threads share the work by samples and channels, where no two add to the same gradient. Only where that is not enough
-// are the rows cut into slabs with gradients of their own, which are added up in order at the end: a few, and only where
-// the voxels are many more than the pixels that each further slab has to clear and add. So the result depends on the
-// number of threads, though never on their timing; `deterministic` fixes the partition as well.
+// are the rows cut into slabs with gradients of their own, which are added up in order at the end: a few, and only
+// where the voxels are many more than the pixels that each further slab has to clear and add. So the result depends on
+// the number of threads, though never on their timing; `deterministic` fixes the partition as well.
 void partition(UnprojectArgs& a, bool deterministic) {
   constexpr int64_t widest = 64, narrowest = 16;
   const int64_t threads = is_small(a) ? 1 : torch::stable::get_num_threads();
@@ -162,7 +161,7 @@ void partition(UnprojectArgs& a, bool deterministic) {
   a.slabs = 1;
   if (!deterministic && tasks() > 0 && tasks() < threads)
     a.slabs = std::min<int64_t>({(threads + tasks() - 1) / tasks(), a.shape[0] * a.shape[1], max_slabs,
-                        std::max<int64_t>(1, 4 * voxels(a) / (a.height * a.width))});
+                                 std::max<int64_t>(1, 4 * voxels(a) / (a.height * a.width))});
 }
 
 template <class T>
@@ -200,10 +199,11 @@ void add_weights(const UnprojectArgs& a, const std::vector<double>& partial, int
       }
 }
 
-std::tuple<Tensor, Tensor, Tensor> unproject_backward(
-    Tensor grad_volume, Tensor features, Tensor q, std::optional<Tensor> view_mask, std::optional<Tensor> view_weights,
-    std::vector<int64_t> shape, std::string aggregation, std::string unseen, bool needs_features, bool needs_q,
-    bool needs_weights, bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor features, Tensor q,
+                                                      std::optional<Tensor> view_mask,
+                                                      std::optional<Tensor> view_weights, std::vector<int64_t> shape,
+                                                      std::string aggregation, std::string unseen, bool needs_features,
+                                                      bool needs_q, bool needs_weights, bool deterministic) {
   Call call = prepare(features, q, view_mask, view_weights, shape, aggregation, unseen, true);
   UnprojectArgs& a = call.args;
   STD_TORCH_CHECK(grad_volume.dim() == 5 && grad_volume.size(0) == a.samples && grad_volume.size(1) == a.channels,

@@ -13,9 +13,9 @@ struct UnprojectArgs {
   // Features in T with channels last: element (n, m, y, x, c) at n stride_n + m stride_m + y stride_y + x stride_x + c.
   const void* features;
   long long stride_n, stride_m, stride_y, stride_x;
-  const void* q;              // T (N, M, 12)
-  const bool* mask;           // (N, M) or null
-  const void* weights;        // T (N, M, C), or null without Aggregation::weighted
+  const void* q;        // T (N, M, 12)
+  const bool* mask;     // (N, M) or null
+  const void* weights;  // T (N, M, C), or null without Aggregation::weighted
   long long samples, views, channels, height, width;
   long long shape[3];
   Aggregation aggregation;
@@ -33,8 +33,8 @@ struct UnprojectArgs {
   // (N, M, H, W, C), the others to their own copies behind it; null where not wanted.
   long long channel_block, slabs;
   void* grad_features;
-  double* grad_q;             // (tasks, M, 12)
-  double* grad_weights;       // (tasks, M, channel_block)
+  double* grad_q;        // (tasks, M, 12)
+  double* grad_weights;  // (tasks, M, channel_block)
 };
 
 struct UnprojectLoops {

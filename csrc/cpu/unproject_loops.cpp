@@ -1,18 +1,18 @@
 // Unprojection on the CPU: the loops, compiled once per instruction set.
 //
-// A tile is up to 64 voxels of one row (i, j, .). For each view its voxels are projected, a vector at a time, into four tap
-// offsets and weights each; then the channels of one voxel are blended with contiguous loads into v[m][voxel][channel],
-// which stays in the first-level cache; then the views are aggregated over that flat array, whatever C is. No per-view
-// volume exists. Threads take rows of the volume (forward) or a range of channels of one sample (backward), so that no
-// two of them add to the same gradient: no lock, no atomic. With more threads than such ranges, slabs of rows have
-// gradients of their own.
+// A tile is up to 64 voxels of one row (i, j, .). For each view its voxels are projected, a vector at a time, into four
+// tap offsets and weights each; then the channels of one voxel are blended with contiguous loads into
+// v[m][voxel][channel], which stays in the first-level cache; then the views are aggregated over that flat array,
+// whatever C is. No per-view volume exists. Threads take rows of the volume (forward) or a range of channels of one
+// sample (backward), so that no two of them add to the same gradient: no lock, no atomic. With more threads than such
+// ranges, slabs of rows have gradients of their own.
 //
-// Floors, for V voxels, M views, C channels in float: forward writes 4VC bytes and does VMC * (4 taps * 1 FMA + about 16
-// for the exponential and its sums); at (M, C) = (4, 32) that is 128 bytes and 2,560 FMA a voxel, so arithmetic bounds
-// it on fewer than about 20 FMA a byte. Backward reads 4VC bytes, recomputes the same, and adds 4 taps * (load, FMA,
-// store) a view. Saved for backward: nothing but the inputs.
-#include "simd.h"
+// Floors, for V voxels, M views, C channels in float: forward writes 4VC bytes and does VMC * (4 taps * 1 FMA + about
+// 16 for the exponential and its sums); at (M, C) = (4, 32) that is 128 bytes and 2,560 FMA a voxel, so arithmetic
+// bounds it on fewer than about 20 FMA a byte. Backward reads 4VC bytes, recomputes the same, and adds 4 taps * (load,
+// FMA, store) a view. Saved for backward: nothing but the inputs.
 #include "../common/unproject.h"
+#include "simd.h"
 #include "unproject.h"
 
 namespace bkind3d {
@@ -28,18 +28,18 @@ BKIND3D_FN int64 round_up(int64 value, int64 to) { return (value + to - 1) / to 
 
 template <class T>
 struct Scratch {
-  int tile;              // voxels
-  int block;             // channels
-  int64 cells;           // between views in v: tile * block and room for one vector more
-  T* v;                  // (M, cells): samples, in the backward pass then their gradients
-  T* g;                  // (cells): the aggregate, or the gradient of the volume
-  T* weight;             // (M, 4, tile): of the taps 00, 01, 10, 11 (row, column)
-  int* offset;           // (M, 4, tile): of the taps in the view's map
-  T* pixel;              // (M, 3, tile): u, v, depth
-  T* tap;                // (4, tile): sums over channels of gradient times feature
-  T* scale;              // (tile): 1 / number of seeing views
-  unsigned char* seen;   // (M, tile)
-  bool* any;             // (M): whether the view sees any voxel of the tile
+  int tile;             // voxels
+  int block;            // channels
+  int64 cells;          // between views in v: tile * block and room for one vector more
+  T* v;                 // (M, cells): samples, in the backward pass then their gradients
+  T* g;                 // (cells): the aggregate, or the gradient of the volume
+  T* weight;            // (M, 4, tile): of the taps 00, 01, 10, 11 (row, column)
+  int* offset;          // (M, 4, tile): of the taps in the view's map
+  T* pixel;             // (M, 3, tile): u, v, depth
+  T* tap;               // (4, tile): sums over channels of gradient times feature
+  T* scale;             // (tile): 1 / number of seeing views
+  unsigned char* seen;  // (M, tile)
+  bool* any;            // (M): whether the view sees any voxel of the tile
 };
 
 template <class T>
@@ -117,8 +117,8 @@ BKIND3D_FN void project_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int
 
 // ---- sampling ----
 
-// Channels of one voxel and view; CB channels, or `block` of them when CB is 0. Stores whole vectors: what is behind the
-// last channel belongs to the next voxel, which is written later.
+// Channels of one voxel and view; CB channels, or `block` of them when CB is 0. Stores whole vectors: what is behind
+// the last channel belongs to the next voxel, which is written later.
 template <class T, int CB>
 BKIND3D_FN void sample_voxel(const T* map, const int* offset, const T* weight, int tile, int block, T* out) {
   const int channels = CB ? CB : block;
@@ -138,7 +138,7 @@ template <class T, int CB>
 BKIND3D_FN void sample_view(const Scratch<T>& s, const T* map, int64 m, int count, T unseen) {
   T* out = s.v + m * s.cells;
   const unsigned char* seen = s.seen + m * s.tile;
-  const int *offset = s.offset + m * 4 * s.tile;
+  const int* offset = s.offset + m * 4 * s.tile;
   const T* weight = s.weight + m * 4 * s.tile;
   const int block = CB ? CB : s.block;
   for (int t = 0; t < count; ++t, out += block) {
@@ -324,9 +324,11 @@ void store_tile(const UnprojectArgs& a, const Scratch<T>& s, int64 voxel, int fi
 }
 
 template <class S, class T>
-void load_gradient(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int64 i, int64 j, int64 k, int first, int count) {
+void load_gradient(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int64 i, int64 j, int64 k, int first,
+                   int count) {
   const long long* stride = a.grad_stride;
-  const S* in = (const S*)a.grad_volume + n * stride[0] + first * stride[1] + i * stride[2] + j * stride[3] + k * stride[4];
+  const S* in =
+      (const S*)a.grad_volume + n * stride[0] + first * stride[1] + i * stride[2] + j * stride[3] + k * stride[4];
   if (stride[1] == 1) {
     for (int t = 0; t < count; ++t, in += stride[4]) {
       int c = 0;
@@ -493,7 +495,8 @@ void weigh_gradient_views(const UnprojectArgs& a, const Scratch<T>& s, int64 n, 
 }
 
 template <class T>
-void gradient_of_samples(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first, int count, double* grad_weights) {
+void gradient_of_samples(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first, int count,
+                         double* grad_weights) {
   const int64 length = int64(count) * s.block;
   switch (a.aggregation) {
     case Aggregation::softmax:
@@ -527,8 +530,8 @@ BKIND3D_FN void add_tail(T* p, T w, const T* g, int count) {
   if (count & 1) *p += w * *g;
 }
 
-// Each tap's pixel gets its weight times the gradient. The four may be the same pixel: one after the other. The views are
-// the inner loop: neighbouring voxels share pixels, and an addition must wait for the last one to the same place.
+// Each tap's pixel gets its weight times the gradient. The four may be the same pixel: one after the other. The views
+// are the inner loop: neighbouring voxels share pixels, and an addition must wait for the last one to the same place.
 template <class T, int CB>
 BKIND3D_FN void scatter_tile(const UnprojectArgs& a, const Scratch<T>& s, T* maps, int count) {
   const int block = CB ? CB : s.block;
@@ -560,7 +563,8 @@ BKIND3D_FN T dot(const T* a, const T* b, int block) {
 
 // dL/dQ of one view: from the taps' sums over channels to the pixel, to the homogeneous coordinates, to the matrix.
 template <class T>
-void matrix_view(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first, int64 m, T i, T j, T k0, int count, double* grad) {
+void matrix_view(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first, int64 m, T i, T j, T k0, int count,
+                 double* grad) {
   const T* map = (const T*)a.features + n * a.stride_n + m * a.stride_m + first;
   const T* gradient = s.v + m * s.cells;
   const unsigned char* seen = s.seen + m * s.tile;
@@ -574,7 +578,8 @@ void matrix_view(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first
     const auto x = axis_taps(u, T(a.width)), y = axis_taps(v, T(a.height));
     const T* tap = s.tap + t;
     const auto g = homogeneous_gradient(
-        pixel_gradient(x, y, load(tap), load(tap + s.tile), load(tap + 2 * s.tile), load(tap + 3 * s.tile)), u, v, depth);
+        pixel_gradient(x, y, load(tap), load(tap + s.tile), load(tap + 2 * s.tile), load(tap + 3 * s.tile)), u, v,
+        depth);
     for (int e = 0; e < lanes<T> && t + e < count; ++e) {
       if (!seen[t + e]) continue;
       const double rows[3] = {double(g.x[e]), double(g.y[e]), double(g.depth[e])};
@@ -588,7 +593,8 @@ void matrix_view(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first
 // ---- backward ----
 
 template <class T>
-void load_gradient_as(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int64 i, int64 j, int64 k, int first, int count) {
+void load_gradient_as(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int64 i, int64 j, int64 k, int first,
+                      int count) {
   if constexpr (sizeof(T) == 8) {
     return load_gradient<double>(a, s, n, i, j, k, first, count);
   } else {
@@ -601,8 +607,8 @@ void load_gradient_as(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int6
 }
 
 template <class T>
-void backward_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int first, int64 i, int64 j, int64 k, int count, T* grad_maps,
-                   double* grad_q, double* grad_weights) {
+void backward_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int first, int64 i, int64 j, int64 k, int count,
+                   T* grad_maps, double* grad_q, double* grad_weights) {
   for (int64 m = 0; m < a.views; ++m) project_tile(a, s, n, m, T(i), T(j), T(k), count);
   sample_tile(a, s, n, first, count, unseen_value<T>(a));
   load_gradient_as(a, s, n, i, j, k, first, count);
@@ -639,8 +645,8 @@ void backward_task(const UnprojectArgs& a, int64 task, void* memory) {
   for (int64 row = rows * slab / a.slabs; row < rows * (slab + 1) / a.slabs; ++row)
     for (int64 k = 0; k < a.shape[2]; k += s.tile) {
       const int64 left = a.shape[2] - k;
-      backward_tile(a, s, n, first, row / a.shape[1], row % a.shape[1], k, int(left < s.tile ? left : s.tile), grad_maps,
-                    grad_q, grad_weights);
+      backward_tile(a, s, n, first, row / a.shape[1], row % a.shape[1], k, int(left < s.tile ? left : s.tile),
+                    grad_maps, grad_q, grad_weights);
     }
 }
 

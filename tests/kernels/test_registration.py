@@ -40,7 +40,7 @@ def test_second_derivative_is_refused(op: str) -> None:
 
 
 def test_missing_operators_are_named_before_anything_is_registered() -> None:
-    with pytest.raises(RuntimeError, match="operators unproject, unproject_backward, .* are missing"):
+    with pytest.raises(RuntimeError, match=r"operators unproject, unproject_backward, .* are missing"):
         registration.attach("bkind3d_absent")
 
 

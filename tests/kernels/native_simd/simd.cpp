@@ -27,29 +27,25 @@ void copy_first(const S* x, S* y, int count) {
 
 #define EXPORT __attribute__((visibility("default")))
 
-#define FOR_TYPE(T)                                                               \
-  EXPORT int lanes_##T() { return lanes<T>; }                                     \
-  EXPORT void exp_##T(const T* x, T* y, long n) {                                 \
-    map(x, y, n, [](vec<T> v) { return exp_of(v); });                             \
-  }                                                                               \
-  EXPORT void floor_##T(const T* x, T* y, long n) {                               \
-    map(x, y, n, [](vec<T> v) { return floor_of(v); });                           \
-  }                                                                               \
-  EXPORT void min_##T(const T* a, const T* b, T* y) {                             \
-    store(y, min_of(load(a), load(b)));                                           \
-  }                                                                               \
-  EXPORT void max_##T(const T* a, const T* b, T* y) {                             \
-    store(y, max_of(load(a), load(b)));                                           \
-  }                                                                               \
-  EXPORT void copy_first_##T(const T* x, T* y, int n) { copy_first<T>(x, y, n); } \
-  EXPORT int first_lane_##T(const T* x) { return first_lane(load(x) > T(0)); }    \
-  EXPORT void reduce_##T(const T* x, T* y) {                                      \
-    y[0] = sum_of(load(x));                                                       \
-    y[1] = maximum_of(load(x));                                                   \
-  }                                                                               \
-  EXPORT void special_##T(T x, T* y) {                                            \
-    store(y, iota<T>());                                                          \
-    store(y + lanes<T>, broadcast(x));                                            \
+#define FOR_TYPE(T)                                                                         \
+  EXPORT int lanes_##T() { return lanes<T>; }                                               \
+  EXPORT void exp_##T(const T* x, T* y, long n) {                                           \
+    map(x, y, n, [](vec<T> v) { return exp_of(v); });                                       \
+  }                                                                                         \
+  EXPORT void floor_##T(const T* x, T* y, long n) {                                         \
+    map(x, y, n, [](vec<T> v) { return floor_of(v); });                                     \
+  }                                                                                         \
+  EXPORT void min_##T(const T* a, const T* b, T* y) { store(y, min_of(load(a), load(b))); } \
+  EXPORT void max_##T(const T* a, const T* b, T* y) { store(y, max_of(load(a), load(b))); } \
+  EXPORT void copy_first_##T(const T* x, T* y, int n) { copy_first<T>(x, y, n); }           \
+  EXPORT int first_lane_##T(const T* x) { return first_lane(load(x) > T(0)); }              \
+  EXPORT void reduce_##T(const T* x, T* y) {                                                \
+    y[0] = sum_of(load(x));                                                                 \
+    y[1] = maximum_of(load(x));                                                             \
+  }                                                                                         \
+  EXPORT void special_##T(T x, T* y) {                                                      \
+    store(y, iota<T>());                                                                    \
+    store(y + lanes<T>, broadcast(x));                                                      \
   }
 
 extern "C" {
