@@ -11,8 +11,8 @@
 // 16 for the exponential and its sums); at (M, C) = (4, 32) that is 128 bytes and 2,560 FMA a voxel, so arithmetic
 // bounds it on fewer than about 20 FMA a byte. Backward reads 4VC bytes, recomputes the same, and adds 4 taps * (load,
 // FMA, store) a view. Saved for backward: nothing but the inputs.
-#include "../common/unproject.h"
 #include "simd.h"
+#include "../common/unproject.h"
 #include "unproject.h"
 
 namespace bkind3d {

@@ -217,10 +217,10 @@ def test_no_pixel_is_outside_the_bounds(native: ModuleType, dtype: type, seed: i
     rng = np.random.default_rng(seed)
     slack = (native.float32 if dtype is np.float32 else native.float64)["score_slack"]
     for _ in range(8):
-        side = int(rng.choice([1, 2, 8, 16, 32]))
+        width, height = (int(n) for n in rng.choice([1, 2, 8, 16, 32], 2))
         map_size = int(rng.choice([8, 33, 256, 4096]))
         x0, y0 = (rng.integers(0, map_size, 2) - (map_size - 1) / 2).astype(np.float64)
-        xs, ys = x0 + np.arange(side), y0 + np.arange(side)
+        xs, ys = x0 + np.arange(width), y0 + np.arange(height)
         reach = rng.choice([1.0, 1e2, 1e4, 1e6])
         ends = rng.normal(size=4) * reach
         if rng.random() < 0.5:  # through a pixel of the tile, along the axes, or as a point
@@ -240,7 +240,7 @@ def test_no_pixel_is_outside_the_bounds(native: ModuleType, dtype: type, seed: i
         assert (scores[relevant] <= float(upper) + slack / 2).all()
         if float(lower) >= (-90 if dtype is np.float32 else -710):
             assert (scores >= float(lower) - slack / 2).all()
-        if side == 1:
+        if width == height == 1:
             assert float(upper) - float(lower) <= 64 * slack * (1 + abs(scores[0]) * (1 + abs(x0) + abs(y0)) / sigma)
 
 
