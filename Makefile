@@ -81,4 +81,4 @@ check-oldest-torch: $(STAMP)
 	cat $(OLDEST)/log
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LIBRARY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
