@@ -10,6 +10,10 @@
 // An exponential is 10 operations on vectors and the sums 4 (with the covariance 5), 16 to 18 with loads and the
 // maximum: one core with vectors of 16 takes 0.33 ns a voxel, above its memory, and two are near it. The tiles of
 // channels-last logits cost 0.5 ns a voxel more. Saved for backward: the logits (an input) and the outputs.
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #include "simd.h"
 #include "soft_argmax3d.h"
 
@@ -274,7 +278,7 @@ BKIND3D_FN void copy_past_caches(char* target, const char* source, int64 bytes) 
 #elif defined(__AVX2__)
     _mm256_stream_ps((float*)(target + i), (__m256)v);
 #else
-    __builtin_ia32_movntps((float*)(target + i), v);
+    _mm_stream_ps((float*)(target + i), (__m128)v);
 #endif
   }
   __builtin_memcpy(target + i, source + i, bytes - i);
