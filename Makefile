@@ -2,6 +2,8 @@
 # With a GPU, name your own build of torch:  make demo TORCH=torch
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# A build of torch with CUDA brings its own Triton; beside the CPU build the tests interpret and compile with this one.
+TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.6.0)
 SUBJECT ?= animal
 SEED ?= 0
 # The human clip where it is on disk already; it is downloaded otherwise.
@@ -11,7 +13,7 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin
 # Named after the build of torch, so that another TORCH= installs again.
-STAMP := $(VENV)/installed-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/installed-$(shell echo "$(TORCH) $(TRITON)" | cksum | cut -d' ' -f1)
 # Built again when a source has changed; without a C++ compiler there is none, and every rule works without it.
 LIBRARY := bkind3d_kernels/_cpu.so
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
@@ -38,7 +40,7 @@ $(STAMP): pyproject.toml setup.py
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip "setuptools>=77" wheel ninja
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[train,dev]"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $(TRITON) -e ".[train,dev]"
 	touch $@
 
 $(LIBRARY): $(NATIVE) | $(STAMP)

@@ -5,7 +5,8 @@ A backend of an operation is one module, ``bkind3d_kernels.<folder>.<stem>``, wi
 - ``unavailable(device, dtype)`` returns None when the backend can run on that device type and dtype, else the reason;
 - ``run(...)`` computes the operation; its signature is that of ``reference/<stem>.py``.
 
-Modules are found by their place when the package is imported: a backend is added by adding files.
+Modules are found by their place when the package is imported: a backend is added by adding files. A folder whose
+modules need something that is not installed says so in ``MISSING``, and none of them is imported.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Backend(NamedTuple):
 # In the order in which "auto" tries them: fastest first.
 BACKENDS = {
     "cuda": Backend("cuda_ops", "CUDA kernels for CUDA tensors"),
-    "triton": Backend("triton_ops", "Triton kernels for CUDA tensors"),
     "cpp": Backend("cpp_ops", "C++ kernels for CPU tensors"),
+    "triton": Backend("triton_ops", "Triton kernels for CUDA tensors"),  # interpreted on CPU tensors, in tests
     "reference": Backend("reference", "plain PyTorch, any device"),
 }
 
@@ -51,14 +52,15 @@ class Availability(NamedTuple):
     reason: str
 
 
-def _find(op: str, backend: str) -> ModuleType | None:
+def _find(op: str, backend: str) -> ModuleType | str:
     package = f"{__package__}.{BACKENDS[backend].folder}"
     if importlib.util.find_spec(package) is None or importlib.util.find_spec(f"{package}.{op}") is None:
-        return None
-    return importlib.import_module(f"{package}.{op}")
+        return f"not built in this version: no {BACKENDS[backend].description}"
+    missing = getattr(importlib.import_module(package), "MISSING", None)
+    return missing or importlib.import_module(f"{package}.{op}")
 
 
-_MODULES: dict[tuple[str, str], ModuleType | None] = {}
+_MODULES: dict[tuple[str, str], ModuleType | str] = {}  # or why there is none
 
 
 def load() -> None:
@@ -71,9 +73,7 @@ def load() -> None:
 def _reason(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot run ``op``, or None when it can."""
     module = _MODULES[op, backend]
-    if module is None:
-        return f"not built in this version: no {BACKENDS[backend].description}"
-    return module.unavailable(device, dtype)
+    return module if isinstance(module, str) else module.unavailable(device, dtype)
 
 
 def _check_op(op: str) -> None:
@@ -151,5 +151,5 @@ def explain(op: str, *, device: torch.device | str = "cpu", dtype: torch.dtype =
 def implementation(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
     """The function that computes ``op``, after :func:`resolve`."""
     module = _MODULES[op, resolve(op, backend, device=device, dtype=dtype)]
-    assert module is not None  # resolve() has said so
+    assert not isinstance(module, str)  # resolve() has said so
     return module.run

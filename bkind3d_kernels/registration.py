@@ -1,7 +1,7 @@
 """What every family of kernels gets around it, in one place: fake kernels, autograd, and no silent second derivative.
 
-A family is a namespace of operators with the schemas of ``csrc/schema.cpp``: ``bkind3d`` (C++ on CPU tensors, CUDA on
-CUDA tensors). :func:`attach` gives each of its operators
+A family is a namespace of operators with one set of schemas: ``bkind3d`` (C++ on CPU tensors, CUDA on CUDA tensors) and
+``bkind3d_triton``. :func:`attach` gives each of its operators
 
 - a fake kernel: shapes, dtypes and strides, for torch.compile and torch.export;
 - autograd, through the ``*_backward`` operator;
@@ -10,6 +10,7 @@ CUDA tensors). :func:`attach` gives each of its operators
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,16 +20,52 @@ from torch.autograd import forward_ad
 INT16_EDGES = 2**15  # up to here the winner's index is int16
 
 
-def attach(namespace: str) -> None:
-    """Register fake kernels and autograd for the operators of ``namespace``. Once for each namespace.
+# As in csrc/schema.cpp, for the families that are not defined there.
+SCHEMAS = {
+    "unproject": (
+        "(Tensor features, Tensor q, Tensor? view_mask, Tensor? view_weights, int[] shape, str aggregation, str unseen)"
+        " -> (Tensor volume, Tensor counts)"
+    ),
+    "unproject_backward": (
+        "(Tensor grad_volume, Tensor features, Tensor q, Tensor? view_mask, Tensor? view_weights, int[] shape, "
+        "str aggregation, str unseen, bool needs_features, bool needs_q, bool needs_weights, bool deterministic)"
+        " -> (Tensor grad_features, Tensor grad_q, Tensor grad_weights)"
+    ),
+    "soft_argmax3d": (
+        "(Tensor logits, float temperature, bool covariance) -> (Tensor mean, Tensor peak, Tensor covariance, "
+        "Tensor maximum, Tensor total, Tensor argmax)"
+    ),
+    "soft_argmax3d_backward": (
+        "(Tensor grad_mean, Tensor grad_peak, Tensor? grad_covariance, Tensor logits, float temperature, Tensor mean, "
+        "Tensor covariance, Tensor maximum, Tensor total, Tensor argmax) -> Tensor"
+    ),
+    "rasterize_edges": (
+        "(Tensor keypoints, Tensor weights, Tensor edges, int[] sizes, float[] sigmas) -> (Tensor[] maps, "
+        "Tensor winners)"
+    ),
+    "rasterize_edges_backward": (
+        "(Tensor[] grad_maps, Tensor keypoints, Tensor weights, Tensor edges, Tensor winners, int[] sizes, "
+        "float[] sigmas, bool deterministic) -> (Tensor grad_keypoints, Tensor grad_weights)"
+    ),
+}
+
+
+def attach(namespace: str, ops: Collection[str] | None = None) -> None:
+    """Register fake kernels and autograd for the operators of ``namespace``. Once for each operation.
+
+    Args:
+        namespace: of the operators.
+        ops: the operations that it has; all by default.
 
     Raises:
         RuntimeError: an operator is missing; nothing has then been registered.
     """
-    missing = [name for op in _OPERATORS for name in (op, f"{op}_backward") if not _exists(namespace, name)]
+    ops = _OPERATORS if ops is None else ops
+    missing = [name for op in ops for name in (op, f"{op}_backward") if not _exists(namespace, name)]
     if missing:
         raise RuntimeError(f"operators {', '.join(missing)} are missing")
-    for op, (fake, fake_backward, setup_context, backward) in _OPERATORS.items():
+    for op in ops:
+        fake, fake_backward, setup_context, backward = _OPERATORS[op]
         name = f"{namespace}::{op}"
         torch.library.register_fake(name, fake)
         torch.library.register_fake(f"{name}_backward", fake_backward)

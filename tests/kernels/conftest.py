@@ -4,19 +4,27 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bkind3d_kernels import backends, library
+from bkind3d_kernels import backends, library, triton_ops
 
-# Tests of the C++ kernels are skipped where there is no compiler; in CI there is one.
+# Tests of the C++ kernels are skipped where there is no compiler, those of the Triton kernels where there is no Triton;
+# in CI there are both.
 if os.environ.get("CI") == "true":
     assert library.reason("_cpu") is None, library.reason("_cpu")
+    assert triton_ops.MISSING is None, triton_ops.MISSING
 
-RUNNABLE = [line.backend for line in backends.explain("unproject", device="cpu") if line.available]
+
+def runnable(op: str) -> list[str]:
+    """The backends of an operation that run on the CPU here, Triton's interpreter among them."""
+    return [line.backend for line in backends.explain(op, device="cpu") if line.available]
 
 
-@pytest.fixture(params=RUNNABLE)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that runs on the CPU here."""
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The argument ``backend`` is each that runs the operation of the test's file, or all of the operations."""
+    if "backend" in metafunc.fixturenames:
+        stem = metafunc.module.__name__.removeprefix("test_")
+        ops = [stem] if stem in backends.OPERATIONS else backends.OPERATIONS
+        found = [name for name in backends.BACKENDS if all(name in runnable(op) for op in ops)]
+        metafunc.parametrize("backend", found)
 
 
 @pytest.fixture

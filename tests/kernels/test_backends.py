@@ -20,7 +20,7 @@ def _no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_and_order() -> None:
-    assert list(backends.BACKENDS) == ["cuda", "triton", "cpp", "reference"]
+    assert list(backends.BACKENDS) == ["cuda", "cpp", "triton", "reference"]
     for op in backends.OPERATIONS:
         assert [line.backend for line in backends.explain(op)] == list(backends.BACKENDS)
 
@@ -66,7 +66,7 @@ def test_variable_is_read_at_call_time_and_argument_wins(
 
 def test_variable_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BKIND3D_BACKEND", "referense")
-    with pytest.raises(ValueError, match="BKIND3D_BACKEND 'referense': expected one of auto, cuda, triton, cpp, refer"):
+    with pytest.raises(ValueError, match="BKIND3D_BACKEND 'referense': expected one of auto, cuda, cpp, triton, refer"):
         soft_argmax3d(LOGITS, GRID)
     monkeypatch.setenv("BKIND3D_BACKEND", "cuda")
     with pytest.raises(BackendUnavailable, match="BKIND3D_BACKEND 'cuda' cannot run soft_argmax3d: "):

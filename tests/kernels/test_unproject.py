@@ -413,7 +413,7 @@ NAN = torch.full_like(PROJECTIONS, torch.nan)
             {"aggregation": "weighted", "view_weights": torch.ones(2, 3, dtype=torch.int64)},
             r"view_weights \(2, 3\): expected .* floating, got torch.int64",
         ),
-        ({"backend": "cupy"}, "backend 'cupy': expected one of auto, cuda, triton, cpp, reference"),
+        ({"backend": "cupy"}, "backend 'cupy': expected one of auto, cuda, cpp, triton, reference"),
     ],
 )
 def test_bad_input_is_named(changes: dict, message: str) -> None:
