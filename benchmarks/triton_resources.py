@@ -59,7 +59,7 @@ class Row:
 
 
 def fit(arch: int, warps: int, registers: int, shared: int) -> int:
-    """Programs that a multiprocessor holds at once: registers come 256 at a time to a warp, 1 KiB of shared is taken."""
+    """Programs that a multiprocessor holds at once: registers come 256 at a time to a warp, shared has 1 KiB more."""
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // per_warp // warps
     return min(by_registers, SHARED[arch] // (shared + 1024), WARPS // warps, PROGRAMS)
