@@ -189,7 +189,7 @@ class Fur:
         turned = np.einsum("vi,vij->vj", local, frames[CAPSULES.frames].astype(np.float32)[capsule])
         cell = (turned * 260.0 + 7.0 * capsule[:, None]).astype(np.int64) % 48
         color = color * (0.8 + 0.4 * self.noise[cell[:, 0], cell[:, 1], cell[:, 2]])[:, None]
-        sun = np.clip((hits.normal * _SUN.astype(np.float32)).sum(-1), 0, None)
+        sun = np.clip(hits.normal @ _SUN.astype(np.float32), 0, None)
         sky = 0.5 + 0.5 * hits.normal[:, 2]
         rim = (1.0 + np.einsum("vi,vi->v", hits.normal, hits.ray)) ** 3
         light = 0.30 + 0.30 * sky + 0.62 * sun

@@ -61,7 +61,7 @@ def simulate_rig(
     """Film a simulated animal with a calibrated rig: H.264 videos, calibration, project file and the exact truth.
 
     Two recordings are made, `train` and `test`, of one animal in one room but with different motions. The same
-    arguments give the same truth and, up to rounding, the same pictures, whatever the number of workers.
+    arguments give the same pictures and the same truth, whatever the number of workers.
 
     Args:
         directory: made anew; it appears only when complete.
@@ -176,8 +176,7 @@ def make_view(camera: Cameras) -> View:
     straight = camera.undistort_points(pixels[None])[0] if camera.distortion.any() else pixels
     homogeneous = torch.cat([straight, torch.ones_like(straight[..., :1])], dim=-1)
     inverse = torch.linalg.inv(camera.intrinsics[0] @ camera.rotation[0])
-    # Products and a sum: a matrix product's last digit depends on threads and alignment, and shows in the pictures.
-    rays = torch.nn.functional.normalize((homogeneous.unsqueeze(-2) * inverse).sum(-1), dim=-1)
+    rays = torch.nn.functional.normalize(homogeneous @ inverse.T, dim=-1)
     focal = float(camera.intrinsics[0, [0, 1], [0, 1]].max())
     return View(camera.centers[0].float().numpy(), rays.float().permute(2, 0, 1).contiguous().numpy(), focal)
 
@@ -197,11 +196,12 @@ def _film(shot: _Shot, report: Callable[[int], None]) -> None:
     film = make_film(shot.cameras, shot.animation, shot.room_seed, shot.sensor_seed)
     width, height = shot.cameras.image_size[0].tolist()
     with av.open(str(shot.path), "w") as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(shot.fps), options={"crf": str(shot.crf), "preset": "veryfast"}
-        )
+        # The encoder's decisions must depend on the pictures alone, not on the machine, nor on what memory happens to
+        # hold: with AVX-512, x264's macroblock tree reads past rows whose width is no multiple of 128 pixels.
+        options = {"crf": str(shot.crf), "preset": "veryfast", "x264-params": "cpu-independent=1"}
+        stream = container.add_stream("libx264", rate=Fraction(shot.fps), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.thread_count = 1  # the encoder's decisions must not depend on the machine
+        stream.codec_context.thread_count = 1
         for i in range(len(film)):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(film.picture(i), format="rgb24")))
             if (i + 1) % _REPORT_EVERY == 0 or i + 1 == len(film):
@@ -215,7 +215,7 @@ _counter: Synchronized[int]
 def _start_worker(counter: Synchronized[int]) -> None:
     global _counter
     _counter = counter
-    torch.set_num_threads(1)  # there is one process per core already, and the order of sums is then always the same
+    torch.set_num_threads(1)  # there is one process per core already
 
 
 def _film_and_count(shot: _Shot) -> None:
@@ -231,20 +231,15 @@ def _usable_cores() -> int:
 
 
 def _film_all(shots: list[_Shot], workers: int | None, progress: bool) -> None:
-    """Make every video, several at a time; which process makes which has no influence on the result but rounding."""
+    """Make every video, several at a time; which process makes which has no influence on the result."""
     total = sum(len(shot.animation.points) for shot in shots)
     if workers is None:
         workers = 1 if total < _FEW_PICTURES else _usable_cores()
     workers = min(workers, len(shots))
     with tqdm(total=total, desc="rendering", unit="picture", disable=None if progress else True) as bar:
         if workers == 1:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # as in the workers: the order of sums would show in the pictures
-            try:
-                for shot in shots:
-                    _film(shot, lambda pictures: bar.update(pictures) and None)
-            finally:
-                torch.set_num_threads(threads)
+            for shot in shots:
+                _film(shot, lambda pictures: bar.update(pictures) and None)
             return
         # Spawned, not forked: the caller's process may run torch's threads.
         context = multiprocessing.get_context("spawn")
