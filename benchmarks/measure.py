@@ -170,6 +170,13 @@ class CudaMemory:
         return torch.cuda.max_memory_allocated() - self.base
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that there was no memory, on the CPU or on a GPU."""
+    text = str(error)
+    lack = "allocate memory" in text or "bad_alloc" in text
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or lack
+
+
 @dataclass
 class Probe:
     """What one unhurried call of each mode takes: peak bytes above the inputs, seconds, seconds of compilation."""
@@ -210,12 +217,12 @@ class Contestant:
             _set_malloc_thresholds(2**16)  # what is freed goes back at once, and is not counted as used
             compilation = self._first_calls() if self.competitor == "compile" else self._warm_up()
             memory = CpuMemory()
-            _limit_address_space(limit)
+            limit_address_space(limit)
         try:
             return self._probe(memory, compilation)
         finally:
             if self.case.device == "cpu":
-                _limit_address_space(None)
+                limit_address_space(None)
                 _set_malloc_thresholds(2**25)  # where glibc's own adaptation ends when large blocks are freed
 
     def _probe(self, memory: CpuMemory | CudaMemory, compilation: dict[str, float]) -> Probe:
@@ -312,7 +319,7 @@ def _set_malloc_thresholds(size: int) -> None:
         mallopt(m_trim_threshold, 2 * size)
 
 
-def _limit_address_space(more: int | None) -> None:
+def limit_address_space(more: int | None) -> None:
     """Let this process take so many more bytes, or as many as it likes."""
     limit = resource.RLIM_INFINITY
     if more is not None:
