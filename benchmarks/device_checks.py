@@ -42,7 +42,7 @@ from bkind3d_kernels.backends import BACKENDS, OPERATIONS
 
 from . import numerics, parts
 from .measure import Skipped, largest_error
-from .problems import Case, Problem, cotangents, operation
+from .problems import Case, Problem, Workload, cotangents, operation
 
 COLUMNS = ("device", "op", "backend", "check", "status", "reason", "seconds")
 REPEATS = 8  # of a larger problem, so that a race has a chance to show
@@ -51,6 +51,7 @@ CLOSE_LOW = 2e-2  # bfloat16 and float16: a few roundings
 SLEEP_CYCLES = 20_000_000  # about 10 ms of a GPU's clock
 FEW = 3  # a huge problem is that many parts, repeated
 PARTS_SEEN = 24  # of a huge problem
+HUGE_ELEMENTS = 2**31
 
 
 class Wrong(Exception):
@@ -322,12 +323,17 @@ def second_device(subject: Subject) -> None:
 
 def huge(subject: Subject) -> None:
     subject.need_cuda()
-    if not operation(subject.op).HUGE:
-        raise Skipped("no huge workload is defined")
+    workloads = getattr(operation(subject.op), "HUGE", ())
+    if not workloads:
+        raise Skipped(f"benchmarks/{subject.op}.py names no huge workload")
     with _alone():
-        for workload, dtype, parameter in operation(subject.op).HUGE:
+        for workload, dtype, parameter in workloads:
+            # The problem, its gradients, copies in another layout.
+            needed, free = 6 * HUGE_ELEMENTS * dtype.itemsize, torch.cuda.mem_get_info()[0]
+            if free < needed:
+                raise Skipped(f"{workload.name}: about {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free")
             try:
-                _huge(subject, workload, dtype, parameter)
+                repeated(subject, workload, dtype, parameter)
             except torch.OutOfMemoryError:
                 raise Skipped(f"{workload.name}: out of GPU memory") from None
             finally:
@@ -335,12 +341,9 @@ def huge(subject: Subject) -> None:
                 torch.cuda.empty_cache()
 
 
-def _huge(subject: Subject, workload: Any, dtype: torch.dtype, parameter: str) -> None:
+def repeated(subject: Subject, workload: Workload, dtype: torch.dtype, parameter: str) -> None:
     """A few independent parts repeated many times: each part of the result must be that of the part alone."""
     dims, out = _independent(subject.op, parameter)
-    needed, free = 6 * 2**31 * dtype.itemsize, torch.cuda.mem_get_info()[0]
-    if free < needed:
-        raise Skipped(f"{workload.name}: about {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free")
     count = workload.parameters[parameter]
     index = torch.arange(count, device=subject.device) % FEW
     small = replace(workload, parameters=workload.parameters | {parameter: FEW})
@@ -352,7 +355,7 @@ def _huge(subject: Subject, workload: Any, dtype: torch.dtype, parameter: str) -
     many = trial(replace(case, workload=workload), subject.backend, _select(few, dims, index))
     many.cotangents = [c.index_select(out, index) for c in reference.cotangents]
     found = many.run()
-    if max(value.numel() for value in found.values()) <= 2**31:
+    if max(value.numel() for value in found.values()) <= HUGE_ELEMENTS:
         raise Wrong(f"{workload.name} has too few elements to show anything")
     axes = {name: out for name in found if name.startswith("output")}
     axes |= {f"gradient of {name}": dims[name] for name in few.differentiable if name in dims}
@@ -371,7 +374,7 @@ def _alone() -> Iterator[None]:
 
 
 def _independent(op: str, parameter: str) -> tuple[dict[str, int], int]:
-    slices = operation(op).SLICES
+    slices = getattr(operation(op), "SLICES", {})
     if parameter not in slices:
         raise Skipped(f"benchmarks/{op}.py names no slices along {parameter}")
     return slices[parameter]

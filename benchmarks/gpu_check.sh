@@ -2,7 +2,7 @@
 # Numbers, behaviour and times on a machine with a GPU, in one command, under 8 minutes and without a network.
 #
 #   benchmarks/gpu_check.sh [FOLDER]       default benchmarks/results/<date>-<device>
-#   WHEEL=dist/bkind3d-*.whl benchmarks/gpu_check.sh FOLDER
+#   WHEEL='dist/bkind3d-*.whl' benchmarks/gpu_check.sh FOLDER
 #
 # FOLDER then holds info.txt (date, GPU, commit, versions), numerics.csv, checks.csv, largest_volume.csv, times/ (see
 # docs/benchmarks.md), a log of each stage, stages.csv and report.txt. A stage that fails or takes too long does not keep
@@ -10,7 +10,7 @@
 #   WHEEL      a wheel of bkind3d to be tested, installed into FOLDER/venv; by default this tree is
 #   DEVICE     cuda (default), or cpu to try the script itself on tiny sizes
 #   PYTHON     python3 (default): an interpreter with torch, and triton where its kernels are wanted
-#   DEADLINE   seconds for everything, 470 by default
+#   DEADLINE   seconds for everything, 470 by default; BUDGET those for the times, 180
 #   SANITIZERS tools of compute-sanitizer, "memcheck racecheck synccheck" by default; initcheck is another
 #   COMMIT     of this tree, where there is no git to ask
 #   ARGS       further arguments of python -m benchmarks
@@ -24,14 +24,15 @@ read -ra tools <<< "${SANITIZERS:-memcheck racecheck synccheck}"
 read -ra arguments <<< "${ARGS:-}"
 COMMIT=$(git -C "$tree" rev-parse HEAD 2> /dev/null) || COMMIT=${COMMIT:-unknown}
 export COMMIT
-wheel=${WHEEL:+$(realpath "$WHEEL")}
+wheel=${WHEEL:+$(compgen -G "$WHEEL" | head -n 1)}
+[ -n "${WHEEL:-}" ] && { wheel=$(realpath -e "$wheel") || exit 2; }
 [ -e "$out/info.txt" ] && { echo "$out holds results already: choose another folder"; exit 2; }
 mkdir -p "$out/work" || exit 2
 
 # Compiled once for all stages but the times, which measure compilation.
 export TRITON_CACHE_DIR=$out/work/triton TORCHINDUCTOR_CACHE_DIR=$out/work/inductor
 export PYTHONDONTWRITEBYTECODE=1
-unset TRITON_INTERPRET PYTHONPATH
+unset TRITON_INTERPRET
 
 # Seconds that a stage may take at most, on CUDA and on the CPU; the times get what is left.
 cap() { if [ "$device" = cuda ]; then echo "$1"; else echo "$2"; fi; }
@@ -64,24 +65,30 @@ stage() {  # NAME SECONDS COMMAND...: run, show and keep the output; remember a 
     failed+=("$name")
 }
 
-install() {  # the wheel beside the packages of $python, whichever kind of environment that is
+packages() { echo "$out"/venv/lib/python3*/site-packages; }
+install_wheel() {  # the wheel beside the packages of $python, whichever kind of environment that is
     "$python" -m venv --without-pip --system-site-packages "$out/venv" || return
     "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
-        > "$(echo "$out"/venv/lib/python3*/site-packages)/parent.pth" || return
+        > "$(packages)/parent.pth" || return
     "$python" -m pip --python "$out/venv/bin/python" install --quiet --disable-pip-version-check --no-index --no-deps \
-        --ignore-installed "$wheel"
+        --ignore-installed "$wheel" || return
+    PYTHONPATH=$(packages) "$out/venv/bin/python" -c 'import sys, bkind3d_kernels; assert bkind3d_kernels.__file__.startswith(sys.prefix)'
 }
-export -f install
+export -f install_wheel packages
 export out wheel python
 
 # `python -m` puts the working folder first on its path: it holds the benchmarks, and the kernels only if the tree's are
 # meant.
 cd "$out/work" || exit 2
 ln -s "$tree/benchmarks" benchmarks
-if [ -n "$wheel" ]; then
-    stage install 60 bash -c install
+base=$python
+[ -n "$wheel" ] && stage install 60 bash -c install_wheel
+if [ -n "$wheel" ] && [ ${#failed[@]} -eq 0 ]; then
     python=$out/venv/bin/python
+    export PYTHONPATH=$(packages)${PYTHONPATH:+:$PYTHONPATH}  # before a tree that it may name
 else
+    [ -n "$wheel" ] && echo "The wheel cannot be tested: this tree is."
+    wheel=
     ln -s "$tree/bkind3d_kernels" bkind3d_kernels
 fi
 
@@ -102,37 +109,41 @@ cp "$out/info.log" "$out/info.txt"
 
 numerics=$(cap 90 30) checks=$(cap 110 60)
 stage numerics "$numerics" "$python" -m benchmarks.numerics --device "$device" --seconds $((numerics - 10)) \
-    --out "$out/numerics.csv"
+    --out "$out/numerics.csv" $(cap "" "--dtype float32")
 stage checks "$checks" "$python" -m benchmarks.device_checks --device "$device" --seconds $((checks - 10)) \
     --out "$out/checks.csv"
 
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)
-if [ "$device" = cpu ]; then
-    stage sanitizer-cases 30 "$python" -m benchmarks.sanitizer_cases --seconds 2
-elif [ -z "$sanitizer" ]; then
-    note sanitizer "skipped: compute-sanitizer is not there" 0
-else
-    for tool in "${tools[@]}"; do
-        # Without the caching allocator each tensor has an allocation of its own, whose end the tool knows.
-        stage "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 99 \
-            --target-processes application-only "$python" -m benchmarks.sanitizer_cases --device cuda --seconds 25
-    done
-fi
+# The times leave two minutes for what follows, and 25 seconds to start and to draw.
+budget=$(least "${BUDGET:-180}" $(($(left) - 145)))
+[ "$device" = cpu ] && arguments=(--quick --rounds 3 "${arguments[@]}")
+stage times $((budget + 25)) env -u TRITON_CACHE_DIR -u TORCHINDUCTOR_CACHE_DIR "$python" -m benchmarks \
+    --device "$device" --budget-seconds "$budget" --out "$out/times" "${arguments[@]}"
 
-volume=$(cap 45 10)
+volume=$(cap 45 2)
 stage largest-volume $((volume + 15)) "$python" -m benchmarks.largest_volume --device "$device" \
     --seconds "$volume" --out "$out/largest_volume.csv" $(cap "" "--memory-limit-gb 0.1")
 
-unset TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR
-[ "$device" = cpu ] && arguments=(--quick --rounds 3 "${arguments[@]}")
-stage times "$(left)" "$python" -m benchmarks --device "$device" --budget-seconds $(($(left) - 25)) \
-    --out "$out/times" "${arguments[@]}"
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)
+if [ "$device" = cpu ]; then
+    stage sanitizer-cases 30 "$python" -m benchmarks.sanitizer_cases --seconds 1
+elif [ -z "$sanitizer" ]; then
+    note sanitizer "skipped: compute-sanitizer is absent" 0
+else
+    for index in "${!tools[@]}"; do
+        share=$(least 60 $((($(left) - 5) / (${#tools[@]} - index))))
+        # Without the caching allocator each tensor is an allocation of its own, whose end the tool knows. No scene
+        # begins in the last 20 seconds, which are for importing torch and for the scene that runs.
+        stage "${tools[index]}" "$share" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "${tools[index]}" \
+            --error-exitcode 99 --target-processes application-only \
+            "$python" -m benchmarks.sanitizer_cases --device cuda --seconds $((share - 20))
+    done
+fi
 
 cd "$tree" || exit 2
 rm -rf "$out/work" "$out/venv"
 echo
 echo "== results in $out"
-cd "$tree" && "$python" -m benchmarks.gpu_report "$out" | tee "$out/report.txt"
+"$base" -m benchmarks.gpu_report "$out" | tee "$out/report.txt"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"
     exit 1

@@ -56,13 +56,14 @@ def volumes(path: Path) -> list[str]:
 
 
 def times(folder: Path) -> list[str]:
-    """A line for each workload and competitor, sweeps left out."""
-    rows = [row for row in read(folder / "results.csv") if row["sweep"] == "0"]
+    """A line for each workload and competitor; sweeps are left out where there is anything else."""
+    everything = read(folder / "results.csv")
+    rows = [row for row in everything if row["sweep"] == "0"] or everything
     if not rows:
         return []
     copy = json.loads((folder / "machine.json").read_text())["rates"]["copy"]
     lines = [
-        f"copy: {copy / 1e9:.0f} GB/s. Ratios are of a training step's time; floor: bytes at that speed, in % of forward",
+        f"copy: {copy / 1e9:.0f} GB/s; ratios are of the times of both; floor: % of the forward time that a copy takes",
         f"{'operation':<22}{'workload':<28}{'competitor':<11}{'forward':>10}{'both':>10}"
         f"{'× reference':>12}{'× compile':>10}{'floor':>8}",
     ]

@@ -86,13 +86,13 @@ class Search:
         case = Case("unproject", Workload(f"side-{side}", parameters), "channels-last", self.dtype, self.device)
         least = 2 * math.prod((parameters["C"], side, side, side)) * self.dtype.itemsize  # the volume and its gradient
         fits = least <= self.limit and self._fits(case)
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
         if fits:
             self.best = side
         else:
             self.too_large = side
+            gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def _fits(self, case: Case) -> bool:
         if self.device == "cpu":

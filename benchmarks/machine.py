@@ -76,7 +76,7 @@ def describe(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": sys.version.split()[0],
         "packages": {package: _version(package) for package in PACKAGES},
-        "kernels": str(Path(bkind3d_kernels.__file__).parent),
+        "kernels": str(Path(bkind3d_kernels.__file__).resolve().parent),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "dirty": None if changes is None else bool(changes),
     }

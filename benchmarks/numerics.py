@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,10 +143,12 @@ def scenes() -> Iterator[Scene]:
         yield Scene("rasterize_edges", options, given, draw, ("keypoints", "weights"))
 
 
-def rows(device: str, chosen: list[Scene], backends: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """One row for each scene, backend (all that run, or those named), dtype and quantity."""
+def rows(
+    device: str, chosen: list[Scene], dtypes: Sequence[torch.dtype], backends: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """One row for each scene, dtype, backend that can run, and quantity."""
     for scene in chosen:
-        for dtype in FLOATING:
+        for dtype in dtypes:
             if scene.op == "rasterize_edges" and dtype not in TOLERANCES:
                 continue
             exact = scene.evaluate("reference", dtype, "cpu", exact=True)
@@ -154,7 +156,7 @@ def rows(device: str, chosen: list[Scene], backends: list[str] | None = None) ->
             for line in explain(scene.op, device=device, dtype=dtype):
                 identity = {"device": device, "op": scene.op, "options": scene.options, "backend": line.backend}
                 identity["dtype"] = str(dtype).removeprefix("torch.")
-                if not line.available or (backends and line.backend not in backends):
+                if not line.available or line.backend not in backends:
                     continue
                 try:
                     found = scene.evaluate(line.backend, dtype, device)
@@ -192,7 +194,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def _parts(chosen: list[Scene], options: argparse.Namespace) -> list[parts.Part]:
     """A process for each scene."""
-    common = ("--jobs", "1", "--device", options.device, *(("--backend", *options.backend) if options.backend else ()))
+    common = ("--jobs", "1", "--device", options.device, "--backend", *options.backend, "--dtype", *options.dtype)
     anything = {"device": options.device, "backend": "any", "dtype": "any", "quantity": "all"}
     return [
         parts.Part((*common, "--scene", str(number)), anything | {"op": scene.op, "options": scene.options})
@@ -207,7 +209,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="CSV file for the rows")
-    parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="default: all that run")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="default: all")
+    names = [str(dtype).removeprefix("torch.") for dtype in FLOATING]
+    parser.add_argument("--dtype", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--scene", type=int, help="one scene alone, by its position")
     parser.add_argument("--jobs", type=int, help="processes at once; default 1 on the CPU, on CUDA half of the cores")
     parser.add_argument("--seconds", type=float, default=120, help="limit for processes of their own; default 120")
@@ -217,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     chosen = list(scenes()) if options.scene is None else [list(scenes())[options.scene]]
     jobs = options.jobs or parts.default_jobs(options.device)
-    source = rows(options.device, chosen, options.backend)
+    source = rows(options.device, chosen, [getattr(torch, name) for name in options.dtype], options.backend)
     if jobs > 1:
         source = parts.rows(f"{__package__}.numerics", _parts(chosen, options), jobs, options.seconds)
     found = parts.collect(source, options.out, COLUMNS)

@@ -6,9 +6,9 @@ An operation is one module of this package, named like the operation, with
 - ``BASE``: parameters of the workload around which the sweeps vary one parameter at a time;
 - ``SMALLEST``: the workload that warms up a fresh process;
 - ``DTYPES``: those it takes;
-- ``SLICES``: for each parameter along which parts of the problem do not depend on each other, the inputs' dimensions of
-  that size, by name, and that of the outputs;
-- ``HUGE``: (workload, dtype, parameter of ``SLICES``) with more than 2³¹ elements, for ``device_checks``;
+- ``SLICES``, for ``device_checks``: for each parameter along which parts of the problem do not depend on each other,
+  the inputs' dimensions of that size, by name, and that of the outputs;
+- ``HUGE``, likewise: (workload, dtype, parameter of ``SLICES``) with more than 2³¹ elements;
 - ``VARIANTS``: names of input variants, the default first;
 - ``make(workload, variant, dtype, device)``: a :class:`Problem`;
 - ``apply(inputs, workload, backend)``: the operation of the library, a list of output tensors;

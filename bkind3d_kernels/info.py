@@ -18,7 +18,7 @@ def report() -> str:
     names = [f"{torch.cuda.get_device_name(i)} (cuda:{i})" for i in range(torch.cuda.device_count())]
     variable = backends.ENVIRONMENT_VARIABLE
     lines = [
-        f"bkind3d  {_version()}, {Path(__file__).parent}",
+        f"bkind3d  {_version()}, {Path(__file__).resolve().parent}",
         f"python   {platform.python_version()} on {platform.platform()}",
         f"torch    {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} CPU threads",
         f"devices  {', '.join(['cpu', *names])}",
