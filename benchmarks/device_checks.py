@@ -45,7 +45,7 @@ from .measure import Skipped, largest_error
 from .problems import Case, Problem, Workload, cotangents, operation
 
 COLUMNS = ("device", "op", "backend", "check", "status", "reason", "seconds")
-REPEATS = 8  # of a larger problem, so that a race has a chance to show
+REPEATS = 6  # so that a race has a chance to show
 CLOSE = 1e-4  # float32: sums in another order, in units of the largest magnitude
 CLOSE_LOW = 2e-2  # bfloat16 and float16: a few roundings
 SLEEP_CYCLES = 20_000_000  # about 10 ms of a GPU's clock
@@ -130,6 +130,11 @@ class Subject:
         yield from self.scenes()
         yield from self.workloads()
 
+    def mixed(self) -> Iterator[Trial]:
+        """Every option in float32, every variant in bfloat16 where the operation takes it."""
+        yield from self.scenes()
+        yield from self.workloads(*self.dtypes(torch.bfloat16))
+
     def need_cuda(self) -> None:
         if not self.cuda:
             raise Skipped("needs a GPU")
@@ -181,27 +186,24 @@ def sizes(subject: Subject) -> None:
 
 def determinism(subject: Subject) -> None:
     with deterministic():
-        for dtype in subject.dtypes(torch.float32, torch.bfloat16):
-            for trials, repeats in ((subject.scenes(dtype), 2), (subject.workloads(dtype), REPEATS)):
-                for each in trials:
-                    first = each.run()
-                    for _ in range(repeats - 1):
-                        each.compare(each.run(), first, exact=True)
+        for each in (*subject.mixed(), *subject.workloads()):
+            first = each.run()
+            for _ in range(REPEATS - 1):
+                each.compare(each.run(), first, exact=True)
 
 
 def poison(subject: Subject) -> None:
-    for dtype in subject.dtypes(torch.float32, torch.bfloat16):
-        for each in (*subject.scenes(dtype), *subject.workloads(dtype)):
-            expected = each.run()
-            with deterministic():
-                filled = each.run()
-            if subject.cuda:
-                _leave_nan_behind()
-            for found in (filled, each.run()):
-                for name, value in found.items():
-                    if not value.isfinite().all():
-                        raise Wrong(f"{each.name}: {name} holds memory that was not written")
-                each.compare(found, expected)
+    for each in subject.mixed():
+        expected = each.run()
+        with deterministic():
+            filled = each.run()
+        if subject.cuda:
+            _leave_nan_behind()
+        for found in (filled, each.run()):
+            for name, value in found.items():
+                if not value.isfinite().all():
+                    raise Wrong(f"{each.name}: {name} holds memory that was not written")
+            each.compare(found, expected)
 
 
 def _leave_nan_behind() -> None:
@@ -249,15 +251,14 @@ def empty_batch(subject: Subject) -> None:
 
 def autocast(subject: Subject) -> None:
     eye = torch.eye(8, device=subject.device)
-    for dtype in subject.dtypes(torch.float32, torch.bfloat16):
-        for each in subject.scenes(dtype):
-            with deterministic():
-                expected = each.run()
-                with torch.autocast(torch.device(subject.device).type, dtype=torch.bfloat16):
-                    if (eye @ eye).dtype != torch.bfloat16:
-                        raise Wrong("autocast was not on")
-                    found = each.run()
-            each.compare(found, expected, exact=True)
+    for each in subject.mixed():
+        with deterministic():
+            expected = each.run()
+            with torch.autocast(torch.device(subject.device).type, dtype=torch.bfloat16):
+                if (eye @ eye).dtype != torch.bfloat16:
+                    raise Wrong("autocast was not on")
+                found = each.run()
+        each.compare(found, expected, exact=True)
 
 
 def compiled(subject: Subject) -> None:
@@ -391,10 +392,10 @@ def _select(problem: Problem, dims: dict[str, int], index: Tensor) -> Problem:
 
 CHECKS: dict[str, Callable[[Subject], None]] = {
     "sizes": sizes,
-    "determinism": determinism,
-    "poison": poison,
     "strides": strides,
     "empty batch": empty_batch,
+    "determinism": determinism,
+    "poison": poison,
     "autocast": autocast,
     "CUDA graph": cuda_graph,
     "second stream": second_stream,
@@ -402,6 +403,12 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "compile": compiled,
     "huge": huge,
 }
+# A process does one of these groups for one operation and backend; compilation takes about as long in each.
+GROUPS = (
+    ("sizes", "strides", "empty batch"),
+    ("determinism", "poison", "autocast"),
+    ("CUDA graph", "second stream", "second device", "compile", "huge"),
+)
 
 
 def subjects(device: str, ops: list[str], backends: list[str] | None) -> list[Subject]:
@@ -473,7 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="default: all that run but the reference")
     parser.add_argument("--check", nargs="+", choices=CHECKS, default=list(CHECKS), help="default: all")
-    parser.add_argument("--jobs", type=int, help="processes at once; default 1 on the CPU, on CUDA half of the cores")
+    parser.add_argument("--jobs", type=int, help="processes at once; default 1 on the CPU, on CUDA most cores")
     parser.add_argument("--seconds", type=float, default=180, help="limit for processes of their own; default 180")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -497,13 +504,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parts(chosen: list[Subject], checks: list[str]) -> list[parts.Part]:
-    """A process for each subject."""
+    """A process for each subject and group of checks."""
+    groups = [tuple(check for check in group if check in checks) for group in GROUPS]
     return [
         parts.Part(
-            ("--jobs", "1", "--device", s.device, "--op", s.op, "--backend", s.backend, "--check", *checks),
-            {"device": s.device, "op": s.op, "backend": s.backend, "check": "process"},
+            ("--jobs", "1", "--device", s.device, "--op", s.op, "--backend", s.backend, "--check", *group),
+            {"device": s.device, "op": s.op, "backend": s.backend, "check": f"one of {', '.join(group)}"},
         )
         for s in chosen
+        for group in groups
+        if group
     ]
 
 

@@ -34,7 +34,7 @@ export TRITON_CACHE_DIR=$out/work/triton TORCHINDUCTOR_CACHE_DIR=$out/work/induc
 export PYTHONDONTWRITEBYTECODE=1
 unset TRITON_INTERPRET
 
-# Seconds that a stage may take at most, on CUDA and on the CPU; the times get what is left.
+# One of two values, for CUDA and for the CPU; seconds left; the smaller number.
 cap() { if [ "$device" = cuda ]; then echo "$1"; else echo "$2"; fi; }
 left() { echo $((deadline - SECONDS)); }
 least() { if [ "$1" -lt "$2" ]; then echo "$1"; else echo "$2"; fi; }
@@ -72,7 +72,8 @@ install_wheel() {  # the wheel beside the packages of $python, whichever kind of
         > "$(packages)/parent.pth" || return
     "$python" -m pip --python "$out/venv/bin/python" install --quiet --disable-pip-version-check --no-index --no-deps \
         --ignore-installed "$wheel" || return
-    PYTHONPATH=$(packages) "$out/venv/bin/python" -c 'import sys, bkind3d_kernels; assert bkind3d_kernels.__file__.startswith(sys.prefix)'
+    PYTHONPATH=$(packages) "$out/venv/bin/python" -c \
+        'import sys, bkind3d_kernels; assert bkind3d_kernels.__file__.startswith(sys.prefix)'
 }
 export -f install_wheel packages
 export out wheel python

@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = [str(dtype).removeprefix("torch.") for dtype in FLOATING]
     parser.add_argument("--dtype", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--scene", type=int, help="one scene alone, by its position")
-    parser.add_argument("--jobs", type=int, help="processes at once; default 1 on the CPU, on CUDA half of the cores")
+    parser.add_argument("--jobs", type=int, help="processes at once; default 1 on the CPU, on CUDA most cores")
     parser.add_argument("--seconds", type=float, default=120, help="limit for processes of their own; default 120")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():

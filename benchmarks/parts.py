@@ -24,8 +24,8 @@ class Part:
 
 
 def default_jobs(device: str) -> int:
-    """On a GPU half of the cores, since compilation takes most of the time; on the CPU no further process at all."""
-    return min(8, max(1, (os.cpu_count() or 2) // 2)) if device == "cuda" else 1
+    """On a GPU most of the cores, since compilation takes most of the time; on the CPU no further process at all."""
+    return min(12, max(1, 3 * (os.cpu_count() or 2) // 4)) if device == "cuda" else 1
 
 
 def rows(module: str, parts: Sequence[Part], jobs: int, seconds: float) -> Iterator[dict[str, Any]]:

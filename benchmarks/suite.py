@@ -260,7 +260,10 @@ class Suite:
                         entries.remove(entry)
             for entry in entries:
                 if isinstance(entry.contestant, Contestant) and entry.seconds < DO_BENCH_SECONDS:
-                    entry.do_bench = entry.contestant.do_bench()
+                    try:
+                        entry.do_bench = entry.contestant.do_bench()
+                    except Exception as error:  # noqa: BLE001  the column stays empty
+                        print(f"    {entry.name}: do_bench failed, {_line(error)}", flush=True)
         return failures
 
     def _truth(self, case: Case, entries: list[Entry], problem: Problem | None, folder: Path) -> Truth | Path | None:

@@ -193,6 +193,13 @@ def test_parts_that_crash_or_take_too_long() -> None:
     assert {row["status"] for row in rows} == {"passed"}
 
 
+def test_every_check_is_in_one_group(tmp_path: Path) -> None:
+    assert [check for group in device_checks.GROUPS for check in group] == list(device_checks.CHECKS)
+    out = tmp_path / "checks.csv"
+    assert device_checks.main(["--op", OP, "--backend", "cpp", "--jobs", "2", "--out", str(out)]) == 0
+    assert {row["check"] for row in read(out)} == set(device_checks.CHECKS)
+
+
 # The largest volume
 
 
