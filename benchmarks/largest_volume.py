@@ -56,7 +56,8 @@ class Search:
 
     def run(self) -> dict[str, Any]:
         """The row of this competitor."""
-        row = {"device": self.device, "dtype": str(self.dtype).removeprefix("torch."), "competitor": self.competitor}
+        row: dict[str, Any] = {"device": self.device, "competitor": self.competitor}
+        row["dtype"] = str(self.dtype).removeprefix("torch.")
         status, reason = "measured", ""
         try:
             while self.too_large - self.best > STEP:

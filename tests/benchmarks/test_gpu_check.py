@@ -19,10 +19,12 @@ from benchmarks import device_checks, gpu_report, largest_volume, measure, numer
 from benchmarks.device_checks import Subject, Wrong
 from benchmarks.problems import Workload, competitors, operation
 from benchmarks.suite import Settings, cases
+from bkind3d_kernels import library
 from bkind3d_kernels.backends import OPERATIONS, Availability
 
 ROOT = Path(__file__).parents[2]
 OP = "soft_argmax3d"
+compiled = pytest.mark.skipif(library.reason("_cpu") is not None, reason=str(library.reason("_cpu")))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -160,6 +162,7 @@ def test_huge_workloads_are_huge_along_independent_parts(op: str) -> None:
         assert module.floor(workload, module.VARIANTS[0], "backward", 1).read > 2**31
 
 
+@compiled
 def test_rows_of_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(subject: Subject) -> None:
         raise RuntimeError("out of order\nsecond line")
@@ -193,6 +196,7 @@ def test_parts_that_crash_or_take_too_long() -> None:
     assert {row["status"] for row in rows} == {"passed"}
 
 
+@compiled
 def test_every_check_is_in_one_group(tmp_path: Path) -> None:
     assert [check for group in device_checks.GROUPS for check in group] == list(device_checks.CHECKS)
     out = tmp_path / "checks.csv"
@@ -256,7 +260,7 @@ def test_workloads_of_a_gpu() -> None:
     everything = [case.workload for case in cases(Settings(ops=OPERATIONS, device="cuda"))]
     usual = [case.workload for case in cases(Settings(ops=OPERATIONS))]
     made_for_it = {workload.name for workload in everything} - {workload.name for workload in usual}
-    assert made_for_it == {"batch-8", "batch-64"}
+    assert made_for_it >= {"batch-8", "batch-64"}
     named = cases(Settings(ops=OPERATIONS, workloads=("batch-8",)))
     assert [case.workload.shape for case in named] == ["N=8 M=4 C=32 map=64x64 volume=64x64x64"]
 
