@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor
 from benchmarks import device_checks, gpu_report, largest_volume, measure, numerics, parts, plots, problems
 from benchmarks.device_checks import Subject, Wrong
 from benchmarks.problems import Workload, competitors, operation
-from benchmarks.suite import Settings, cases
+from benchmarks.suite import Settings, Suite, cases
 from bkind3d_kernels import library
 from bkind3d_kernels.backends import OPERATIONS, Availability
 
@@ -200,8 +202,11 @@ def test_parts_that_crash_or_take_too_long() -> None:
 def test_every_check_is_in_one_group(tmp_path: Path) -> None:
     assert [check for group in device_checks.GROUPS for check in group] == list(device_checks.CHECKS)
     out = tmp_path / "checks.csv"
-    assert device_checks.main(["--op", OP, "--backend", "cpp", "--jobs", "2", "--out", str(out)]) == 0
-    assert {row["check"] for row in read(out)} == set(device_checks.CHECKS)
+    chosen = ["empty batch", "autocast", "huge"]
+    assert (
+        device_checks.main(["--op", OP, "--backend", "cpp", "--jobs", "3", "--out", str(out), "--check", *chosen]) == 0
+    )
+    assert {row["check"]: row["status"] for row in read(out)} == dict(zip(chosen, ("passed", "passed", "skipped")))
 
 
 # The largest volume
@@ -265,8 +270,9 @@ def test_workloads_of_a_gpu() -> None:
     assert [case.workload.shape for case in named] == ["N=8 M=4 C=32 map=64x64 volume=64x64x64"]
 
 
-def test_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With events that tick once for every record: they are read after everything has been enqueued."""
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As much of torch.cuda as a clock needs, on CPU tensors; the log of its calls. Events tick at each record."""
     log: list[str] = []
 
     class Event:
@@ -287,7 +293,16 @@ def test_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
     monkeypatch.setattr(measure, "_flush_buffer", lambda: SimpleNamespace(zero_=lambda: log.append("flush")))
-    clock = measure.Clock("cuda")
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 300)
+    return log
+
+
+def test_clock_of_a_gpu(fake_gpu: list[str]) -> None:
+    """Events are read after everything has been enqueued, and the cache is cold at each call."""
+    log, clock = fake_gpu, measure.Clock("cuda")
     marks, results = clock(lambda _: 1, lambda x: x + 1)
     assert results == [1, 2]
     assert log == ["flush", "event", "event", "flush", "event", "event"]
@@ -297,6 +312,61 @@ def test_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     contestant = measure.Contestant(case, "reference")
     contestant.clock = clock
     assert contestant.round(3) == pytest.approx({"forward": 1e-3, "backward": 1e-3, "both": 2e-3})
+
+
+def test_suite_on_a_gpu(fake_gpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are made once, compilation and do_bench have their columns, lack of memory is a skipped row."""
+    made = []
+
+    def make(case: problems.Case) -> problems.Problem:
+        made.append(case)
+        return case.module.make(case.workload, case.variant, case.dtype, "cpu")
+
+    def probe(contestant: measure.Contestant, limit: int) -> measure.Probe:
+        if contestant.competitor == "published":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(contestant, limit)
+
+    original = measure.Contestant.probe
+    monkeypatch.setattr(problems.Case, "make", make)
+    monkeypatch.setattr(measure.Contestant, "probe", probe)
+    monkeypatch.setattr(measure.Contestant, "do_bench", lambda contestant: 2e-3)
+    rates = {"copy": 1e12, "read": 1e12, "fill": 1e12, "fill_fresh": 1e12, "flops": 1e13}
+    settings = Settings(device="cuda", ops=(OP,), competitors=("reference", "published"), rounds=4)
+    suite = Suite(settings, rates, tmp_path, time.monotonic())
+    suite.run([problems.Case(OP, operation(OP).SMALLEST, "plain", torch.float32, "cuda")])
+    assert len(made) == 1
+    rows = read(tmp_path / "results.csv")
+    measured = {row["mode"]: row for row in rows if row["competitor"] == "reference"}
+    assert {row["status"] for row in measured.values()} == {"measured"}
+    assert (measured["forward"]["median_s"], measured["both"]["median_s"]) == ("0.001", "0.002")
+    assert (measured["forward"]["do_bench_s"], measured["both"]["do_bench_s"]) == ("0.002", "")
+    assert measured["forward"]["peak_bytes"] == "200"
+    assert float(measured["both"]["error_gradient"]) < 1e-5
+    skipped = {row["reason"] for row in rows if row["competitor"] == "published"}
+    assert skipped == {"out of GPU memory"}
+
+
+def test_streams_and_graphs_of_a_gpu(fake_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU tensors every stream is one stream, and a graph that replays nothing is found out."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda other: nullcontext(),
+        "_sleep": lambda cycles: None,
+        "graph": lambda graph: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: fake_gpu.append("replay")),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, other: None)
+    monkeypatch.setattr(Subject, "cuda", True)
+    monkeypatch.setattr(operation(OP), "WORKLOADS", (operation(OP).SMALLEST,))
+    subject = Subject(OP, "reference", "cpu")
+    device_checks.second_stream(subject)
+    with pytest.raises(Wrong, match="off by nan"):
+        device_checks.cuda_graph(subject)
+    assert fake_gpu.count("replay") == 1
 
 
 def test_do_bench_is_asked_where_there_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
