@@ -1,69 +1,150 @@
 #!/usr/bin/env bash
-# Numbers and times on a machine with a GPU, in one command and under 8 minutes; it needs no network.
+# Numbers, behaviour and times on a machine with a GPU, in one command, under 8 minutes and without a network.
 #
-#   benchmarks/gpu_check.sh [FOLDER]        default benchmarks/results/gpu
+#   benchmarks/gpu_check.sh [FOLDER]       default benchmarks/results/<date>-<device>
+#   WHEEL='dist/bkind3d-*.whl' benchmarks/gpu_check.sh FOLDER
 #
-# FOLDER then holds info.txt, numerics.csv, numerics.log, times/ (see docs/benchmarks.md) and times.log. A stage that
-# fails does not keep the next from running; the exit status is 1 if any did. From the environment:
-#   DEVICE   cuda (default), or cpu to try the script itself on tiny sizes
-#   PYTHON   python3 (default): an interpreter with torch, and triton where its kernels are wanted
-#   BUDGET   seconds for the times, 270 by default
-#   ARGS     further arguments of python -m benchmarks
+# FOLDER then holds info.txt (date, GPU, commit, versions), numerics.csv, checks.csv, largest_volume.csv, times/ (see
+# docs/benchmarks.md), a log of each stage, stages.csv and report.txt. A stage that fails or takes too long does not keep
+# the next from running; the exit status is 1 if any did. From the environment:
+#   WHEEL      a wheel of bkind3d to be tested, installed into FOLDER/venv; by default this tree is
+#   DEVICE     cuda (default), or cpu to try the script itself on tiny sizes
+#   PYTHON     python3 (default): an interpreter with torch, and triton where its kernels are wanted
+#   DEADLINE   seconds for everything, 470 by default; BUDGET those for the times, 180
+#   SANITIZERS tools of compute-sanitizer, "memcheck racecheck synccheck" by default; initcheck is another
+#   COMMIT     of this tree, where there is no git to ask
+#   ARGS       further arguments of python -m benchmarks
 set -u
-[ $# -gt 1 ] && { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
-out=$(realpath -m "${1:-$(dirname "$0")/results/gpu}")
-cd "$(dirname "$0")/.." || exit 2
-device=${DEVICE:-cuda} python=${PYTHON:-python3} budget=${BUDGET:-270}
+[ $# -gt 1 ] && { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2; }
+tree=$(realpath "$(dirname "$0")/..")
+device=${DEVICE:-cuda} deadline=${DEADLINE:-470}
+out=$(realpath -m "${1:-$tree/benchmarks/results/$(date -u +%F)-$device}")
+python=$(command -v "${PYTHON:-python3}") || { echo "there is no ${PYTHON:-python3}: name another with PYTHON="; exit 2; }
+read -ra tools <<< "${SANITIZERS:-memcheck racecheck synccheck}"
 read -ra arguments <<< "${ARGS:-}"
-[ "$device" = cpu ] && arguments+=(--quick)
+COMMIT=$(git -C "$tree" rev-parse HEAD 2> /dev/null) || COMMIT=${COMMIT:-unknown}
+export COMMIT
+wheel=${WHEEL:+$(compgen -G "$WHEEL" | head -n 1)}
+[ -n "${WHEEL:-}" ] && { wheel=$(realpath -e "$wheel") || exit 2; }
 [ -e "$out/info.txt" ] && { echo "$out holds results already: choose another folder"; exit 2; }
-mkdir -p "$out" || exit 2
-"$python" -c "import torch" || { echo "$python has no torch: name another with PYTHON="; exit 2; }
+mkdir -p "$out/work" || exit 2
+
+# Compiled once for all stages but the times, which measure compilation.
+export TRITON_CACHE_DIR=$out/work/triton TORCHINDUCTOR_CACHE_DIR=$out/work/inductor
+export PYTHONDONTWRITEBYTECODE=1
+unset TRITON_INTERPRET
+
+# One of two values, for CUDA and for the CPU; seconds left; the smaller number.
+cap() { if [ "$device" = cuda ]; then echo "$1"; else echo "$2"; fi; }
+left() { echo $((deadline - SECONDS)); }
+least() { if [ "$1" -lt "$2" ]; then echo "$1"; else echo "$2"; fi; }
 
 failed=()
+echo stage,outcome,seconds > "$out/stages.csv"
+note() {  # NAME OUTCOME SECONDS
+    echo "$1,$2,$3" >> "$out/stages.csv"
+    echo "== $1: $2, $3 s"
+}
 stage() {  # NAME SECONDS COMMAND...: run, show and keep the output; remember a failure
-    local name=$1 seconds=$2 start=$SECONDS status
+    local name=$1 seconds start=$SECONDS status
+    seconds=$(least "$2" "$(left)")
     shift 2
+    if [ "$seconds" -lt 5 ]; then
+        note "$name" "not run: no time left" 0
+        failed+=("$name")
+        return
+    fi
     echo "== $name"
-    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
+    timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
     status=${PIPESTATUS[0]}
-    echo "== $name: status $status, $((SECONDS - start)) s"
-    [ "$status" -eq 0 ] || failed+=("$name ($status)")
+    case $status in
+        0) note "$name" passed $((SECONDS - start)); return ;;
+        124 | 137) note "$name" "stopped after $seconds s" $((SECONDS - start)) ;;
+        *) note "$name" "failed with status $status" $((SECONDS - start)) ;;
+    esac
+    failed+=("$name")
 }
 
-{
-    date -u +%Y-%m-%dT%H:%M:%SZ
-    command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
-    "$python" -m bkind3d_kernels.info
-} > "$out/info.txt" 2>&1 || failed+=(info)
-cat "$out/info.txt"
-stage numerics 120 "$python" -m benchmarks.numerics --device "$device" --out "$out/numerics.csv"
-stage times $((budget + 60)) "$python" -m benchmarks --device "$device" --budget-seconds "$budget" \
-    --out "$out/times" ${arguments[@]+"${arguments[@]}"}
+packages() { echo "$out"/venv/lib/python3*/site-packages; }
+install_wheel() {  # the wheel beside the packages of $python, whichever kind of environment that is
+    "$python" -m venv --without-pip --system-site-packages "$out/venv" || return
+    "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+        > "$(packages)/parent.pth" || return
+    "$python" -m pip --python "$out/venv/bin/python" install --quiet --disable-pip-version-check --no-index --no-deps \
+        --ignore-installed "$wheel" || return
+    PYTHONPATH=$(packages) "$out/venv/bin/python" -c \
+        'import sys, bkind3d_kernels; assert bkind3d_kernels.__file__.startswith(sys.prefix)'
+}
+export -f install_wheel packages
+export out wheel python
 
+# `python -m` puts the working folder first on its path: it holds the benchmarks, and the kernels only if the tree's are
+# meant.
+cd "$out/work" || exit 2
+ln -s "$tree/benchmarks" benchmarks
+base=$python
+[ -n "$wheel" ] && stage install 60 bash -c install_wheel
+if [ -n "$wheel" ] && [ ${#failed[@]} -eq 0 ]; then
+    python=$out/venv/bin/python
+    export PYTHONPATH=$(packages)${PYTHONPATH:+:$PYTHONPATH}  # before a tree that it may name
+else
+    [ -n "$wheel" ] && echo "The wheel cannot be tested: this tree is."
+    wheel=
+    ln -s "$tree/bkind3d_kernels" bkind3d_kernels
+fi
+
+information() {
+    echo "date     $(date -u +%Y-%m-%dT%H:%M:%SZ)"
+    echo "commit   $COMMIT$(git -C "$tree" diff --quiet HEAD 2> /dev/null || echo ', perhaps with changes')"
+    echo "tested   ${wheel:-$tree}"
+    command -v nvidia-smi > /dev/null \
+        && nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv
+    "$python" -c 'from importlib import metadata as m; print(*(f"{d.name} {d.version}" for d in m.distributions()
+        if d.name in ("torch", "triton", "numpy", "bkind3d")), sep="\n")'
+    "$python" -m bkind3d_kernels.info
+}
+export -f information
+export tree
+stage info 60 bash -c information
+cp "$out/info.log" "$out/info.txt"
+
+numerics=$(cap 90 30) checks=$(cap 110 60)
+stage numerics "$numerics" "$python" -m benchmarks.numerics --device "$device" --seconds $((numerics - 10)) \
+    --out "$out/numerics.csv" $(cap "" "--dtype float32")
+stage checks "$checks" "$python" -m benchmarks.device_checks --device "$device" --seconds $((checks - 10)) \
+    --out "$out/checks.csv"
+
+# The times leave two minutes for what follows, and 25 seconds to start and to draw.
+budget=$(least "${BUDGET:-180}" $(($(left) - 145)))
+[ "$device" = cpu ] && arguments=(--quick --rounds 3 "${arguments[@]}")
+stage times $((budget + 25)) env -u TRITON_CACHE_DIR -u TORCHINDUCTOR_CACHE_DIR "$python" -m benchmarks \
+    --device "$device" --budget-seconds "$budget" --out "$out/times" "${arguments[@]}"
+
+volume=$(cap 45 2)
+stage largest-volume $((volume + 15)) "$python" -m benchmarks.largest_volume --device "$device" \
+    --seconds "$volume" --out "$out/largest_volume.csv" $(cap "" "--memory-limit-gb 0.1")
+
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)
+if [ "$device" = cpu ]; then
+    stage sanitizer-cases 30 "$python" -m benchmarks.sanitizer_cases --seconds 1
+elif [ -z "$sanitizer" ]; then
+    note sanitizer "skipped: compute-sanitizer is absent" 0
+else
+    for index in "${!tools[@]}"; do
+        share=$(least 60 $((($(left) - 5) / (${#tools[@]} - index))))
+        # Without the caching allocator each tensor is an allocation of its own, whose end the tool knows. No scene
+        # begins in the last 20 seconds, which are for importing torch and for the scene that runs.
+        stage "${tools[index]}" "$share" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "${tools[index]}" \
+            --error-exitcode 99 --target-processes application-only \
+            "$python" -m benchmarks.sanitizer_cases --device cuda --seconds $((share - 20))
+    done
+fi
+
+cd "$tree" || exit 2
+rm -rf "$out/work" "$out/venv"
 echo
 echo "== results in $out"
-"$python" - "$out" <<'PYTHON'
-import csv
-import sys
-from pathlib import Path
-
-out = Path(sys.argv[1])
-if (out / "numerics.csv").exists():
-    rows = list(csv.DictReader((out / "numerics.csv").open()))
-    print(f"numerics: {sum(row['status'] == 'passed' for row in rows)} of {len(rows)} passed")
-if (out / "times" / "results.csv").exists():
-    print(f"{'operation':<17}{'workload':<15}{'competitor':<11}{'forward':>11}{'both':>11}  x reference")
-    rows = [row for row in csv.DictReader((out / "times" / "results.csv").open())]
-    for row in rows:
-        if row["mode"] != "both":
-            continue
-        same = [r for r in rows if all(r[k] == row[k] for k in ("op", "workload", "variant", "competitor"))]
-        forward = next(r for r in same if r["mode"] == "forward")
-        cells = [f"{1e3 * float(r['median_s']):.3g} ms" if r["median_s"] else r["status"] for r in (forward, row)]
-        print(f"{row['op']:<17}{row['workload']:<15}{row['competitor']:<11}{cells[0]:>11}{cells[1]:>11}"
-              f"  {row['ratio_to_reference'] or row['reason'][:60]}")
-PYTHON
+"$base" -m benchmarks.gpu_report "$out" | tee "$out/report.txt"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"
     exit 1

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+import bkind3d_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "numpy", "bkind3d")
 
 
@@ -74,7 +76,8 @@ def describe(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": sys.version.split()[0],
         "packages": {package: _version(package) for package in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
+        "kernels": str(Path(bkind3d_kernels.__file__).resolve().parent),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "dirty": None if changes is None else bool(changes),
     }
 

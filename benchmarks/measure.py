@@ -16,8 +16,9 @@ import importlib
 import math
 import re
 import resource
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problems import Case, cotangents, function
+from .problems import Case, Problem, cotangents, function
 
 MIN_SECONDS = 0.02  # a shorter call is repeated on the CPU until this has passed
 MAX_REPEATS = 200
@@ -45,19 +46,24 @@ def _flush_buffer() -> Tensor:
     return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
 
-class Clock:
-    """Runs functions one after the other, each on the result of the one before, and times each.
+Marks = tuple[Any, Any]  # of the beginning and the end of a call: seconds on the CPU, events on CUDA
 
-    On CUDA by events around each call, after the L2 cache has been filled with zeros; on the CPU by the wall clock.
+
+class Clock:
+    """Runs functions one after the other, each on the result of the one before, and marks when each begins and ends.
+
+    On CUDA the marks are events, and the L2 cache is filled with zeros before each call. They are turned into
+    :meth:`seconds` when many calls have been made, so that the device does not wait for the host after each.
     """
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
         self.flush = _flush_buffer() if self.cuda else None
 
-    def __call__(self, *functions: Callable[[Any], Any]) -> tuple[list[float], list[Any]]:
+    def __call__(self, *functions: Callable[[Any], Any]) -> tuple[list[Marks], list[Any]]:
         result: Any = None
-        results, marks = [], []
+        results: list[Any] = []
+        marks: list[Marks] = []
         for call in functions:
             if self.flush is not None:
                 self.flush.zero_()
@@ -65,10 +71,14 @@ class Clock:
             result = call(result)
             marks.append((start, self._mark()))
             results.append(result)
+        return marks, results
+
+    def seconds(self, marks: Iterable[Marks]) -> list[float]:
+        """Length of each call, once all of them have ended."""
         if self.cuda:
             torch.cuda.synchronize()
-            return [start.elapsed_time(end) / 1e3 for start, end in marks], results
-        return [end - start for start, end in marks], results
+            return [start.elapsed_time(end) / 1e3 for start, end in marks]
+        return [end - start for start, end in marks]
 
     def _mark(self) -> Any:
         if not self.cuda:
@@ -106,8 +116,8 @@ class Truth:
     gradients: list[Tensor]
 
     @classmethod
-    def of(cls, case: Case) -> Truth:
-        exact = case.make().double()
+    def of(cls, case: Case, problem: Problem | None = None) -> Truth:
+        exact = (problem or case.make()).double()
         outputs = function(case, "reference", exact)()
         gradients = torch.autograd.grad(outputs, exact.leaves, cotangents([o.detach() for o in outputs], case.dtype))
         return cls([o.detach() for o in outputs], list(gradients))
@@ -160,6 +170,13 @@ class CudaMemory:
         return torch.cuda.max_memory_allocated() - self.base
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that there was no memory, on the CPU or on a GPU."""
+    text = str(error)
+    lack = "allocate memory" in text or "bad_alloc" in text
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or lack
+
+
 @dataclass
 class Probe:
     """What one unhurried call of each mode takes: peak bytes above the inputs, seconds, seconds of compilation."""
@@ -170,11 +187,11 @@ class Probe:
 
 
 class Contestant:
-    """One competitor on one problem, in this process."""
+    """One competitor on one problem, in this process; the problem may be shared with others."""
 
-    def __init__(self, case: Case, competitor: str) -> None:
+    def __init__(self, case: Case, competitor: str, problem: Problem | None = None) -> None:
         self.case, self.competitor = case, competitor
-        self.problem, self.clock = case.make(), Clock(case.device)
+        self.problem, self.clock = problem or case.make(), Clock(case.device)
         self.call = function(case, competitor, self.problem)
         self.cotangents: list[Tensor] | None = None
         self.last: tuple[list[Tensor], tuple[Tensor, ...]] | None = None
@@ -200,29 +217,31 @@ class Contestant:
             _set_malloc_thresholds(2**16)  # what is freed goes back at once, and is not counted as used
             compilation = self._first_calls() if self.competitor == "compile" else self._warm_up()
             memory = CpuMemory()
-            _limit_address_space(limit)
+            limit_address_space(limit)
         try:
             return self._probe(memory, compilation)
         finally:
             if self.case.device == "cpu":
-                _limit_address_space(None)
+                limit_address_space(None)
                 _set_malloc_thresholds(2**25)  # where glibc's own adaptation ends when large blocks are freed
 
     def _probe(self, memory: CpuMemory | CudaMemory, compilation: dict[str, float]) -> Probe:
         memory.start()
-        (forward,), result = self.clock(self._forward)
+        forward, result = self.clock(self._forward)
         peak = {"forward": memory.peak()}
         del result
         memory.start()
-        (training,), (outputs,) = self.clock(self._training_forward)
+        training, (outputs,) = self.clock(self._training_forward)
         first, held = memory.peak(), memory.now()
         if self.cotangents is None:
             self.cotangents = cotangents([o.detach() for o in outputs], self.case.dtype)
         memory.start()
-        (backward,), _gradients = self.clock(lambda _: self._backward(outputs))
+        backward, _gradients = self.clock(lambda _: self._backward(outputs))
         peak["backward"] = memory.peak()
         peak["both"] = max(first, held + peak["backward"])
-        return Probe(peak, {"forward": forward, "backward": backward, "both": training + backward}, compilation)
+        alone, first_part, second_part = self.clock.seconds([*forward, *training, *backward])
+        seconds = {"forward": alone, "backward": second_part, "both": first_part + second_part}
+        return Probe(peak, seconds, compilation)
 
     def _warm_up(self) -> dict[str, float]:
         """Load libraries and start threads, on a tiny problem."""
@@ -233,7 +252,7 @@ class Contestant:
         return {}
 
     def _first_calls(self) -> dict[str, float]:
-        """Wall time of the first call of each mode, in which a compiler works; nothing of interest for the others."""
+        """Wall time of the first call of each mode, where a compiler works in it: torch's or Triton's."""
         if self.competitor == "compile":
             importlib.import_module("torch._inductor.compile_fx")
             torch.compiler.reset()
@@ -242,21 +261,34 @@ class Contestant:
         middle = time.perf_counter()
         self._backward(self._training_forward())
         end = time.perf_counter()
-        return {"forward": middle - start, "both": end - middle} if self.competitor == "compile" else {}
+        compiles = self.competitor in ("compile", "triton")
+        return {"forward": middle - start, "both": end - middle} if compiles else {}
 
     def round(self, repeats: int = 1) -> dict[str, float]:
-        """Mean seconds of each mode over some repeats."""
-        forward = training = backward = 0.0
+        """Seconds of each mode over some repeats: the mean of wall times on the CPU, the median of events on CUDA."""
+        forward: list[Marks] = []
+        steps: list[Marks] = []  # forward and backward of each training step in turn
         for _ in range(repeats):
-            forward += self.clock(self._forward)[0][0]
+            forward += self.clock(self._forward)[0]
         for _ in range(repeats):
             self.last = None
-            seconds, (outputs, gradients) = self.clock(self._training_forward, self._backward)
-            training, backward = training + seconds[0], backward + seconds[1]
+            marks, (outputs, gradients) = self.clock(self._training_forward, self._backward)
+            steps += marks
             self.last = [o.detach() for o in outputs], gradients
             del outputs, gradients
-        times = {"forward": forward, "backward": backward, "both": training + backward}
-        return {mode: seconds / repeats for mode, seconds in times.items()}
+        parts = self.clock.seconds(steps)
+        backward, both = parts[1::2], [sum(pair) for pair in zip(parts[::2], parts[1::2])]
+        average = statistics.median if self.clock.cuda else statistics.fmean
+        times = {"forward": self.clock.seconds(forward), "backward": backward, "both": both}
+        return {mode: average(seconds) for mode, seconds in times.items()}
+
+    def do_bench(self) -> float | None:
+        """Median seconds of the forward pass by `triton.testing.do_bench`: a second clock; None without Triton."""
+        try:
+            from triton.testing import do_bench
+        except ImportError:
+            return None
+        return do_bench(self._forward, warmup=5, rep=25, return_mode="median") / 1e3
 
     def errors(self, truth: Truth | Path) -> dict[str, Any]:
         """Errors of the last round."""
@@ -287,7 +319,7 @@ def _set_malloc_thresholds(size: int) -> None:
         mallopt(m_trim_threshold, 2 * size)
 
 
-def _limit_address_space(more: int | None) -> None:
+def limit_address_space(more: int | None) -> None:
     """Let this process take so many more bytes, or as many as it likes."""
     limit = resource.RLIM_INFINITY
     if more is not None:

@@ -4,15 +4,16 @@ Runs every backend that can run, in every dtype and with the options that matter
 the outputs and all gradients with the float64 reference on the CPU, on the same (rounded) inputs. One row each; the
 error is the largest difference in units of the largest magnitude. float64 and float32 have fixed tolerances; bfloat16
 and float16 may err at most twice as much as the reference does on the CPU in that dtype. Exit status 1 if a row fails.
+
+On CUDA each scene has a process of its own, several at once (--jobs): most of the time goes into compilation.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bkind3d_kernels import VoxelGrid, explain, rasterize_edges, soft_argmax3d, unproject
-from bkind3d_kernels.backends import OPERATIONS
+from bkind3d_kernels.backends import BACKENDS, OPERATIONS
 
+from . import parts
 from .measure import largest_error
 from .problems import FLOATING
 from .unproject import ring
@@ -44,16 +46,32 @@ class Scene:
     inputs: dict[str, Tensor]
     call: Callable[..., Any]  # (backend, **inputs) -> tensor, tuple or list
     low: tuple[str, ...]  # the inputs that take the measured dtype; the rest is geometry
+    fixed: dict[str, Tensor] = field(default_factory=dict)  # inputs without gradients
 
-    def evaluate(self, backend: str, dtype: torch.dtype, device: str, exact: bool = False) -> dict[str, Tensor]:
-        """Outputs and gradients by name. With ``exact`` in float64, of the numbers as rounded to ``dtype``."""
+    def leaves(self, dtype: torch.dtype, device: str, exact: bool = False) -> dict[str, Tensor]:
+        """The inputs that take gradients. With ``exact`` in float64, the numbers as rounded to ``dtype``."""
         geometry = torch.float64 if dtype == torch.float64 else torch.float32
         inputs = {}
         for name, value in self.inputs.items():
             value = value.to(dtype if name in self.low else geometry)
             inputs[name] = (value.double() if exact else value).to(device).requires_grad_()
-        found = self.call(backend, **inputs)
-        outputs = [o for o in (found if isinstance(found, (tuple, list)) else [found]) if o.is_floating_point()]
+        return inputs
+
+    def function(self, backend: str, device: str) -> Callable[..., list[Tensor]]:
+        """From inputs by name to the outputs that have gradients."""
+        fixed = {name: value.to(device) for name, value in self.fixed.items()}
+
+        def call(**inputs: Tensor) -> list[Tensor]:
+            found = self.call(backend, **inputs, **fixed)
+            return [o for o in (found if isinstance(found, (tuple, list)) else [found]) if o.is_floating_point()]
+
+        return call
+
+    def evaluate(self, backend: str, dtype: torch.dtype, device: str, exact: bool = False) -> dict[str, Tensor]:
+        """Outputs and gradients by name."""
+        geometry = torch.float64 if dtype == torch.float64 else torch.float32
+        inputs = self.leaves(dtype, device, exact)
+        outputs = self.function(backend, device)(**inputs)
         generator = torch.Generator().manual_seed(2)
         cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
         if not exact:
@@ -91,7 +109,7 @@ def scenes() -> Iterator[Scene]:
                     VoxelGrid(inputs["affine"], shape),
                     aggregation=aggregation,
                     unseen=unseen,
-                    view_mask=mask.to(inputs["features"].device),
+                    view_mask=inputs["view_mask"],
                     view_weights=inputs.get("view_weights"),
                     return_counts=True,
                     backend=backend,
@@ -99,7 +117,8 @@ def scenes() -> Iterator[Scene]:
 
             given = {"features": features, "projections": cameras, "affine": box}
             given |= {"view_weights": view_weights} if aggregation == "weighted" else {}
-            yield Scene("unproject", f"{aggregation}, {unseen}", given, lift, ("features", "view_weights"))
+            low = ("features", "view_weights")
+            yield Scene("unproject", f"{aggregation}, {unseen}", given, lift, low, {"view_mask": mask})
 
     logits = 3 * normal(2, 7, 12, 10, 9)
     volume = VoxelGrid.box(torch.tensor([0.3, -0.2, 0.5]).double(), (1.0, 0.8, 0.7), (12, 10, 9)).affine
@@ -124,10 +143,12 @@ def scenes() -> Iterator[Scene]:
         yield Scene("rasterize_edges", options, given, draw, ("keypoints", "weights"))
 
 
-def rows(device: str) -> Iterator[dict[str, Any]]:
-    """One row for each scene, backend, dtype and quantity."""
-    for scene in scenes():
-        for dtype in FLOATING:
+def rows(
+    device: str, chosen: list[Scene], dtypes: Sequence[torch.dtype], backends: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """One row for each scene, dtype, backend that can run, and quantity."""
+    for scene in chosen:
+        for dtype in dtypes:
             if scene.op == "rasterize_edges" and dtype not in TOLERANCES:
                 continue
             exact = scene.evaluate("reference", dtype, "cpu", exact=True)
@@ -135,7 +156,7 @@ def rows(device: str) -> Iterator[dict[str, Any]]:
             for line in explain(scene.op, device=device, dtype=dtype):
                 identity = {"device": device, "op": scene.op, "options": scene.options, "backend": line.backend}
                 identity["dtype"] = str(dtype).removeprefix("torch.")
-                if not line.available:
+                if not line.available or line.backend not in backends:
                     continue
                 try:
                     found = scene.evaluate(line.backend, dtype, device)
@@ -171,6 +192,16 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _parts(chosen: list[Scene], options: argparse.Namespace) -> list[parts.Part]:
+    """A process for each scene."""
+    common = ("--jobs", "1", "--device", options.device, "--backend", *options.backend, "--dtype", *options.dtype)
+    anything = {"device": options.device, "backend": "any", "dtype": "any", "quantity": "all"}
+    return [
+        parts.Part((*common, "--scene", str(number)), anything | {"op": scene.op, "options": scene.options})
+        for number, scene in enumerate(chosen)
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run, write, print; the exit status."""
     parser = argparse.ArgumentParser(
@@ -178,20 +209,22 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="CSV file for the rows")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="default: all")
+    names = [str(dtype).removeprefix("torch.") for dtype in FLOATING]
+    parser.add_argument("--dtype", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--scene", type=int, help="one scene alone, by its position")
+    parser.add_argument("--jobs", type=int, help="processes at once; default 1 on the CPU, on CUDA most cores")
+    parser.add_argument("--seconds", type=float, default=120, help="limit for processes of their own; default 120")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no GPU here", file=sys.stderr)
         return 2
-    found = []
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") if options.out is not None else open("/dev/null", "w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows(options.device):
-            writer.writerow(row)
-            file.flush()
-            found.append(row)
+    chosen = list(scenes()) if options.scene is None else [list(scenes())[options.scene]]
+    jobs = options.jobs or parts.default_jobs(options.device)
+    source = rows(options.device, chosen, [getattr(torch, name) for name in options.dtype], options.backend)
+    if jobs > 1:
+        source = parts.rows(f"{__package__}.numerics", _parts(chosen, options), jobs, options.seconds)
+    found = parts.collect(source, options.out, COLUMNS)
     for row in found:
         if row["status"] == "failed":
             print("failed:", *(f"{row[column]}" for column in COLUMNS if row.get(column) and column != "status"))

@@ -182,5 +182,7 @@ def _why(row: Row) -> str:
     """The reason of a skipped row in a few words; all of it is in the CSV."""
     if row["needed_bytes"] and row["reason"].startswith("needs"):
         return f"skipped: {int(row['needed_bytes']) / 1e9:.3g} GB"
+    if row["status"] == "measured":
+        return "no reference to compare with"
     reason = row["reason"].split(":")[0]
     return f"{row['status']}: {reason}" if len(reason) < 20 else row["status"]

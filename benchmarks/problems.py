@@ -6,6 +6,9 @@ An operation is one module of this package, named like the operation, with
 - ``BASE``: parameters of the workload around which the sweeps vary one parameter at a time;
 - ``SMALLEST``: the workload that warms up a fresh process;
 - ``DTYPES``: those it takes;
+- ``SLICES``, for ``device_checks``: for each parameter along which parts of the problem do not depend on each other,
+  the inputs' dimensions of that size, by name, and that of the outputs;
+- ``HUGE``, likewise: (workload, dtype, parameter of ``SLICES``) with more than 2³¹ elements;
 - ``VARIANTS``: names of input variants, the default first;
 - ``make(workload, variant, dtype, device)``: a :class:`Problem`;
 - ``apply(inputs, workload, backend)``: the operation of the library, a list of output tensors;
@@ -37,11 +40,16 @@ Function = Callable[[], list[Tensor]]
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of one problem; a point of a sweep is measured without the compiled competitor and without variants."""
+    """Sizes of one problem.
+
+    A point of a sweep is measured without the compiled competitor and without variants; what is made for a GPU is left
+    out on the CPU unless it is named.
+    """
 
     name: str
     parameters: dict[str, Any] = field(hash=False)
     sweep: bool = False
+    gpu: bool = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -137,7 +145,9 @@ def competitors(op: str, device: str, dtype: torch.dtype) -> dict[str, str | Non
     """Every competitor and why it cannot run here, or None if it can."""
     found: dict[str, str | None] = dict.fromkeys(BASELINES)
     for line in explain(op, device=device, dtype=dtype):
-        if line.backend != "reference":
+        if line.backend == "triton" and device == "cpu" and line.available:
+            found["triton"] = "interpreted on CPU tensors: for tests of its numbers, there is no speed to measure"
+        elif line.backend != "reference":
             found[line.backend] = None if line.available else line.reason
     return found
 
@@ -160,5 +170,8 @@ def function(case: Case, competitor: str, problem: Problem) -> Function:
 
 def cotangents(outputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Random gradients of the outputs in their memory layout, of numbers that ``dtype`` can hold."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.empty_like(o).copy_(torch.randn(o.shape, generator=generator).to(dtype)) for o in outputs]
+    device = outputs[0].device
+    generator = torch.Generator(device).manual_seed(1)
+    return [
+        torch.empty_like(o).copy_(torch.randn(o.shape, generator=generator, device=device).to(dtype)) for o in outputs
+    ]

@@ -18,8 +18,8 @@ SIGMAS = {8: 1.8, 16: 3.6, 32: 2.3, 64: 4.5, 128: 2.9, 256: 5.8}
 PYRAMID = (8, 16, 32, 64, 128)
 
 
-def _workload(name: str, n: int, j: int, sizes: int | tuple[int, ...], sweep: bool = False) -> Workload:
-    return Workload(name, {"N": n, "J": j, "sizes": (sizes,) if isinstance(sizes, int) else sizes}, sweep)
+def _workload(name: str, n: int, j: int, sizes: int | tuple[int, ...], **kind: bool) -> Workload:
+    return Workload(name, {"N": n, "J": j, "sizes": (sizes,) if isinstance(sizes, int) else sizes}, **kind)
 
 
 BASE = {"N": 1, "J": 15, "sizes": (64,)}
@@ -27,6 +27,7 @@ WORKLOADS = (
     _workload("paper-one", 1, 15, PYRAMID),  # one view alone: what the published algorithm can hold in memory
     _workload("paper", 8, 15, PYRAMID),
     _workload("paper-30", 8, 30, PYRAMID),
+    _workload("batch-64", 64, 30, 128, gpu=True),
     _workload("batch", 64, 32, 128),
     _workload("large", 12, 15, 256),
     _workload("large-30", 12, 30, 256),
@@ -37,6 +38,8 @@ WORKLOADS = (
 DTYPES = (torch.float32, torch.float64)
 SMALLEST = _workload("smallest", 1, 3, 8)
 VARIANTS = ("plain",)
+SLICES = {"N": ({"keypoints": 0}, 0)}
+HUGE = ((_workload("huge", 32800, 3, 256), torch.float32, "N"),)
 
 
 def _sizes(workload: Workload) -> tuple[list[tuple[int, int]], list[float]]:
@@ -61,7 +64,7 @@ def published(inputs: dict[str, Any], workload: Workload) -> Function:
     """Distance of every pixel to points sampled along every segment, as many as the map is high; minimum, exp, max."""
     keypoints, weights = inputs["keypoints"], inputs["weights"]
     sizes, sigmas = _sizes(workload)
-    first, second = all_pairs(workload.J).to(keypoints.device).unbind(1)
+    first, second = all_pairs(workload.J, keypoints.device).unbind(1)
 
     def draw(size: tuple[int, int], sigma: float) -> Tensor:
         points = rescale_points(keypoints, sizes[0], size)

@@ -28,6 +28,11 @@ WORKLOADS = (
 DTYPES = FLOATING
 SMALLEST = _workload("smallest", 1, 2, 6)
 VARIANTS = ("plain", "peak-and-covariance")
+SLICES = {"N": ({"logits": 0}, 0), "J": ({"logits": 1}, 1)}
+HUGE = (
+    (_workload("huge-batch", 520, 2, 128), torch.bfloat16, "N"),
+    (_workload("huge-sample", 1, 36, 400), torch.bfloat16, "J"),
+)
 
 
 def make(workload: Workload, variant: str, dtype: torch.dtype, device: str) -> Problem:

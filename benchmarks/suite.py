@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import statistics
 import tempfile
 import time
@@ -14,14 +15,14 @@ from typing import Any
 import torch
 
 from .measure import Contestant, Probe, Skipped, Truth, repeats
-from .problems import MODES, Case, competitors, operation
+from .problems import MODES, Case, Problem, competitors, operation
 from .workers import Worker
 
 RESULT_COLUMNS = (
     "op", "workload", "shape", "sweep", "variant", "dtype", "device", "threads", "mode", "competitor", "status",
     "reason", "median_s", "q1_s", "q3_s", "rounds", "repeats", "peak_bytes", "needed_bytes", "compile_s",
-    "error_output", "error_gradient", "error_gradients", "floor_s", "floor_fresh_s", "floor_bytes", "floor_operations",
-    "ratio_to_floor", "ratio_to_reference",
+    "do_bench_s", "error_output", "error_gradient", "error_gradients", "floor_s", "floor_fresh_s", "floor_bytes",
+    "floor_operations", "ratio_to_floor", "ratio_to_reference",
 )  # fmt: skip
 RAW_COLUMNS = (
     "op", "workload", "variant", "dtype", "device", "threads", "competitor", "mode", "round", "repeats", "seconds",
@@ -29,6 +30,7 @@ RAW_COLUMNS = (
 
 MIN_ROUNDS = 3
 WARM_UP_SECONDS = 2.0  # a longer call needs no warm-up round
+DO_BENCH_SECONDS = 0.05  # a longer call is not measured by the second clock too
 # Shares of the time that is left, for a competitor on one workload and for the float64 reference; and the share of all
 # time that may go into compilation.
 COMPETITOR_SHARE, TRUTH_SHARE, COMPILE_SHARE = 1 / 3, 1 / 10, 1 / 3
@@ -63,6 +65,8 @@ def cases(settings: Settings) -> list[Case]:
             if settings.workloads and workload.name not in settings.workloads:
                 continue
             if workload.sweep and not settings.sweeps and not settings.workloads:
+                continue
+            if workload.gpu and settings.device == "cpu" and not settings.workloads:
                 continue
             for position, variant in enumerate(module.VARIANTS):
                 # Further variants are measured on the first workload, or where they are asked for.
@@ -105,6 +109,7 @@ class Entry:
     rounds: int = MIN_ROUNDS
     times: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
     errors: dict[str, Any] = field(default_factory=dict)
+    do_bench: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -140,6 +145,7 @@ class Suite:
     def _run(self, case: Case, share: float) -> None:
         case_started = time.monotonic()
         found = competitors(case.op, case.device, case.dtype)
+        problem = case.make() if case.device == "cuda" else None  # shared; on the CPU each process makes its own
         entries: list[Entry] = []
         skipped: list[tuple[str, str, str, int | None]] = []
         try:
@@ -153,12 +159,12 @@ class Suite:
                         raise Skipped(f"this operation does not take {case.dtype}")
                     if reason is not None:
                         raise Skipped(reason)
-                    entries.append(self._enter(case, name, needed))
+                    entries.append(self._enter(case, name, needed, problem))
                 except Skipped as why:
                     skipped.append((name, "skipped", str(why), needed))
                 except Exception as error:  # noqa: BLE001  one competitor's failure is a row, and the others go on
                     skipped.append((name, "failed", _line(error), needed))
-            skipped += self._measure(case, entries, share + case_started)
+            skipped += self._measure(case, entries, problem, share + case_started)
         finally:
             for entry in entries:
                 entry.contestant.close()
@@ -174,7 +180,7 @@ class Suite:
             ]
         self.results.write(rows)
 
-    def _enter(self, case: Case, name: str, needed: int | None) -> Entry:
+    def _enter(self, case: Case, name: str, needed: int | None, problem: Problem | None) -> Entry:
         """Start a competitor and probe it, unless memory or time do not allow it."""
         settings, limit = self.settings, self.settings.memory_limit
         if needed is not None and needed > limit:
@@ -192,11 +198,16 @@ class Suite:
             )
         started = time.monotonic()
         if case.device == "cuda":
+            contestant: Contestant | Worker = Contestant(case, name, problem)
             try:
-                contestant: Contestant | Worker = Contestant(case, name)
                 probe = contestant.probe(limit)
-            except torch.OutOfMemoryError as error:
-                raise Skipped("out of GPU memory") from error
+            except torch.OutOfMemoryError:
+                probe = None  # outside of the handler, where nothing holds the frames and their tensors any more
+            if probe is None:
+                contestant.close()
+                gc.collect()
+                torch.cuda.empty_cache()
+                raise Skipped("out of GPU memory")
         else:
             contestant = Worker(case, name, settings.threads)
             try:
@@ -215,13 +226,15 @@ class Suite:
             raise Skipped(f"budget: {MIN_ROUNDS} rounds would take {entry.seconds * MIN_ROUNDS:.0f} s")
         return entry
 
-    def _measure(self, case: Case, entries: list[Entry], until: float) -> list[tuple[str, str, str, int | None]]:
+    def _measure(
+        self, case: Case, entries: list[Entry], problem: Problem | None, until: float
+    ) -> list[tuple[str, str, str, int | None]]:
         """Interleaved rounds; returns the competitors that failed in them, which leave ``entries``."""
         failures: list[tuple[str, str, str, int | None]] = []
         truth = None
         with tempfile.TemporaryDirectory() as folder:
             try:
-                truth = self._truth(case, entries, Path(folder))
+                truth = self._truth(case, entries, problem, Path(folder))
             except (MemoryError, torch.OutOfMemoryError):
                 print("    errors are not measured: no memory for the float64 reference", flush=True)
             spare = max(0.0, until - time.monotonic()) / max(1, len(entries))
@@ -245,9 +258,15 @@ class Suite:
                         failures.append((entry.name, "failed", _line(error), None))
                         entry.contestant.close()
                         entries.remove(entry)
+            for entry in entries:
+                if isinstance(entry.contestant, Contestant) and entry.seconds < DO_BENCH_SECONDS:
+                    try:
+                        entry.do_bench = entry.contestant.do_bench()
+                    except Exception as error:  # noqa: BLE001  the column stays empty
+                        print(f"    {entry.name}: do_bench failed, {_line(error)}", flush=True)
         return failures
 
-    def _truth(self, case: Case, entries: list[Entry], folder: Path) -> Truth | Path | None:
+    def _truth(self, case: Case, entries: list[Entry], problem: Problem | None, folder: Path) -> Truth | Path | None:
         """The float64 reference, where time allows it."""
         known = [entry.seconds for entry in entries if entry.name == "reference"]
         known.append(self.pace.get((case.op, "reference"), 0.0) * case.floor("both").seconds(self.rates))
@@ -257,7 +276,7 @@ class Suite:
         if expected > TRUTH_SHARE * self.left():
             print(f"    errors are not measured: the float64 reference would take about {expected:.0f} s", flush=True)
             return None
-        truth = Truth.of(case)
+        truth = Truth.of(case, problem)
         return truth if case.device == "cuda" else truth.save(folder / "truth.pt")
 
     def _round(self, case: Case, entry: Entry, number: int) -> None:
@@ -309,6 +328,8 @@ class Suite:
                     "peak_bytes": entry.probe.peak[mode],
                     "ratio_to_floor": f"{median / case.floor(mode).seconds(self.rates):.4g}",
                 }
+                if mode == "forward" and entry.do_bench is not None:
+                    row["do_bench_s"] = f"{entry.do_bench:.5g}"
                 if mode in entry.probe.compilation:
                     row["compile_s"] = f"{entry.probe.compilation[mode]:.3g}"
                 if reference is not None:

@@ -15,9 +15,9 @@ from .problems import EXP, FLOATING, Floor, Function, Problem, Workload
 
 
 def _workload(
-    name: str, n: int, m: int, c: int, size: tuple[int, int], volume: tuple[int, int, int], sweep: bool = False
+    name: str, n: int, m: int, c: int, size: tuple[int, int], volume: tuple[int, int, int], **kind: bool
 ) -> Workload:
-    return Workload(name, {"N": n, "M": m, "C": c, "map": size, "volume": volume}, sweep)
+    return Workload(name, {"N": n, "M": m, "C": c, "map": size, "volume": volume}, **kind)
 
 
 def _cube(size: int) -> tuple[int, int, int]:
@@ -27,6 +27,7 @@ def _cube(size: int) -> tuple[int, int, int]:
 BASE = {"N": 1, "M": 4, "C": 32, "map": (64, 64), "volume": _cube(64)}
 WORKLOADS = (
     _workload("paper", 1, 4, 32, (64, 64), _cube(64)),
+    _workload("batch-8", 8, 4, 32, (64, 64), _cube(64), gpu=True),
     _workload("rat-pair", 2, 6, 32, (64, 64), _cube(64)),
     _workload("batch", 5, 4, 32, (96, 96), _cube(64)),
     _workload("room", 1, 5, 15, (128, 240), (80, 80, 20)),
@@ -43,6 +44,11 @@ DTYPES = FLOATING
 SMALLEST = _workload("smallest", 1, 2, 4, (8, 8), _cube(6))
 # Channels first; channels last; channels last, with gradients to the cameras too.
 VARIANTS = ("channels-last", "channels-first", "camera-gradients")
+SLICES = {"N": ({"features": 0, "projections": 0}, 0), "C": ({"features": 2}, 1)}
+HUGE = (
+    (_workload("huge-batch", 265, 2, 32, (16, 16), _cube(64)), torch.bfloat16, "N"),
+    (_workload("huge-sample", 1, 2, 264, (16, 16), _cube(204)), torch.bfloat16, "C"),
+)
 
 RADIUS = 5.0  # of the ring of cameras; the longest side of the volume is 2
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .measure import Contestant, Probe, Skipped
+from .measure import Contestant, Probe, Skipped, out_of_memory
 from .problems import Case
 
 EXIT_SECONDS = 10.0
@@ -85,7 +85,7 @@ def _serve(pipe: Connection, case: Case, competitor: str, threads: int) -> None:
 def _portable(error: Exception, limit: int) -> Exception:
     """An exception that can be sent, its message one line."""
     text = str(error)
-    if isinstance(error, MemoryError) or "allocate memory" in text or "bad_alloc" in text:
+    if out_of_memory(error):
         return Skipped(f"needs more memory than the limit of {limit / 1e9:.1f} GB")
     traceback.print_exception(error)
     return RuntimeError(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300])

@@ -243,8 +243,8 @@ def rescale_projections(projections: Tensor, from_size: tuple[int, int], to_size
     return exact_matmul(resize, projections)
 
 
-def all_pairs(count: int) -> Tensor:
-    """All pairs i < j of ``count`` keypoints in lexicographic order: (count·(count-1)/2, 2) int64, on the CPU.
+def all_pairs(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """All pairs i < j of ``count`` keypoints in lexicographic order: (count·(count-1)/2, 2) int64.
 
     Example:
         >>> from bkind3d_kernels.geometry import all_pairs
@@ -253,4 +253,4 @@ def all_pairs(count: int) -> Tensor:
     """
     if count < 0:
         raise ValueError(f"count {count}: expected at least 0")
-    return torch.triu_indices(count, count, offset=1).T.contiguous()
+    return torch.triu_indices(count, count, offset=1, device=device).T.contiguous()

@@ -67,7 +67,7 @@ def rasterize_edges(
             f"keypoints {describe(keypoints)}: expected (N, K, 2) float32 or float64, got {keypoints.dtype}"
         )
     if edges is None:
-        edges = all_pairs(keypoints.shape[1]).to(keypoints.device)
+        edges = all_pairs(keypoints.shape[1], keypoints.device)  # made there: a copy would end a CUDA graph's capture
     else:
         _check_edges(edges, keypoints.shape[1])
         check_device("edges", edges, "keypoints", keypoints)
