@@ -1,0 +1,524 @@
+"""HEAD"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import FEATURE_DTYPES, describe
+from ..registration import refuse_tangents
+from . import INTERPRETED, NAMESPACE, define, on_device, unavailable
+
+__all__ = ["run", "unavailable"]
+
+GRID = 65535  # programs along the second and third axis of a launch, at most
+MERGED = 256  # tiles of a row that the merging kernel takes at a time
+
+
+class Tile(NamedTuple):
+    """Voxels of one program: ``w`` that follow each other in each of ``x`` planes of ``joints`` volumes."""
+
+    w: int
+    x: int
+    joints: int
+    warps: int = 4
+
+
+# Rows, whose voxels lie side by side, by the size of an element: 16 bytes for each of 128 threads in a plane.
+ROWS = {2: Tile(1024, 8, 1), 4: Tile(512, 16, 1), 8: Tile(256, 16, 1)}
+SMALL = Tile(32, 128, 1)  # planes of 32 voxels and less
+# Channels-last volumes, up to 32 of them (8) at once.
+LAST, FEW = Tile(16, 16, 32), Tile(64, 16, 8)
+
+
+# ---- kernels ----
+
+
+@triton.jit
+def _double(bits):
+    """A number given as the bits of a double, as scalar arguments are rounded to float."""
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _voxels(tiles_of_plane, INDEX: tl.constexpr, W: tl.constexpr, X: tl.constexpr):
+    """The first plane of this program's tile, and its places in each of its planes (W)."""
+    tile = tl.program_id(0)
+    x = (tile // tiles_of_plane * X).to(INDEX)
+    return x, (tile % tiles_of_plane * W).to(INDEX) + tl.arange(0, W)
+
+
+@triton.jit
+def _load(
+    logits, n, j, x, w, size_x, plane, joints, stride_n, stride_j, stride_v, ACC: tl.constexpr
+):  # fmt: skip
+    """The tile (W, X, J), -inf outside the volume; the index of its voxels (W, X); and which are inside."""
+    voxel = w[:, None] + x[None, :] * plane
+    volume = logits + n * stride_n + j.to(tl.int64) * stride_j
+    inside = ((w < plane)[:, None] & (x < size_x)[None, :])[:, :, None] & (j < joints)[None, None, :]
+    tile = tl.load(volume[None, None, :] + (voxel * stride_v)[:, :, None], mask=inside, other=float("-inf"))
+    return tile.to(ACC), voxel, inside
+
+
+@triton.jit
+def _tiles(
+    logits,
+    sums,
+    argmaxes,
+    step,
+    scale,
+    size_x,
+    plane,
+    size_z,
+    joints,
+    stride_n,
+    stride_j,
+    stride_v,
+    tiles_of_plane,
+    first_n,
+    COVARIANCE: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    W: tl.constexpr,
+    X: tl.constexpr,
+    J: tl.constexpr,
+):
+    """Of each tile the maximum, where it is, and the sums of weight, weight d and weight d d^T about that voxel."""
+    x0, w = _voxels(tiles_of_plane, INDEX, W, X)
+    j = tl.program_id(1) * J + tl.arange(0, J)
+    n = first_n + tl.program_id(2).to(tl.int64)
+    x = x0 + tl.arange(0, X)
+    logit, _, _ = _load(logits, n, j, x, w, size_x, plane, joints, stride_n, stride_j, stride_v, ACC)
+
+    maximum = tl.max(tl.max(logit, 1), 0)
+    lowest = tl.min(tl.where(logit == maximum[None, None, :], tl.arange(0, X)[None, :, None], X), 1)
+    argmax = tl.min((x0 + lowest) * plane + w[:, None], 0)
+    # -inf from -inf would be NaN; the weights of a masked tile are 0.
+    reference = tl.where(maximum == float("-inf"), 0.0, maximum)
+    weight = tl.exp2((logit - reference[None, None, :]) * _double(scale).to(ACC))
+
+    origin_x = argmax // plane
+    origin_w = argmax - origin_x * plane
+    origin_y = origin_w // size_z
+    origin_z = origin_w - origin_y * size_z
+    y = w // size_z
+    z = w - y * size_z
+    dx = (tl.arange(0, X).to(ACC)[:, None] + (x0 - origin_x).to(ACC)[None, :])[None, :, :]
+    dy = (y[:, None] - origin_y[None, :]).to(ACC)
+    dz = (z[:, None] - origin_z[None, :]).to(ACC)
+    weight_dx = weight * dx
+    total = tl.sum(weight, 1)
+    first = tl.sum(weight_dx, 1)
+
+    own = j < joints
+    cell = (n * joints + j) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(argmaxes + cell, argmax.to(tl.int64), mask=own)
+    sums += cell
+    tl.store(sums, maximum, mask=own)
+    tl.store(sums + step, tl.sum(total, 0), mask=own)
+    tl.store(sums + 2 * step, tl.sum(first, 0), mask=own)
+    tl.store(sums + 3 * step, tl.sum(total * dy, 0), mask=own)
+    tl.store(sums + 4 * step, tl.sum(total * dz, 0), mask=own)
+    if COVARIANCE:
+        tl.store(sums + 5 * step, tl.sum(tl.sum(weight_dx * dx, 1), 0), mask=own)
+        tl.store(sums + 6 * step, tl.sum(first * dy, 0), mask=own)
+        tl.store(sums + 7 * step, tl.sum(first * dz, 0), mask=own)
+        tl.store(sums + 8 * step, tl.sum(total * dy * dy, 0), mask=own)
+        tl.store(sums + 9 * step, tl.sum(total * dy * dz, 0), mask=own)
+        tl.store(sums + 10 * step, tl.sum(total * dz * dz, 0), mask=own)
+
+
+@triton.jit
+def _sums_of_tiles(
+    sums, argmaxes, cell, step, own, maximum, scale, plane, size_z, INDEX: tl.constexpr
+):  # fmt: skip
+    """Sums of some tiles relative to the row's maximum: of weight and weight d; and the origins of d."""
+    argmax = tl.load(argmaxes + cell, mask=own, other=0).to(INDEX)
+    x = argmax // plane
+    w = argmax - x * plane
+    y = w // size_z
+    sums += cell
+    factor = tl.exp2((tl.load(sums, mask=own, other=float("-inf")).to(tl.float64) - maximum) * scale)
+    total = factor * tl.load(sums + step, mask=own, other=0.0).to(tl.float64)
+    first_x = factor * tl.load(sums + 2 * step, mask=own, other=0.0).to(tl.float64)
+    first_y = factor * tl.load(sums + 3 * step, mask=own, other=0.0).to(tl.float64)
+    first_z = factor * tl.load(sums + 4 * step, mask=own, other=0.0).to(tl.float64)
+    return factor, total, first_x, first_y, first_z, x, y, w - y * size_z
+
+
+@triton.jit
+def _second(sums, cell, own, factor, total, first_a, first_b, a, b):
+    """One entry of the second moment about a point, a and b the way from there to the origins of the tiles."""
+    about_origin = factor * tl.load(sums + cell, mask=own, other=0.0).to(tl.float64)
+    return about_origin + first_a * b + first_b * a + total * a * b
+
+
+@triton.jit
+def _merge(
+    sums,
+    argmaxes,
+    mean,
+    peak,
+    covariance,
+    maxima,
+    totals,
+    argmax,
+    step,
+    scale,
+    plane,
+    size_z,
+    voxels,
+    tiles,
+    COVARIANCE: tl.constexpr,
+    INDEX: tl.constexpr,
+    T: tl.constexpr,
+):
+    """The tiles of one row together, in double: rounding and the order of tiles do not show in float."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = _double(scale)
+    maximum = tl.full((T,), float("-inf"), tl.float64)
+    for first in range(0, tiles, T):
+        t = first + tl.arange(0, T)
+        tile = tl.load(sums + row * tiles + t, mask=t < tiles, other=float("-inf"))
+        maximum = tl.maximum(maximum, tile.to(tl.float64))
+    maximum = tl.max(maximum, 0)
+
+    total = tl.zeros((T,), tl.float64)
+    x, y, z = total, total, total
+    lowest = tl.full((T,), 0, tl.int64) + voxels - 1  # where no tile has the maximum there is NaN
+    for first in range(0, tiles, T):
+        t = first + tl.arange(0, T)
+        cell = row * tiles + t
+        factor, s, sx, sy, sz, ox, oy, oz = _sums_of_tiles(
+            sums, argmaxes, cell, step, t < tiles, maximum, scale, plane, size_z, INDEX
+        )
+        total += s
+        x += sx + s * ox
+        y += sy + s * oy
+        z += sz + s * oz
+        highest = (t < tiles) & (tl.load(sums + cell, mask=t < tiles, other=0.0).to(tl.float64) == maximum)
+        lowest = tl.minimum(lowest, tl.load(argmaxes + cell, mask=highest, other=2**62))
+    # Nothing but -inf, or a NaN: the total is NaN and with it everything.
+    total = tl.sum(total, 0)
+    x = tl.sum(x, 0) / total
+    y = tl.sum(y, 0) / total
+    z = tl.sum(z, 0) / total
+    tl.store(mean + 3 * row, x)
+    tl.store(mean + 3 * row + 1, y)
+    tl.store(mean + 3 * row + 2, z)
+    tl.store(peak + row, 1 / total)
+    tl.store(maxima + row, maximum)
+    tl.store(totals + row, total)
+    tl.store(argmax + row, tl.min(lowest, 0))
+
+    if COVARIANCE:
+        xx = tl.zeros((T,), tl.float64)
+        xy, xz, yy, yz, zz = xx, xx, xx, xx, xx
+        for first in range(0, tiles, T):
+            t = first + tl.arange(0, T)
+            own = t < tiles
+            cell = row * tiles + t
+            factor, s, sx, sy, sz, ox, oy, oz = _sums_of_tiles(
+                sums, argmaxes, cell, step, own, maximum, scale, plane, size_z, INDEX
+            )
+            dx = ox - x
+            dy = oy - y
+            dz = oz - z
+            xx += _second(sums, cell + 5 * step, own, factor, s, sx, sx, dx, dx)
+            xy += _second(sums, cell + 6 * step, own, factor, s, sx, sy, dx, dy)
+            xz += _second(sums, cell + 7 * step, own, factor, s, sx, sz, dx, dz)
+            yy += _second(sums, cell + 8 * step, own, factor, s, sy, sy, dy, dy)
+            yz += _second(sums, cell + 9 * step, own, factor, s, sy, sz, dy, dz)
+            zz += _second(sums, cell + 10 * step, own, factor, s, sz, sz, dz, dz)
+        covariance += 9 * row
+        off_xy = tl.sum(xy, 0) / total
+        off_xz = tl.sum(xz, 0) / total
+        off_yz = tl.sum(yz, 0) / total
+        tl.store(covariance, tl.sum(xx, 0) / total)
+        tl.store(covariance + 1, off_xy)
+        tl.store(covariance + 2, off_xz)
+        tl.store(covariance + 3, off_xy)
+        tl.store(covariance + 4, tl.sum(yy, 0) / total)
+        tl.store(covariance + 5, off_yz)
+        tl.store(covariance + 6, off_xz)
+        tl.store(covariance + 7, off_yz)
+        tl.store(covariance + 8, tl.sum(zz, 0) / total)
+
+
+@triton.jit
+def _gradient(
+    grad,
+    grad_mean,
+    grad_peak,
+    grad_covariance,
+    logits,
+    mean,
+    covariance,
+    maxima,
+    totals,
+    argmaxes,
+    scale,
+    beta,
+    size_x,
+    plane,
+    size_z,
+    joints,
+    stride_n,
+    stride_j,
+    stride_v,
+    tiles_of_plane,
+    first_n,
+    COVARIANCE: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    W: tl.constexpr,
+    X: tl.constexpr,
+    J: tl.constexpr,
+):
+    """dL/dl = weight (constant + linear . d + d^T quadratic d), d = index - mean, and more at the argmax."""
+    x0, w = _voxels(tiles_of_plane, INDEX, W, X)
+    x = x0 + tl.arange(0, X)
+    j = tl.program_id(1) * J + tl.arange(0, J)
+    n = first_n + tl.program_id(2).to(tl.int64)
+    logit, voxel, inside = _load(logits, n, j, x, w, size_x, plane, joints, stride_n, stride_j, stride_v, ACC)
+    own = j < joints
+    row = n * joints + j
+
+    share = 1 / tl.load(totals + row, mask=own, other=1.0)
+    factor = share * _double(beta).to(ACC)
+    peak = tl.load(grad_peak + row, mask=own, other=0.0) * share
+    constant = -peak
+    linear_x = tl.load(grad_mean + 3 * row, mask=own, other=0.0) * factor
+    linear_y = tl.load(grad_mean + 3 * row + 1, mask=own, other=0.0) * factor
+    linear_z = tl.load(grad_mean + 3 * row + 2, mask=own, other=0.0) * factor
+    y = w // size_z
+    dx = (x.to(ACC)[:, None] - tl.load(mean + 3 * row, mask=own, other=0.0)[None, :])[None, :, :]
+    dy = y.to(ACC)[:, None] - tl.load(mean + 3 * row + 1, mask=own, other=0.0)[None, :]
+    dz = (w - y * size_z).to(ACC)[:, None] - tl.load(mean + 3 * row + 2, mask=own, other=0.0)[None, :]
+
+    along_x = linear_x[None, :]
+    across = dy * linear_y[None, :] + dz * linear_z[None, :]
+    if COVARIANCE:
+        g = grad_covariance + 9 * row
+        for entry in tl.static_range(9):
+            constant -= tl.load(g + entry, mask=own, other=0.0) * tl.load(
+                covariance + 9 * row + entry, mask=own, other=0.0
+            )
+        xx = tl.load(g, mask=own, other=0.0) * factor
+        xy = (tl.load(g + 1, mask=own, other=0.0) + tl.load(g + 3, mask=own, other=0.0)) * factor
+        xz = (tl.load(g + 2, mask=own, other=0.0) + tl.load(g + 6, mask=own, other=0.0)) * factor
+        yy = tl.load(g + 4, mask=own, other=0.0) * factor
+        yz = (tl.load(g + 5, mask=own, other=0.0) + tl.load(g + 7, mask=own, other=0.0)) * factor
+        zz = tl.load(g + 8, mask=own, other=0.0) * factor
+        along_x = along_x + dy * xy[None, :] + dz * xz[None, :]
+        across += dy * (dy * yy[None, :] + dz * yz[None, :]) + dz * dz * zz[None, :]
+    across += (constant * factor)[None, :]
+    slope = along_x[:, None, :]
+    if COVARIANCE:
+        slope = slope + dx * xx[None, None, :]
+
+    maximum = tl.load(maxima + row, mask=own, other=0.0)
+    weight = tl.exp2((logit - maximum[None, None, :]) * _double(scale).to(ACC))
+    result = weight * (across[:, None, :] + dx * slope)
+    # The gradient of the peak: few tiles come near the argmax.
+    argmax = tl.load(argmaxes + row, mask=own, other=-1).to(INDEX)
+    near = (argmax >= x0 * plane) & (argmax < (x0 + X) * plane)
+    if tl.max(near.to(tl.int32), 0) > 0:
+        here = voxel[:, :, None] == argmax[None, None, :]
+        result += tl.where(here, (peak * _double(beta).to(ACC))[None, None, :], 0.0)
+    out = grad + row * size_x * plane
+    tl.store(out[None, None, :] + voxel[:, :, None], result, mask=inside)
+
+
+# ---- launches ----
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def _voxel_stride(logits: Tensor) -> int | None:
+    """From one voxel to the next in memory, if it is the same all over a volume."""
+    step, voxels = None, 1
+    for size, stride in reversed(list(zip(logits.shape, logits.stride()))[2:]):
+        if size == 1:
+            continue
+        if step is None:
+            step = stride
+        if stride != step * voxels:
+            return None
+        voxels *= size
+    return 1 if step is None else step
+
+
+def _coalesced(logits: Tensor) -> Tensor:
+    """The logits as they are if voxels, or keypoints of channels-last logits, lie side by side, else a copy."""
+    step = _voxel_stride(logits)
+    last = logits.stride(1) == 1 and logits.shape[1] > 1 and step is not None
+    return logits if step == 1 or last else logits.contiguous()
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _tile(logits: Tensor) -> Tile:
+    """Its shape by that of the logits, their layout and dtype."""
+    joints, size_x, size_y, size_z = logits.shape[1:]
+    plane = size_y * size_z
+    if INTERPRETED:
+        w, j = min(_power_of_2(plane), 2**14), min(_power_of_2(joints), 32)
+        return Tile(w, min(_power_of_2(size_x), 2**19 // (w * j)), j)
+    if _voxel_stride(logits) == 1:
+        return ROWS[logits.element_size()] if plane > SMALL.w else SMALL
+    return LAST if joints > FEW.joints else FEW
+
+
+class Launch(NamedTuple):
+    """What the two kernels over tiles share: their grid, and arguments by name."""
+
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+
+
+def _over_tiles(logits: Tensor, temperature: float, covariance: bool) -> Launch:
+    tile = _tile(logits)
+    joints, size_x, size_y, size_z = logits.shape[1:]
+    plane, stride_v = size_y * size_z, _voxel_stride(logits) or 0
+    of_plane, of_x = triton.cdiv(plane, tile.w), triton.cdiv(size_x, tile.x)
+    beyond = of_x * tile.x * plane + of_plane * tile.w  # offsets of masked voxels are computed too
+    arguments = {
+        "scale": _bits(1 / (temperature * math.log(2))),
+        "size_x": size_x,
+        "plane": plane,
+        "size_z": size_z,
+        "joints": joints,
+        "stride_n": logits.stride(0),
+        "stride_j": logits.stride(1),
+        "stride_v": stride_v,
+        "tiles_of_plane": of_plane,
+        "COVARIANCE": covariance,
+        "ACC": _accumulator(logits.dtype),
+        "INDEX": tl.int64 if beyond * max(stride_v, 1) >= 2**31 else tl.int32,
+        "W": tile.w,
+        "X": tile.x,
+        "J": tile.joints,
+        "num_warps": tile.warps,
+    }
+    return Launch((of_plane * of_x, triton.cdiv(joints, tile.joints)), arguments)
+
+
+def _accumulator(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.ndim != 5 or 0 in logits.shape[1:] or logits.shape[1] > GRID:
+        raise ValueError(
+            f"logits {describe(logits)}: expected (N, J, X, Y, Z) with no empty dimension but N and J up to {GRID}"
+        )
+    if logits.dtype not in FEATURE_DTYPES:
+        raise ValueError(f"logits: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+
+
+def _forward(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, ...]:
+    _check_logits(logits)
+    logits = _coalesced(logits)
+    n, joints = logits.shape[:2]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    (tiles, groups), arguments = _over_tiles(logits, temperature, covariance)
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return logits.new_empty(shape, dtype=of)
+
+    sums, argmaxes = empty(11 if covariance else 5, n, joints, tiles), empty(n, joints, tiles, of=torch.int64)
+    mean, peak, second = empty(n, joints, 3), empty(n, joints), empty(*(n, joints, 3, 3) if covariance else (0,))
+    maxima, totals, argmax = empty(n, joints), empty(n, joints), empty(n, joints, of=torch.int64)
+    step = n * joints * tiles
+    with on_device(logits):
+        for first in range(0, n, GRID):
+            grid = tiles, groups, min(n - first, GRID)
+            _tiles[grid](logits, sums, argmaxes, step=step, first_n=first, **arguments)
+        if n > 0:
+            shared = {name: arguments[name] for name in ("scale", "plane", "size_z", "COVARIANCE", "INDEX")}
+            _merge[(n * joints,)](
+                sums,
+                argmaxes,
+                mean,
+                peak,
+                second,
+                maxima,
+                totals,
+                argmax,
+                step=step,
+                voxels=logits[0, 0].numel(),
+                tiles=tiles,
+                T=MERGED,
+                **shared,
+            )
+    return mean, peak, second, maxima, totals, argmax
+
+
+def _small(name: str, tensor: Tensor, shape: tuple[int, ...], logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of a few numbers for each volume, or ValueError."""
+    if tensor.shape != shape or tensor.device != logits.device:
+        raise ValueError(f"{name} {describe(tensor)} on {tensor.device}: expected {shape} on {logits.device} as logits")
+    return tensor.to(dtype).contiguous()
+
+
+def _backward(
+    grad_mean: Tensor,
+    grad_peak: Tensor,
+    grad_covariance: Tensor | None,
+    logits: Tensor,
+    temperature: float,
+    mean: Tensor,
+    covariance: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    argmax: Tensor,
+) -> Tensor:
+    _check_logits(logits)
+    logits = _coalesced(logits)
+    n, joints = logits.shape[:2]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    def small(name: str, tensor: Tensor, *shape: int, of: torch.dtype = dtype) -> Tensor:
+        return _small(name, tensor, (n, joints, *shape), logits, of)
+
+    second = grad_covariance is not None
+    grad = logits.new_empty(logits.shape)
+    tensors = (
+        grad,
+        small("grad_mean", grad_mean, 3),
+        small("grad_peak", grad_peak),
+        small("grad_covariance", grad_covariance, 3, 3) if grad_covariance is not None else None,
+        logits,
+        small("mean", mean, 3),
+        small("covariance", covariance, 3, 3) if second else None,
+        small("maximum", maximum),
+        small("total", total),
+        small("argmax", argmax, of=torch.int64),
+    )
+    (tiles, groups), arguments = _over_tiles(logits, temperature, second)
+    with on_device(logits):
+        for first in range(0, n, GRID):
+            grid = tiles, groups, min(n - first, GRID)
+            _gradient[grid](*tensors, beta=_bits(1 / temperature), first_n=first, **arguments)
+    return grad
+
+
+define("soft_argmax3d", _forward, _backward)
+
+
+def run(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean, peak and covariance of the index; arguments as in ``reference/soft_argmax3d.py``."""
+    refuse_tangents("soft_argmax3d", logits)
+    mean, peak, second, *_ = getattr(torch.ops, NAMESPACE).soft_argmax3d(logits, temperature, covariance)
+    return mean, peak, second if covariance else None
