@@ -135,31 +135,6 @@ def _tiles(
 
 
 @triton.jit
-def _sums_of_tiles(
-    sums, argmaxes, cell, step, own, maximum, scale, plane, size_z, INDEX: tl.constexpr
-):  # fmt: skip
-    """Sums of some tiles relative to the row's maximum: of weight and weight d; and the origins of d."""
-    argmax = tl.load(argmaxes + cell, mask=own, other=0).to(INDEX)
-    x = argmax // plane
-    w = argmax - x * plane
-    y = w // size_z
-    sums += cell
-    factor = tl.exp2((tl.load(sums, mask=own, other=float("-inf")).to(tl.float64) - maximum) * scale)
-    total = factor * tl.load(sums + step, mask=own, other=0.0).to(tl.float64)
-    first_x = factor * tl.load(sums + 2 * step, mask=own, other=0.0).to(tl.float64)
-    first_y = factor * tl.load(sums + 3 * step, mask=own, other=0.0).to(tl.float64)
-    first_z = factor * tl.load(sums + 4 * step, mask=own, other=0.0).to(tl.float64)
-    return factor, total, first_x, first_y, first_z, x, y, w - y * size_z
-
-
-@triton.jit
-def _second(sums, cell, own, factor, total, first_a, first_b, a, b):
-    """One entry of the second moment about a point, a and b the way from there to the origins of the tiles."""
-    about_origin = factor * tl.load(sums + cell, mask=own, other=0.0).to(tl.float64)
-    return about_origin + first_a * b + first_b * a + total * a * b
-
-
-@triton.jit
 def _merge(
     sums,
     argmaxes,
@@ -175,80 +150,86 @@ def _merge(
     size_z,
     voxels,
     tiles,
+    rows,
     COVARIANCE: tl.constexpr,
     INDEX: tl.constexpr,
+    R: tl.constexpr,
     T: tl.constexpr,
 ):
-    """The tiles of one row together, in double: rounding and the order of tiles do not show in float."""
-    row = tl.program_id(0).to(tl.int64)
-    scale = _double(scale)
-    maximum = tl.full((T,), float("-inf"), tl.float64)
+    """The tiles of R rows together, in double, about the argmax of the row."""
+    row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+    own_row = row < rows
+    maximum = tl.full((R, T), float("-inf"), tl.float64)
+    lowest = tl.zeros((R, T), tl.int64) + (voxels - 1)
     for first in range(0, tiles, T):
-        t = first + tl.arange(0, T)
-        tile = tl.load(sums + row * tiles + t, mask=t < tiles, other=float("-inf"))
-        maximum = tl.maximum(maximum, tile.to(tl.float64))
-    maximum = tl.max(maximum, 0)
+        t = first + tl.arange(0, T)[None, :]
+        own = (t < tiles) & own_row
+        highest = tl.load(sums + row * tiles + t, mask=own, other=float("-inf")).to(tl.float64)
+        at = tl.load(argmaxes + row * tiles + t, mask=own, other=voxels)
+        lowest = tl.where(highest > maximum, at, tl.where(highest == maximum, tl.minimum(at, lowest), lowest))
+        maximum = tl.where(highest > maximum, highest, maximum)
+    row_maximum = tl.max(maximum, 1)[:, None]
+    # Where no tile has the maximum there is NaN, and any voxel will do.
+    lowest = tl.min(tl.where(maximum == row_maximum, lowest, voxels - 1), 1)[:, None]
+    origin_x = lowest // plane
+    origin_y = lowest % plane // size_z
+    origin_z = lowest % plane % size_z
 
-    total = tl.zeros((T,), tl.float64)
+    total = tl.zeros((R, T), tl.float64)
     x, y, z = total, total, total
-    lowest = tl.full((T,), 0, tl.int64) + voxels - 1  # where no tile has the maximum there is NaN
+    xx, xy, xz, yy, yz, zz = total, total, total, total, total, total
     for first in range(0, tiles, T):
-        t = first + tl.arange(0, T)
-        cell = row * tiles + t
-        factor, s, sx, sy, sz, ox, oy, oz = _sums_of_tiles(
-            sums, argmaxes, cell, step, t < tiles, maximum, scale, plane, size_z, INDEX
-        )
+        t = first + tl.arange(0, T)[None, :]
+        own = (t < tiles) & own_row
+        at = tl.load(argmaxes + row * tiles + t, mask=own, other=0).to(INDEX)
+        of_tile = sums + row * tiles + t
+        highest = tl.load(of_tile, mask=own, other=float("-inf")).to(tl.float64)
+        factor = tl.exp2((highest - row_maximum) * _double(scale))
+        s = factor * tl.load(of_tile + step, mask=own, other=0.0)
+        sx = factor * tl.load(of_tile + 2 * step, mask=own, other=0.0)
+        sy = factor * tl.load(of_tile + 3 * step, mask=own, other=0.0)
+        sz = factor * tl.load(of_tile + 4 * step, mask=own, other=0.0)
+        dx = (at // plane - origin_x).to(tl.float64)
+        dy = (at % plane // size_z - origin_y).to(tl.float64)
+        dz = (at % plane % size_z - origin_z).to(tl.float64)
         total += s
-        x += sx + s * ox
-        y += sy + s * oy
-        z += sz + s * oz
-        highest = (t < tiles) & (tl.load(sums + cell, mask=t < tiles, other=0.0).to(tl.float64) == maximum)
-        lowest = tl.minimum(lowest, tl.load(argmaxes + cell, mask=highest, other=2**62))
-    # Nothing but -inf, or a NaN: the total is NaN and with it everything.
-    total = tl.sum(total, 0)
-    x = tl.sum(x, 0) / total
-    y = tl.sum(y, 0) / total
-    z = tl.sum(z, 0) / total
-    tl.store(mean + 3 * row, x)
-    tl.store(mean + 3 * row + 1, y)
-    tl.store(mean + 3 * row + 2, z)
-    tl.store(peak + row, 1 / total)
-    tl.store(maxima + row, maximum)
-    tl.store(totals + row, total)
-    tl.store(argmax + row, tl.min(lowest, 0))
+        x += sx + s * dx
+        y += sy + s * dy
+        z += sz + s * dz
+        if COVARIANCE:
+            xx += factor * tl.load(of_tile + 5 * step, mask=own, other=0.0) + dx * (2 * sx + s * dx)
+            xy += factor * tl.load(of_tile + 6 * step, mask=own, other=0.0) + dx * sy + dy * (sx + s * dx)
+            xz += factor * tl.load(of_tile + 7 * step, mask=own, other=0.0) + dx * sz + dz * (sx + s * dx)
+            yy += factor * tl.load(of_tile + 8 * step, mask=own, other=0.0) + dy * (2 * sy + s * dy)
+            yz += factor * tl.load(of_tile + 9 * step, mask=own, other=0.0) + dy * sz + dz * (sy + s * dy)
+            zz += factor * tl.load(of_tile + 10 * step, mask=own, other=0.0) + dz * (2 * sz + s * dz)
 
+    # Nothing but -inf, or a NaN: the total is NaN, from -inf - -inf, and with it all that follows.
+    total = tl.sum(total, 1)[:, None]
+    x = tl.sum(x, 1)[:, None] / total
+    y = tl.sum(y, 1)[:, None] / total
+    z = tl.sum(z, 1)[:, None] / total
+    tl.store(mean + 3 * row, origin_x + x, mask=own_row)
+    tl.store(mean + 3 * row + 1, origin_y + y, mask=own_row)
+    tl.store(mean + 3 * row + 2, origin_z + z, mask=own_row)
+    tl.store(peak + row, 1 / total, mask=own_row)
+    tl.store(maxima + row, row_maximum, mask=own_row)
+    tl.store(totals + row, total, mask=own_row)
+    tl.store(argmax + row, lowest, mask=own_row)
     if COVARIANCE:
-        xx = tl.zeros((T,), tl.float64)
-        xy, xz, yy, yz, zz = xx, xx, xx, xx, xx
-        for first in range(0, tiles, T):
-            t = first + tl.arange(0, T)
-            own = t < tiles
-            cell = row * tiles + t
-            factor, s, sx, sy, sz, ox, oy, oz = _sums_of_tiles(
-                sums, argmaxes, cell, step, own, maximum, scale, plane, size_z, INDEX
-            )
-            dx = ox - x
-            dy = oy - y
-            dz = oz - z
-            xx += _second(sums, cell + 5 * step, own, factor, s, sx, sx, dx, dx)
-            xy += _second(sums, cell + 6 * step, own, factor, s, sx, sy, dx, dy)
-            xz += _second(sums, cell + 7 * step, own, factor, s, sx, sz, dx, dz)
-            yy += _second(sums, cell + 8 * step, own, factor, s, sy, sy, dy, dy)
-            yz += _second(sums, cell + 9 * step, own, factor, s, sy, sz, dy, dz)
-            zz += _second(sums, cell + 10 * step, own, factor, s, sz, sz, dz, dz)
+        xy = tl.sum(xy, 1)[:, None] / total - x * y
+        xz = tl.sum(xz, 1)[:, None] / total - x * z
+        yz = tl.sum(yz, 1)[:, None] / total - y * z
         covariance += 9 * row
-        off_xy = tl.sum(xy, 0) / total
-        off_xz = tl.sum(xz, 0) / total
-        off_yz = tl.sum(yz, 0) / total
-        tl.store(covariance, tl.sum(xx, 0) / total)
-        tl.store(covariance + 1, off_xy)
-        tl.store(covariance + 2, off_xz)
-        tl.store(covariance + 3, off_xy)
-        tl.store(covariance + 4, tl.sum(yy, 0) / total)
-        tl.store(covariance + 5, off_yz)
-        tl.store(covariance + 6, off_xz)
-        tl.store(covariance + 7, off_yz)
-        tl.store(covariance + 8, tl.sum(zz, 0) / total)
+        tl.store(covariance, tl.sum(xx, 1)[:, None] / total - x * x, mask=own_row)
+        tl.store(covariance + 1, xy, mask=own_row)
+        tl.store(covariance + 2, xz, mask=own_row)
+        tl.store(covariance + 3, xy, mask=own_row)
+        tl.store(covariance + 4, tl.sum(yy, 1)[:, None] / total - y * y, mask=own_row)
+        tl.store(covariance + 5, yz, mask=own_row)
+        tl.store(covariance + 6, xz, mask=own_row)
+        tl.store(covariance + 7, yz, mask=own_row)
+        tl.store(covariance + 8, tl.sum(zz, 1)[:, None] / total - z * z, mask=own_row)
 
 
 @triton.jit
@@ -447,7 +428,8 @@ def _forward(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tens
             _tiles[grid](logits, sums, argmaxes, step=step, first_n=first, **arguments)
         if n > 0:
             shared = {name: arguments[name] for name in ("scale", "plane", "size_z", "COVARIANCE", "INDEX")}
-            _merge[(n * joints,)](
+            rows = min(_power_of_2(n * joints), 32) if INTERPRETED else 1
+            _merge[(triton.cdiv(n * joints, rows),)](
                 sums,
                 argmaxes,
                 mean,
@@ -459,6 +441,8 @@ def _forward(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tens
                 step=step,
                 voxels=logits[0, 0].numel(),
                 tiles=tiles,
+                rows=n * joints,
+                R=rows,
                 T=MERGED,
                 **shared,
             )
