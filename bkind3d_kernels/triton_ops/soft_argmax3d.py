@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from ..checks import FEATURE_DTYPES, describe
 from ..registration import refuse_tangents
-from . import INTERPRETED, NAMESPACE, define, on_device, unavailable
+from . import INTERPRETED, NAMESPACE, Variant, define, on_device, unavailable
 
 __all__ = ["run", "unavailable"]
 
 GRID = 65535  # programs along the second and third axis of a launch, at most
+# Voxels of a tile by (backward, double): 64 or 32 registers of each of 128 threads.
+VOXELS = {(False, False): 8192, (True, False): 4096, (False, True): 4096, (True, True): 2048}
 MERGED = 256  # tiles of a row that the merging kernel takes at a time
 
 
@@ -27,14 +30,12 @@ class Tile(NamedTuple):
     w: int
     x: int
     joints: int
-    warps: int = 4
 
 
-# Rows, whose voxels lie side by side, by the size of an element: 16 bytes for each of 128 threads in a plane.
-ROWS = {2: Tile(1024, 8, 1), 4: Tile(512, 16, 1), 8: Tile(256, 16, 1)}
-SMALL = Tile(32, 128, 1)  # planes of 32 voxels and less
-# Channels-last volumes, up to 32 of them (8) at once.
-LAST, FEW = Tile(16, 16, 32), Tile(64, 16, 8)
+def device_tile(layout: str, itemsize: int, voxels: int) -> Tile:
+    """On a GPU: 16 bytes of a plane for each of 128 threads, or 128 bytes of the gradient of 32 keypoints."""
+    w, joints = {"rows": (2048 // itemsize, 1), "small": (128, 1), "last": (32, 32), "few": (128, 8)}[layout]
+    return Tile(w, voxels // (w * joints), joints)
 
 
 # ---- kernels ----
@@ -66,12 +67,12 @@ def _load(
     return tile.to(ACC), voxel, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step", "scale", "size_x", "size_z", "tiles_of_plane", "first_n"])
 def _tiles(
     logits,
     sums,
     argmaxes,
-    step,
+    step: tl.int64,
     scale,
     size_x,
     plane,
@@ -134,7 +135,7 @@ def _tiles(
         tl.store(sums + 10 * step, tl.sum(total * dz * dz, 0), mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step", "scale", "size_z", "voxels", "tiles", "rows"])
 def _merge(
     sums,
     argmaxes,
@@ -144,7 +145,7 @@ def _merge(
     maxima,
     totals,
     argmax,
-    step,
+    step: tl.int64,
     scale,
     plane,
     size_z,
@@ -232,7 +233,7 @@ def _merge(
         tl.store(covariance + 8, tl.sum(zz, 1)[:, None] / total - z * z, mask=own_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale", "beta", "size_x", "size_z", "tiles_of_plane", "first_n"])
 def _gradient(
     grad,
     grad_mean,
@@ -349,16 +350,16 @@ def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _tile(logits: Tensor) -> Tile:
+def _tile(logits: Tensor, backward: bool) -> Tile:
     """Its shape by that of the logits, their layout and dtype."""
     joints, size_x, size_y, size_z = logits.shape[1:]
     plane = size_y * size_z
-    if INTERPRETED:
+    if INTERPRETED:  # the cost is by program and operation
         w, j = min(_power_of_2(plane), 2**14), min(_power_of_2(joints), 32)
         return Tile(w, min(_power_of_2(size_x), 2**19 // (w * j)), j)
-    if _voxel_stride(logits) == 1:
-        return ROWS[logits.element_size()] if plane > SMALL.w else SMALL
-    return LAST if joints > FEW.joints else FEW
+    rows, last = "small" if plane <= 128 else "rows", "few" if joints <= 8 else "last"
+    layout = rows if _voxel_stride(logits) == 1 else last
+    return device_tile(layout, logits.element_size(), VOXELS[backward, logits.dtype == torch.float64])
 
 
 class Launch(NamedTuple):
@@ -368,8 +369,8 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
-def _over_tiles(logits: Tensor, temperature: float, covariance: bool) -> Launch:
-    tile = _tile(logits)
+def _over_tiles(logits: Tensor, temperature: float, covariance: bool, backward: bool) -> Launch:
+    tile = _tile(logits, backward)
     joints, size_x, size_y, size_z = logits.shape[1:]
     plane, stride_v = size_y * size_z, _voxel_stride(logits) or 0
     of_plane, of_x = triton.cdiv(plane, tile.w), triton.cdiv(size_x, tile.x)
@@ -390,7 +391,6 @@ def _over_tiles(logits: Tensor, temperature: float, covariance: bool) -> Launch:
         "W": tile.w,
         "X": tile.x,
         "J": tile.joints,
-        "num_warps": tile.warps,
     }
     return Launch((of_plane * of_x, triton.cdiv(joints, tile.joints)), arguments)
 
@@ -413,7 +413,7 @@ def _forward(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tens
     logits = _coalesced(logits)
     n, joints = logits.shape[:2]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    (tiles, groups), arguments = _over_tiles(logits, temperature, covariance)
+    (tiles, groups), arguments = _over_tiles(logits, temperature, covariance, backward=False)
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return logits.new_empty(shape, dtype=of)
@@ -490,7 +490,7 @@ def _backward(
         small("total", total),
         small("argmax", argmax, of=torch.int64),
     )
-    (tiles, groups), arguments = _over_tiles(logits, temperature, second)
+    (tiles, groups), arguments = _over_tiles(logits, temperature, second, backward=True)
     with on_device(logits):
         for first in range(0, n, GRID):
             grid = tiles, groups, min(n - first, GRID)
@@ -506,3 +506,71 @@ def run(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, T
     refuse_tangents("soft_argmax3d", logits)
     mean, peak, second, *_ = getattr(torch.ops, NAMESPACE).soft_argmax3d(logits, temperature, covariance)
     return mean, peak, second if covariance else None
+
+
+# ---- ahead of time ----
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+# Type, layout, covariance, whether offsets are 64 bits wide, programs of forward and of backward in a multiprocessor.
+CASES = (
+    ("fp32", "rows", False, False, 5, 5),
+    ("fp32", "rows", True, False, 4, 4),
+    ("bf16", "rows", False, False, 5, 5),
+    ("fp16", "rows", True, False, 4, 4),
+    ("fp64", "rows", True, False, 4, 4),
+    ("fp32", "small", True, True, 3, 4),
+    ("fp32", "last", False, False, 4, 4),
+    ("bf16", "last", True, True, 3, 4),
+    ("fp64", "few", True, False, 3, 3),
+)
+INTEGERS = [
+    "size_x",
+    "plane",
+    "size_z",
+    "joints",
+    "stride_n",
+    "stride_j",
+    "stride_v",
+    "tiles_of_plane",
+    "first_n",
+    "voxels",
+    "tiles",
+    "rows",
+]
+ALIGNED = ("plane", "stride_n", "stride_j")  # divisible by 16
+PER_VOLUME = ["sums", "mean", "peak", "covariance", "maxima", "totals", "grad_mean", "grad_peak", "grad_covariance"]
+
+
+def _variant(kernel: Any, name: str, dtype: str, constants: dict[str, Any], programs: int) -> Variant:
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(PER_VOLUME, f"*{accumulator}")
+    types |= dict.fromkeys(("logits", "grad"), f"*{dtype}") | dict.fromkeys(("argmax", "argmaxes"), "*i64")
+    types |= dict.fromkeys(("scale", "beta", "step"), "i64")
+    aligned = tuple(
+        argument
+        for argument in kernel.arg_names
+        if argument not in constants and (argument in ALIGNED or types.get(argument, "").startswith("*"))
+    )
+    return Variant(name, kernel, types, constants, aligned, programs=programs)
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel as it is compiled for the volumes of the paper (30 keypoints), and in other layouts and types."""
+    for dtype, layout, covariance, wide, forward, backward in CASES:
+        name = f"{dtype} {layout}{' covariance' * covariance}{' int64' * wide}"
+        shared = {
+            "COVARIANCE": covariance,
+            "ACC": _accumulator(TYPES[dtype]),
+            "INDEX": tl.int64 if wide else tl.int32,
+            "stride_v" if layout in ("rows", "small") else "stride_j": 1,
+        }
+        for kernel, programs in ((_tiles, forward), (_gradient, backward)):
+            voxels = VOXELS[kernel is _gradient, dtype == "fp64"]
+            tile = device_tile(layout, TYPES[dtype].itemsize, voxels)
+            constants = shared | {"W": tile.w, "X": tile.x, "J": tile.joints}
+            if kernel is _gradient and not covariance:
+                constants |= {"grad_covariance": None, "covariance": None}
+            yield _variant(kernel, name, dtype, constants, programs)
+    for dtype in ("fp32", "fp64"):
+        constants = {"COVARIANCE": True, "INDEX": tl.int32, "R": 1, "T": MERGED}
+        yield _variant(_merge, f"{dtype} covariance", dtype, constants, 2)
