@@ -18,6 +18,7 @@ from . import INTERPRETED, NAMESPACE, Variant, define, on_device, unavailable
 
 __all__ = ["run", "unavailable"]
 
+NARROW = 2**31 - 1  # the largest offset in 32 bits
 GRID = 65535  # programs along the second and third axis of a launch, at most
 # Voxels of a tile by (backward, double): 64 or 32 registers of each of 128 threads.
 VOXELS = {(False, False): 8192, (True, False): 4096, (False, True): 4096, (True, True): 2048}
@@ -312,7 +313,9 @@ def _gradient(
     argmax = tl.load(argmaxes + row, mask=own, other=-1).to(INDEX)
     near = (argmax >= x0 * plane) & (argmax < (x0 + X) * plane)
     if tl.max(near.to(tl.int32), 0) > 0:
-        here = voxel[:, :, None] == argmax[None, None, :]
+        at_x = argmax // plane
+        at_w = argmax - at_x * plane
+        here = (x[:, None] == at_x[None, :])[None, :, :] & (w[:, None] == at_w[None, :])[:, None, :]
         result += tl.where(here, (peak * _double(beta).to(ACC))[None, None, :], 0.0)
     out = grad + row * size_x * plane
     tl.store(out[None, None, :] + voxel[:, :, None], result, mask=inside)
@@ -387,7 +390,7 @@ def _over_tiles(logits: Tensor, temperature: float, covariance: bool, backward: 
         "tiles_of_plane": of_plane,
         "COVARIANCE": covariance,
         "ACC": _accumulator(logits.dtype),
-        "INDEX": tl.int64 if beyond * max(stride_v, 1) >= 2**31 else tl.int32,
+        "INDEX": tl.int64 if beyond * max(stride_v, 1) > NARROW else tl.int32,
         "W": tile.w,
         "X": tile.x,
         "J": tile.joints,
@@ -515,30 +518,20 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "
 CASES = (
     ("fp32", "rows", False, False, 5, 5),
     ("fp32", "rows", True, False, 4, 4),
-    ("bf16", "rows", False, False, 5, 5),
+    ("bf16", "rows", False, False, 4, 5),
     ("fp16", "rows", True, False, 4, 4),
-    ("fp64", "rows", True, False, 4, 4),
-    ("fp32", "small", True, True, 3, 4),
+    ("fp64", "rows", True, False, 4, 3),
+    ("fp32", "small", True, True, 3, 3),
     ("fp32", "last", False, False, 4, 4),
-    ("bf16", "last", True, True, 3, 4),
-    ("fp64", "few", True, False, 3, 3),
+    ("bf16", "last", True, True, 3, 2),
+    ("fp64", "few", True, False, 3, 2),
 )
-INTEGERS = [
-    "size_x",
-    "plane",
-    "size_z",
-    "joints",
-    "stride_n",
-    "stride_j",
-    "stride_v",
-    "tiles_of_plane",
-    "first_n",
-    "voxels",
-    "tiles",
-    "rows",
-]
+INTEGERS = (
+    *("size_x", "plane", "size_z", "joints", "stride_n", "stride_j", "stride_v"),
+    *("tiles_of_plane", "first_n", "voxels", "tiles", "rows"),
+)
 ALIGNED = ("plane", "stride_n", "stride_j")  # divisible by 16
-PER_VOLUME = ["sums", "mean", "peak", "covariance", "maxima", "totals", "grad_mean", "grad_peak", "grad_covariance"]
+PER_VOLUME = ("sums", "mean", "peak", "covariance", "maxima", "totals", "grad_mean", "grad_peak", "grad_covariance")
 
 
 def _variant(kernel: Any, name: str, dtype: str, constants: dict[str, Any], programs: int) -> Variant:
