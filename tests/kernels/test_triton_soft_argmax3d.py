@@ -328,9 +328,9 @@ def test_every_element_is_written_as_the_fakes_declare(
 
 @pytest.mark.parametrize("layout", ["rows", "last"])
 def test_gradcheck_of_all_outputs(layout: str) -> None:
-    logits = logits_of(1, 2, 2, 2, 3, scale=1.0, dtype=torch.float64)
+    logits = logits_of(1, 2, 2, 1, 3, scale=1.0, dtype=torch.float64)
     logits = last(logits) if layout == "last" else logits
-    assert torch.autograd.gradcheck(lambda x: forward(x, 0.5)[:3], logits.requires_grad_(), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x: forward(x, 0.5)[:3], logits.requires_grad_())
     assert torch.autograd.gradcheck(lambda x: forward(x, 1.0, False)[:2], logits, fast_mode=True)
 
 
