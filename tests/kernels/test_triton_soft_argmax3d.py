@@ -207,8 +207,9 @@ def test_masked_infinite_and_nan_logits(tiled, tile: tuple[int, ...], dtype: tor
     "places",
     [
         [(0, 0, 3), (0, 0, 9)],
-        [(0, 4, 9), (1, 0, 0)],  # in one tile, the higher place in its plane first
-        [(0, 4, 9), (3, 0, 0)],  # in tiles whose order is the other way round
+        [(0, 4, 9), (1, 0, 0)],  # the higher place in the first tile, the lower in the fourth
+        [(0, 3, 5), (1, 0, 0)],  # the higher place in the first tile, the lower in the third, merged later
+        [(0, 4, 9), (3, 0, 0)],
         [(4, 4, 9)],
         [],
     ],
