@@ -41,17 +41,25 @@ from . import unavailable as _unavailable
 __all__ = ["run", "unavailable"]
 
 MAPS = 8  # in one launch: a kernel is compiled for each number of maps
-BLOCK = 32  # edges whose bounds are taken at once, a bit of an int32 each; tables are padded to a multiple
-COLUMNS = 7  # of a table: ux, uy, across, lo, hi, log w, 1 / (hi - lo)
+# A table is (maps, N, blocks, COLUMNS, BLOCK): of each block of edges, whose bounds are taken at once and make a bit of
+# an int32 each, the columns ux, uy, across, lo, hi, log w and 1 / (hi − lo). So these are at constant distances.
+BLOCK, COLUMNS = tl.constexpr(32), tl.constexpr(7)
 LONGEST = 2**22  # pixels of a side
 
-# Pixels of a program, rows × columns. Below so many pixels in all, smaller ones to have a warp for every scheduler.
+# Pixels of a program, rows × columns. Smaller ones for float64, and below so many pixels in all.
 TILE, SMALL_TILE, FEW_PIXELS = (8, 16), (8, 8), 2**18
 # Edges of one program in `_prepare`, `_gather` and `_collect`, and keypoints in the last.
 PREPARED, GATHERED, COLLECTED, POINTS = 128, 1, 64, 32
 if INTERPRETED:  # where every program costs milliseconds
     TILE = SMALL_TILE = (64, 64)
     GATHERED = 2**15
+
+
+# Arguments of the kernels for whose values nothing is compiled anew.
+INTEGERS = (
+    *("samples", "points", "count", "capacity", "maps", "heights", "widths", "first_size", "sigmas"),
+    *("point_strides", "weight_strides", "edge_strides", "grad_strides"),
+)
 
 
 class Limits(NamedTuple):
@@ -97,36 +105,38 @@ def _pick(options, index):
 
 @triton.jit
 def _locate(program, samples, heights, widths, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Map, sample, first row and column of a program's tile, and how many pixels the maps before have in all samples.
+    """A program's map, its size and how many pixels the maps before have in all samples; sample, first row and column.
 
     Programs count through columns, rows, samples and maps.
     """
-    index, first, end = 0, 0, 0
+    index, height, width, first, end = 0, heights[0], widths[0], 0, 0
     before = tl.zeros([], tl.int64)
     pixels = tl.zeros([], tl.int64)
     for i in tl.static_range(len(heights)):
         here = program >= end
         index = tl.where(here, i, index)
+        height = tl.where(here, heights[i], height)
+        width = tl.where(here, widths[i], width)
         first = tl.where(here, end, first)
         before = tl.where(here, pixels, before)
-        end += samples * (tl.cdiv(heights[i], HEIGHT) * tl.cdiv(widths[i], WIDTH))
+        end += samples * ((heights[i] + HEIGHT - 1) // HEIGHT * ((widths[i] + WIDTH - 1) // WIDTH))
         pixels += samples * (heights[i].to(tl.int64) * widths[i])
-    columns = tl.cdiv(_pick(widths, index), WIDTH)
-    tiles = columns * tl.cdiv(_pick(heights, index), HEIGHT)
-    tile = (program - first) % tiles
-    return index, (program - first) // tiles, tile // columns * HEIGHT, tile % columns * WIDTH, before
+    columns = (width + WIDTH - 1) // WIDTH
+    tiles = (height + HEIGHT - 1) // HEIGHT * columns
+    sample, tile = (program - first) // tiles, (program - first) % tiles
+    return index, height, width, before, sample.to(tl.int64), tile // columns * HEIGHT, tile % columns * WIDTH
 
 
 @triton.jit
-def _row(table, index, sample, samples, capacity, COLUMNS: tl.constexpr):
-    """The part of a table (maps, N, COLUMNS, capacity) for one map and sample."""
-    return table + (index.to(tl.int64) * samples + sample) * COLUMNS * capacity
+def _frames(table, index, sample, samples, capacity):
+    """The part of a table for one map and sample."""
+    return table + (index.to(tl.int64) * samples + sample) * capacity * COLUMNS
 
 
 @triton.jit
-def _centred(first, length, LENGTH: tl.constexpr, T: tl.constexpr):
-    """Coordinates from the pixel `first` on, relative to the centre of the map."""
-    return (first + tl.arange(0, LENGTH)).to(T) - 0.5 * (length - 1).to(T)
+def _frame(frames, edge):
+    """Where an edge, or each of several, has its first column."""
+    return frames + edge // BLOCK * (BLOCK * COLUMNS) + edge % BLOCK
 
 
 # ---- segments: as in csrc/common/rasterize_edges.h ----
@@ -159,16 +169,10 @@ def _segment(ax, ay, bx, by, sigma):
 
 
 @triton.jit
-def _load_frame(row, edge, capacity):
-    """ux, uy, across, lo, hi of one edge or several."""
-    at = row + edge
-    return (
-        tl.load(at),
-        tl.load(at + capacity),
-        tl.load(at + 2 * capacity),
-        tl.load(at + 3 * capacity),
-        tl.load(at + 4 * capacity),
-    )
+def _load_frame(frame):
+    """ux, uy, across, lo, hi."""
+    ux, uy, across = tl.load(frame), tl.load(frame + BLOCK), tl.load(frame + 2 * BLOCK)
+    return ux, uy, across, tl.load(frame + 3 * BLOCK), tl.load(frame + 4 * BLOCK)
 
 
 @triton.jit
@@ -180,10 +184,10 @@ def _offset(x, y, ux, uy, across, lo, hi):
 
 
 @triton.jit
-def _bounds(row, edge, capacity, x0, y0, x1, y1, TOLERANCE: tl.constexpr):
+def _bounds(frame, x0, y0, x1, y1, TOLERANCE: tl.constexpr):
     """Of log w − d²/σ² of edges over the pixels from (x0, y0) to (x1, y1), rounding allowed for: upper, lower."""
-    ux, uy, line, lo, hi = _load_frame(row, edge, capacity)
-    log_weight = tl.load(row + edge + 5 * capacity)
+    ux, uy, line, lo, hi = _load_frame(frame)
+    log_weight = tl.load(frame + 5 * BLOCK)
     x, y, half_width, half_height = (x0 + x1) * 0.5, (y0 + y1) * 0.5, (x1 - x0) * 0.5, (y1 - y0) * 0.5
     extent = tl.abs(x) + tl.abs(y) + half_width + half_height
     au, av = tl.abs(ux), tl.abs(uy)
@@ -200,13 +204,8 @@ def _bounds(row, edge, capacity, x0, y0, x1, y1, TOLERANCE: tl.constexpr):
 
 # ---- preparation ----
 
-PREPARE_INTEGERS = (
-    "samples points count capacity point_stride_n point_stride_k point_stride_c weight_stride_n weight_stride_e "
-    "edge_stride_e edge_stride_c first_height first_width heights widths sigmas"
-).split()
 
-
-@triton.jit(do_not_specialize=PREPARE_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _prepare(
     keypoints,
     weights,
@@ -216,20 +215,14 @@ def _prepare(
     points,
     count,
     capacity,
-    point_stride_n,
-    point_stride_k,
-    point_stride_c,
-    weight_stride_n,
-    weight_stride_e,
-    edge_stride_e,
-    edge_stride_c,
-    first_height,
-    first_width,
+    point_strides,
+    weight_strides,
+    edge_strides,
+    first_size,
     heights,
     widths,
     sigmas,
     FORWARD: tl.constexpr,
-    COLUMNS: tl.constexpr,
     EDGES: tl.constexpr,
 ):
     """A block of edges of one sample in the pixels of one map, to the table; rows behind the last are not drawn.
@@ -245,19 +238,19 @@ def _prepare(
     edge = tl.program_id(0) % blocks * EDGES + tl.arange(0, EDGES)
     real = edge < count
     wide = edge.to(tl.int64)
-    a = tl.load(edges + wide * edge_stride_e, mask=real, other=-1)
-    b = tl.load(edges + wide * edge_stride_e + edge_stride_c, mask=real, other=-1)
+    a = tl.load(edges + wide * edge_strides[0], mask=real, other=-1)
+    b = tl.load(edges + wide * edge_strides[0] + edge_strides[1], mask=real, other=-1)
     a_known, b_known = (a >= 0) & (a < points), (b >= 0) & (b < points)
-    xs = keypoints + sample * point_stride_n
-    ys = xs + point_stride_c
+    xs = keypoints + sample * point_strides[0]
+    ys = xs + point_strides[2]
     ux, uy, across, lo, hi, inverse = _segment(
-        _coordinate(xs, a, a_known, point_stride_k, width, first_width),
-        _coordinate(ys, a, a_known, point_stride_k, height, first_height),
-        _coordinate(xs, b, b_known, point_stride_k, width, first_width),
-        _coordinate(ys, b, b_known, point_stride_k, height, first_height),
+        _coordinate(xs, a, a_known, point_strides[1], width, first_size[1]),
+        _coordinate(ys, a, a_known, point_strides[1], height, first_size[0]),
+        _coordinate(xs, b, b_known, point_strides[1], width, first_size[1]),
+        _coordinate(ys, b, b_known, point_strides[1], height, first_size[0]),
         sigma,
     )
-    weight = tl.load(weights + sample * weight_stride_n + wide * weight_stride_e, mask=real, other=0.0)
+    weight = tl.load(weights + sample * weight_strides[0] + wide * weight_strides[1], mask=real, other=0.0)
     drawn = (weight > 0) | (weight != weight)
     log_weight = tl.where(drawn, tl.log(tl.where(drawn, weight, 1.0).to(tl.float64)), float("-inf"))
     broken = (across != across) | (weight != weight)
@@ -268,15 +261,15 @@ def _prepare(
         broken |= edge >= count
         ux, uy, across = tl.where(broken, 0.0, ux), tl.where(broken, 0.0, uy), tl.where(broken, 0.0, across)
         lo, hi = tl.where(broken, 0.0, lo), tl.where(broken, 0.0, hi)
-    to = _row(table, index, sample, samples, capacity, COLUMNS) + edge
+    to = _frame(_frames(table, index, sample, samples, capacity), edge)
     room = edge < capacity
     tl.store(to, ux, mask=room)
-    tl.store(to + capacity, uy, mask=room)
-    tl.store(to + 2 * capacity, across, mask=room)
-    tl.store(to + 3 * capacity, lo, mask=room)
-    tl.store(to + 4 * capacity, hi, mask=room)
-    tl.store(to + 5 * capacity, log_weight, mask=room)
-    tl.store(to + 6 * capacity, inverse, mask=room)
+    tl.store(to + BLOCK, uy, mask=room)
+    tl.store(to + 2 * BLOCK, across, mask=room)
+    tl.store(to + 3 * BLOCK, lo, mask=room)
+    tl.store(to + 4 * BLOCK, hi, mask=room)
+    tl.store(to + 5 * BLOCK, log_weight, mask=room)
+    tl.store(to + 6 * BLOCK, inverse, mask=room)
 
 
 # ---- forward ----
@@ -289,7 +282,7 @@ def _lowest_bit(bits):
     return ((lowest >> 23) & 255) - 127
 
 
-@triton.jit(do_not_specialize=["samples", "capacity", "heights", "widths"])
+@triton.jit(do_not_specialize=INTEGERS)
 def _forward(
     table,
     winners,
@@ -301,50 +294,49 @@ def _forward(
     slack,
     LOWEST: tl.constexpr,
     TOLERANCE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """One tile of one map of one sample: values and winners."""
     T: tl.constexpr = table.dtype.element_ty
-    index, sample, row, column, before = _locate(tl.program_id(0), samples, heights, widths, HEIGHT, WIDTH)
-    height, width = _pick(heights, index), _pick(widths, index)
-    frames = _row(table, index, sample, samples, capacity, COLUMNS)
-    x0, y0 = column.to(T) - 0.5 * (width - 1).to(T), row.to(T) - 0.5 * (height - 1).to(T)
-    x1 = tl.minimum(x0 + (WIDTH - 1), 0.5 * (width - 1).to(T))
-    y1 = tl.minimum(y0 + (HEIGHT - 1), 0.5 * (height - 1).to(T))
+    index, height, width, before, sample, row, column = _locate(
+        tl.program_id(0), samples, heights, widths, HEIGHT, WIDTH
+    )
+    frames = _frames(table, index, sample, samples, capacity)
+    right, bottom = 0.5 * (width - 1).to(T), 0.5 * (height - 1).to(T)
+    x0, y0 = column.to(T) - right, row.to(T) - bottom
+    x1, y1 = tl.minimum(x0 + (WIDTH - 1), right), tl.minimum(y0 + (HEIGHT - 1), bottom)
     lanes = tl.arange(0, BLOCK)
 
     lowers = tl.full([BLOCK], LOWEST, T)
     for first in range(0, capacity, BLOCK):
-        _, lower = _bounds(frames, first + lanes, capacity, x0, y0, x1, y1, TOLERANCE)
+        _, lower = _bounds(frames + first * COLUMNS + lanes, x0, y0, x1, y1, TOLERANCE)
         lowers = tl.maximum(lowers, lower)
     least = tl.max(lowers) - slack
 
-    xs, ys = column + tl.arange(0, WIDTH)[None, :], row + tl.arange(0, HEIGHT)[:, None]
-    inside = (xs < width) & (ys < height)
-    x = _centred(column, width, WIDTH, T)[None, :]
-    y = _centred(row, height, HEIGHT, T)[:, None]
+    columns, rows = tl.arange(0, WIDTH)[None, :], tl.arange(0, HEIGHT)[:, None]
+    inside = (column + columns < width) & (row + rows < height)
+    x, y = x0 + columns.to(T), y0 + rows.to(T)
     best = tl.full([HEIGHT, WIDTH], float("-inf"), T)
     winner = tl.full([HEIGHT, WIDTH], -1, tl.int32)
     for first in range(0, capacity, BLOCK):
-        upper, _ = _bounds(frames, first + lanes, capacity, x0, y0, x1, y1, TOLERANCE)
+        block = frames + first * COLUMNS
+        upper, _ = _bounds(block + lanes, x0, y0, x1, y1, TOLERANCE)
         bits = tl.sum(tl.where(upper < least, 0, 1 << lanes))
         while bits != 0:
-            edge = first + _lowest_bit(bits)
+            lane = _lowest_bit(bits)
             bits &= bits - 1
-            ux, uy, line, lo, hi = _load_frame(frames, edge, capacity)
-            across, beyond, _ = _offset(x, y, ux, uy, line, lo, hi)
-            score = (tl.load(frames + edge + 5 * capacity) - across * across) - beyond * beyond
+            ux, uy, line, lo, hi = _load_frame(block + lane)
+            across, beyond, _nearest = _offset(x, y, ux, uy, line, lo, hi)
+            score = (tl.load(block + lane + 5 * BLOCK) - across * across) - beyond * beyond
             better = score > best  # strictly: ties stay with the lowest index
             best = tl.where(better, score, best)
-            winner = tl.where(better, edge, winner)
+            winner = tl.where(better, first + lane, winner)
         least = tl.maximum(least, tl.min(tl.where(inside, best, float("inf"))) - slack)
 
     drawn = best >= LOWEST
     value = tl.where(drawn, tl.where(best == float("inf"), float("nan"), tl.exp(best)), 0.0)
-    at = (sample.to(tl.int64) * height + ys) * width + xs
+    at = (sample * height + row + rows) * width + column + columns
     tl.store(_pick(maps, index) + at, value, mask=inside)
     tl.store(winners + before + at, tl.where(drawn, winner, -1), mask=inside)
 
@@ -381,9 +373,15 @@ def _end_gradients(across_a, beyond_a, across_b, beyond_b, ux, uy, weight, scale
 
 
 @triton.jit
-def _load_pixels(winners, grads, at, grad_at, inside):
-    winner = tl.load(winners + at, mask=inside, other=-1).to(tl.int32)
-    return winner, tl.load(grads + grad_at, mask=inside, other=0.0)
+def _pixels(
+    row, column, height, width, sample, grad_strides, index, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr
+):
+    """A tile's coordinates from the centre of the map, where its winners and gradients are, and which it has."""
+    xs, ys = column + tl.arange(0, WIDTH)[None, :], row + tl.arange(0, HEIGHT)[:, None]
+    x, y = xs.to(T) - 0.5 * (width - 1).to(T), ys.to(T) - 0.5 * (height - 1).to(T)
+    grad_at = sample * _pick(grad_strides[0], index) + ys.to(tl.int64) * _pick(grad_strides[1], index)
+    grad_at += xs.to(tl.int64) * _pick(grad_strides[2], index)
+    return x, y, (sample * height + ys) * width + xs, grad_at, (xs < width) & (ys < height)
 
 
 @triton.jit
@@ -393,13 +391,7 @@ def _add_to_point(gradient, point, points, x, y):
     tl.atomic_add(gradient + point * 2 + 1, y, mask=known, sem="relaxed")
 
 
-SCATTER_INTEGERS = (
-    "samples points count capacity weight_stride_n weight_stride_e edge_stride_e edge_stride_c first_height first_width "
-    "heights widths grad_strides_n grad_strides_y grad_strides_x"
-).split()
-
-
-@triton.jit(do_not_specialize=SCATTER_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _scatter(
     table,
     weights,
@@ -412,74 +404,57 @@ def _scatter(
     points,
     count,
     capacity,
-    weight_stride_n,
-    weight_stride_e,
-    edge_stride_e,
-    edge_stride_c,
-    first_height,
-    first_width,
+    weight_strides,
+    edge_strides,
+    first_size,
     heights,
     widths,
-    grad_strides_n,
-    grad_strides_y,
-    grad_strides_x,
-    COLUMNS: tl.constexpr,
+    grad_strides,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """One tile: the sums of each distinct winner, added to the gradients of its ends and weight."""
     T: tl.constexpr = table.dtype.element_ty
-    index, sample, row, column, before = _locate(tl.program_id(0), samples, heights, widths, HEIGHT, WIDTH)
-    height, width = _pick(heights, index), _pick(widths, index)
-    frames = _row(table, index, sample, samples, capacity, COLUMNS)
-    sample = sample.to(tl.int64)
-    xs, ys = column + tl.arange(0, WIDTH)[None, :], row + tl.arange(0, HEIGHT)[:, None]
-    inside = (xs < width) & (ys < height)
-    grad_at = sample * _pick(grad_strides_n, index) + ys.to(tl.int64) * _pick(grad_strides_y, index)
-    grad_at += xs.to(tl.int64) * _pick(grad_strides_x, index)
-    at = before + (sample * height + ys) * width + xs
-    winner, grad = _load_pixels(winners, _pick(grads, index), at, grad_at, inside)
+    index, height, width, before, sample, row, column = _locate(
+        tl.program_id(0), samples, heights, widths, HEIGHT, WIDTH
+    )
+    frames = _frames(table, index, sample, samples, capacity)
+    x, y, at, grad_at, inside = _pixels(row, column, height, width, sample, grad_strides, index, HEIGHT, WIDTH, T)
+    winner = tl.load(winners + before + at, mask=inside, other=-1).to(tl.int32)
+    grad = tl.load(_pick(grads, index) + grad_at, mask=inside, other=0.0)
     won = (winner >= 0) & (winner < count)
-    own = tl.where(won, winner, 0)
-    x = _centred(column, width, WIDTH, T)[None, :]
-    y = _centred(row, height, HEIGHT, T)[:, None]
-    ux, uy, line, lo, hi = _load_frame(frames, own, capacity)
-    inverse = tl.load(frames + own + 6 * capacity)
+    own = _frame(frames, tl.where(won, winner, 0))
+    ux, uy, line, lo, hi = _load_frame(own)
+    inverse = tl.load(own + 6 * BLOCK)
     m, across_a, beyond_a, across_b, beyond_b = _moments(grad, x, y, ux, uy, line, lo, hi, inverse)
 
-    scale_x, scale_y = width.to(T) / first_width.to(T), height.to(T) / first_height.to(T)
+    scale_x, scale_y = width.to(T) / first_size[1].to(T), height.to(T) / first_size[0].to(T)
     left = tl.where(won & (m != 0), winner, count)
     edge = tl.min(left)
     while edge < count:
         mine = left == edge
         left = tl.where(mine, count, left)
-        wide = edge.to(tl.int64)
+        wide, frame = edge.to(tl.int64), _frame(frames, edge)
         ax, ay, bx, by = _end_gradients(
             tl.sum(tl.where(mine, across_a, 0.0)),
             tl.sum(tl.where(mine, beyond_a, 0.0)),
             tl.sum(tl.where(mine, across_b, 0.0)),
             tl.sum(tl.where(mine, beyond_b, 0.0)),
-            tl.load(frames + edge),
-            tl.load(frames + edge + capacity),
-            tl.load(weights + sample * weight_stride_n + wide * weight_stride_e),
+            tl.load(frame),
+            tl.load(frame + BLOCK),
+            tl.load(weights + sample * weight_strides[0] + wide * weight_strides[1]),
             scale_x,
             scale_y,
         )
-        ends, to = edges + wide * edge_stride_e, grad_keypoints + sample * points * 2
+        ends, to = edges + wide * edge_strides[0], grad_keypoints + sample * points * 2
         _add_to_point(to, tl.load(ends), points, ax, ay)
-        _add_to_point(to, tl.load(ends + edge_stride_c), points, bx, by)
+        _add_to_point(to, tl.load(ends + edge_strides[1]), points, bx, by)
         value = tl.sum(tl.where(mine, m, 0.0))
         tl.atomic_add(grad_weights + sample * count + edge, value, sem="relaxed")
         edge = tl.min(left)
 
 
-GATHER_INTEGERS = (
-    "samples count capacity weight_stride_n weight_stride_e first_height first_width heights widths "
-    "grad_strides_n grad_strides_y grad_strides_x"
-).split()
-
-
-@triton.jit(do_not_specialize=GATHER_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _gather(
     table,
     weights,
@@ -489,19 +464,14 @@ def _gather(
     samples,
     count,
     capacity,
-    weight_stride_n,
-    weight_stride_e,
-    first_height,
-    first_width,
+    weight_strides,
+    first_size,
     heights,
     widths,
-    grad_strides_n,
-    grad_strides_y,
-    grad_strides_x,
+    grad_strides,
     slack,
     LOWEST: tl.constexpr,
     TOLERANCE: tl.constexpr,
-    COLUMNS: tl.constexpr,
     EDGES: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -520,14 +490,15 @@ def _gather(
     for i in tl.static_range(len(heights)):
         before = tl.where(index == i, pixels, before)
         pixels += samples * (heights[i].to(tl.int64) * widths[i])
-    frames = _row(table, index, sample, samples, capacity, COLUMNS)
-    scale_x, scale_y = width.to(T) / first_width.to(T), height.to(T) / first_height.to(T)
+    frames = _frames(table, index, sample, samples, capacity)
+    scale_x, scale_y = width.to(T) / first_size[1].to(T), height.to(T) / first_size[0].to(T)
     right, bottom = 0.5 * (width - 1).to(T), 0.5 * (height - 1).to(T)
-    stride_y, stride_x = _pick(grad_strides_y, index), _pick(grad_strides_x, index)
     start = tl.program_id(0) % groups * EDGES
-    for edge in range(start, tl.minimum(start + EDGES, count)):
-        ux, uy, line, lo, hi = _load_frame(frames, edge, capacity)
-        inverse = tl.load(frames + edge + 6 * capacity)
+    for step in range(0, tl.minimum(EDGES, count - start)):
+        edge = start + step
+        frame = _frame(frames, edge)
+        ux, uy, line, lo, hi = _load_frame(frame)
+        inverse = tl.load(frame + 6 * BLOCK)
         value = tl.zeros([HEIGHT, WIDTH], T)
         across_a = tl.zeros([HEIGHT, WIDTH], T)
         beyond_a = tl.zeros([HEIGHT, WIDTH], T)
@@ -538,15 +509,13 @@ def _gather(
             row, column = tile // columns * HEIGHT, tile % columns * WIDTH
             x0, y0 = column.to(T) - right, row.to(T) - bottom
             x1, y1 = tl.minimum(x0 + (WIDTH - 1), right), tl.minimum(y0 + (HEIGHT - 1), bottom)
-            upper, _ = _bounds(frames, edge, capacity, x0, y0, x1, y1, TOLERANCE)
+            upper, _ = _bounds(frame, x0, y0, x1, y1, TOLERANCE)
             if (upper >= LOWEST - slack) | (upper != upper):
-                xs, ys = column + tl.arange(0, WIDTH)[None, :], row + tl.arange(0, HEIGHT)[:, None]
-                inside = (xs < width) & (ys < height)
-                grad_at = sample * _pick(grad_strides_n, index) + ys.to(tl.int64) * stride_y + xs.to(tl.int64) * stride_x
-                at = before + (sample * height + ys) * width + xs
-                winner, grad = _load_pixels(winners, _pick(grads, index), at, grad_at, inside)
-                x = _centred(column, width, WIDTH, T)[None, :]
-                y = _centred(row, height, HEIGHT, T)[:, None]
+                x, y, at, grad_at, inside = _pixels(
+                    row, column, height, width, sample, grad_strides, index, HEIGHT, WIDTH, T
+                )
+                winner = tl.load(winners + before + at, mask=inside, other=-1)
+                grad = tl.load(_pick(grads, index) + grad_at, mask=inside, other=0.0)
                 m, sa, ca, sb, cb = _moments(grad, x, y, ux, uy, line, lo, hi, inverse)
                 mine = (winner == edge) & (m != 0)
                 value += tl.where(mine, m, 0.0)
@@ -554,7 +523,7 @@ def _gather(
                 beyond_a += tl.where(mine, ca, 0.0)
                 across_b += tl.where(mine, sb, 0.0)
                 beyond_b += tl.where(mine, cb, 0.0)
-        weight = tl.load(weights + sample * weight_stride_n + tl.cast(edge, tl.int64) * weight_stride_e)
+        weight = tl.load(weights + sample * weight_strides[0] + edge.to(tl.int64) * weight_strides[1])
         ax, ay, bx, by = _end_gradients(
             tl.sum(across_a), tl.sum(beyond_a), tl.sum(across_b), tl.sum(beyond_b), ux, uy, weight, scale_x, scale_y
         )
@@ -566,10 +535,7 @@ def _gather(
         tl.store(to + 4 * count, tl.sum(value))
 
 
-COLLECT_INTEGERS = "maps samples points count edge_stride_e edge_stride_c".split()
-
-
-@triton.jit(do_not_specialize=COLLECT_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _collect(
     parts,
     edges,
@@ -579,8 +545,7 @@ def _collect(
     samples,
     points,
     count,
-    edge_stride_e,
-    edge_stride_c,
+    edge_strides,
     EDGES: tl.constexpr,
     POINTS: tl.constexpr,
 ):
@@ -607,9 +572,9 @@ def _collect(
             bx += tl.load(part + 2 * count, mask=real, other=0.0)
             by += tl.load(part + 3 * count, mask=real, other=0.0)
             value += tl.load(part + 4 * count, mask=real, other=0.0)
-        ends = edges + edge.to(tl.int64) * edge_stride_e
+        ends = edges + edge.to(tl.int64) * edge_strides[0]
         at_a = tl.load(ends, mask=real, other=-1)[:, None] == point[None, :]
-        at_b = tl.load(ends + edge_stride_c, mask=real, other=-1)[:, None] == point[None, :]
+        at_b = tl.load(ends + edge_strides[1], mask=real, other=-1)[:, None] == point[None, :]
         sum_x += tl.sum(tl.where(at_a, ax[:, None], 0.0) + tl.where(at_b, bx[:, None], 0.0), 0)
         sum_y += tl.sum(tl.where(at_a, ay[:, None], 0.0) + tl.where(at_b, by[:, None], 0.0), 0)
         tl.store(grad_weights + sample * count + edge, value, mask=real & (block == 0))
@@ -679,17 +644,20 @@ def _parts(samples: int, sizes: list[int], sigmas: list[float]) -> Iterator[_Par
         start = end
 
 
-def _tile(samples: int, sizes: list[int]) -> tuple[int, int]:
-    pixels = samples * sum(h * w for h, w in zip(sizes[::2], sizes[1::2]))
-    return SMALL_TILE if pixels < FEW_PIXELS else TILE
+def _tile(keypoints: Tensor, sizes: list[int]) -> tuple[int, int]:
+    pixels = keypoints.shape[0] * sum(h * w for h, w in zip(sizes[::2], sizes[1::2]))
+    return SMALL_TILE if pixels < FEW_PIXELS or keypoints.dtype == torch.float64 else TILE
 
 
-def _table(keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[int], part: _Part, forward: bool) -> Tensor:
+def _table(
+    keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[int], part: _Part, forward: bool
+) -> tuple[Tensor, int]:
+    """And its capacity: edges, rounded up to whole blocks."""
     (n, k, _), e, maps = keypoints.shape, edges.shape[0], len(part.heights)
-    capacity = triton.cdiv(e, BLOCK) * BLOCK
-    table = keypoints.new_empty((maps, n, COLUMNS, capacity))
+    capacity = triton.cdiv(e, BLOCK.value) * BLOCK.value
+    table = keypoints.new_empty((maps, n, capacity * COLUMNS.value))
     if table.numel() == 0:
-        return table
+        return table, capacity
     with on_device(keypoints):
         _prepare[(maps * n * triton.cdiv(capacity, PREPARED),)](
             keypoints,
@@ -700,43 +668,40 @@ def _table(keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[int], 
             k,
             e,
             capacity,
-            *keypoints.stride(),
-            *weights.stride(),
-            *edges.stride(),
-            *sizes[:2],
+            keypoints.stride(),
+            weights.stride(),
+            edges.stride(),
+            tuple(sizes[:2]),
             part.heights,
             part.widths,
             part.sigmas,
             FORWARD=forward,
-            COLUMNS=COLUMNS,
             EDGES=PREPARED,
         )
-    return table
+    return table, capacity
 
 
 def _rasterize(
     keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[int], sigmas: list[float]
 ) -> tuple[list[Tensor], Tensor]:
     _check(keypoints, weights, edges, sizes, sigmas)
-    n, limits, tile = keypoints.shape[0], LIMITS[keypoints.dtype], _tile(keypoints.shape[0], sizes)
+    n, limits, tile = keypoints.shape[0], LIMITS[keypoints.dtype], _tile(keypoints, sizes)
     maps = [keypoints.new_empty((n, h, w)) for h, w in zip(sizes[::2], sizes[1::2])]
     winners = keypoints.new_empty((sum(m.numel() for m in maps),), dtype=_index_dtype(edges.shape[0]))
     for part in _parts(n, sizes, sigmas) if n else ():
-        table = _table(keypoints, weights, edges, sizes, part, forward=True)
+        table, capacity = _table(keypoints, weights, edges, sizes, part, forward=True)
         with on_device(keypoints):
             _forward[(n * part.tiles(tile),)](
                 table,
                 winners[part.pixels],
                 tuple(maps[part.maps]),
                 n,
-                table.shape[-1],
+                capacity,
                 part.heights,
                 part.widths,
                 limits.slack,
                 LOWEST=limits.lowest,
                 TOLERANCE=limits.tolerance,
-                COLUMNS=COLUMNS,
-                BLOCK=BLOCK,
                 HEIGHT=tile[0],
                 WIDTH=tile[1],
                 num_warps=1,
@@ -773,10 +738,11 @@ def _scatter_all(
     sizes: list[int],
     sigmas: list[float],
 ) -> tuple[Tensor, Tensor]:
-    (n, k, _), e, tile = keypoints.shape, edges.shape[0], _tile(keypoints.shape[0], sizes)
+    (n, k, _), e, tile = keypoints.shape, edges.shape[0], _tile(keypoints, sizes)
     grad_keypoints, grad_weights = keypoints.new_zeros((n, k, 2)), weights.new_zeros((n, e))
     for part in _parts(n, sizes, sigmas) if n * e else ():
-        table, grads = _table(keypoints, weights, edges, sizes, part, forward=False), tuple(grad_maps[part.maps])
+        table, capacity = _table(keypoints, weights, edges, sizes, part, forward=False)
+        grads = tuple(grad_maps[part.maps])
         with on_device(keypoints):
             _scatter[(n * part.tiles(tile),)](
                 table,
@@ -789,14 +755,13 @@ def _scatter_all(
                 n,
                 k,
                 e,
-                table.shape[-1],
-                *weights.stride(),
-                *edges.stride(),
-                *sizes[:2],
+                capacity,
+                weights.stride(),
+                edges.stride(),
+                tuple(sizes[:2]),
                 part.heights,
                 part.widths,
-                *_strides(grads),
-                COLUMNS=COLUMNS,
+                _strides(grads),
                 HEIGHT=tile[0],
                 WIDTH=tile[1],
                 num_warps=1,
@@ -819,7 +784,8 @@ def _gather_all(
     grad_keypoints, grad_weights = keypoints.new_empty((n, k, 2)), weights.new_empty((n, e))
     parts = keypoints.new_empty((len(sigmas), n, 5, e))
     for part in _parts(n, sizes, sigmas):
-        table, grads = _table(keypoints, weights, edges, sizes, part, forward=False), tuple(grad_maps[part.maps])
+        table, capacity = _table(keypoints, weights, edges, sizes, part, forward=False)
+        grads = tuple(grad_maps[part.maps])
         with on_device(keypoints):
             _gather[(len(grads) * n * triton.cdiv(e, GATHERED),)](
                 table,
@@ -829,16 +795,15 @@ def _gather_all(
                 parts[part.maps],
                 n,
                 e,
-                table.shape[-1],
-                *weights.stride(),
-                *sizes[:2],
+                capacity,
+                weights.stride(),
+                tuple(sizes[:2]),
                 part.heights,
                 part.widths,
-                *_strides(grads),
+                _strides(grads),
                 limits.slack,
                 LOWEST=limits.lowest,
                 TOLERANCE=limits.tolerance,
-                COLUMNS=COLUMNS,
                 EDGES=GATHERED,
                 HEIGHT=TILE[0],
                 WIDTH=TILE[1],
@@ -854,7 +819,7 @@ def _gather_all(
             n,
             k,
             e,
-            *edges.stride(),
+            edges.stride(),
             EDGES=COLLECTED,
             POINTS=POINTS,
         )
@@ -862,3 +827,49 @@ def _gather_all(
 
 
 define("rasterize_edges", _rasterize, _rasterize_backward)
+
+
+# ---- ahead of time ----
+
+
+def _types(dtype: str, maps: int, winner: str) -> dict[str, Any]:
+    """Of the arguments of all kernels, as Triton names them."""
+    pointers = dict.fromkeys(("keypoints", "weights", "table", "grad_keypoints", "grad_weights", "parts"), f"*{dtype}")
+    integers = dict.fromkeys(("samples", "points", "count", "capacity"), "i32")
+    several = {"maps": (f"*{dtype}",) * maps, "grads": (f"*{dtype}",) * maps, "sigmas": ("i64",) * maps}
+    sizes = {"heights": ("i32",) * maps, "widths": ("i32",) * maps, "first_size": ("i32", "i32")}
+    strides = {"point_strides": ("i32",) * 3, "weight_strides": ("i32",) * 2, "edge_strides": ("i32",) * 2}
+    strides["grad_strides"] = (("i32",) * maps,) * 3
+    rest = {"edges": "*i64", "winners": f"*{winner}", "slack": "fp32"}
+    return {**pointers, **integers, **several, **sizes, **strides, **rest}
+
+
+def _variant(kernel: Any, name: str, types: dict[str, Any], constants: dict[str, Any], warps: int, n: int) -> Variant:
+    own = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
+    aligned = tuple(argument for argument, kind in own.items() if isinstance(kind, str) and kind[0] == "*")
+    return Variant(name, kernel, own, constants, aligned, warps=warps, programs=n)
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel for both dtypes; for one map, the decoder's five, and more edges than an int16 counts."""
+    for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
+        limits, single = LIMITS[dtype], dtype == torch.float32
+        bounds = {"LOWEST": limits.lowest, "TOLERANCE": limits.tolerance}
+        pixels = {"HEIGHT": TILE[0], "WIDTH": TILE[1]}
+        small = {"HEIGHT": SMALL_TILE[0], "WIDTH": SMALL_TILE[1]}
+        five = _types(name, 5, "i16")
+        for forward in (True, False):
+            constants = {"FORWARD": forward, "EDGES": PREPARED}
+            yield _variant(_prepare, f"{name}, {'forward' if forward else 'backward'}", five, constants, 4, 4)
+        programs = 32 if single else 16
+        constants = {**bounds, **pixels}
+        yield _variant(_forward, f"{name}, 5 maps", five, constants, 1, programs)
+        yield _variant(_scatter, f"{name}, 5 maps", five, pixels, 1, programs)
+        yield _variant(_gather, f"{name}, 5 maps", five, {**constants, "EDGES": GATHERED}, 1, programs * 3 // 4)
+        yield _variant(_collect, name, {**five, "maps": "i32"}, {"EDGES": COLLECTED, "POINTS": POINTS}, 4, 4)
+        if single:
+            one, wide = _types(name, 1, "i16"), _types(name, 1, "i32")
+            yield _variant(_forward, f"{name}, 1 map", one, constants, 1, programs)
+            yield _variant(_forward, f"{name}, 1 map, small tiles", one, {**constants, **small}, 1, programs)
+            yield _variant(_forward, f"{name}, 1 map, int32", wide, constants, 1, programs)
+            yield _variant(_scatter, f"{name}, 1 map, small tiles", one, {**pixels, **small}, 1, programs)
