@@ -18,7 +18,7 @@ for the bounds of 32 edges, 48 µs. Bytes: 6 written for each pixel, 6.3 MB, 2 �
 many, and has 7 distinct winners in a tile: 0.3 M atomics. Saved for backward: the inputs and the winners, 2 bytes a
 pixel.
 
-Designed for 32 programs of one warp (64 registers) on a multiprocessor. Considered: 16 × 16 pixels (92 edges a tile,
+Designed for 28 to 32 programs of one warp (64 to 72 registers) on a multiprocessor. Considered: 16 × 16 pixels (92 edges a tile,
 the same sum of instructions, half the programs); lists of edges in memory for larger squares, as on the CPU (another
 launch, and N·E·tiles numbers to write). Not measured on a GPU yet.
 """
@@ -56,11 +56,11 @@ if INTERPRETED:  # where every program costs milliseconds
     GATHERED = 2**15
 
 
-# Arguments of the kernels for whose values nothing is compiled anew.
-INTEGERS = (
-    *("samples", "points", "count", "capacity", "maps", "heights", "widths", "first_size", "sigmas"),
-    *("point_strides", "weight_strides", "edge_strides", "grad_strides"),
-)
+# Arguments for whose values nothing is compiled anew. Strides are not among them; those of the table are constant.
+INTEGERS = ("samples", "points", "count", "capacity", "maps", "first_height", "first_width")
+# Numbers in a tuple would be treated as constants where they are 1, and by divisibility, so what differs from map to map
+# travels as an odd int64.
+FLAG, MASK = tl.constexpr(2**62), tl.constexpr(2**63 - 1)
 
 
 class Limits(NamedTuple):
@@ -105,23 +105,36 @@ def _pick(options, index):
 
 
 @triton.jit
-def _locate(program, samples, heights, widths, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _decode(number):
+    """What `_encode` was given."""
+    return ((number.to(tl.int64) ^ FLAG) >> 1) & MASK
+
+
+@triton.jit
+def _size(sizes, index):
+    """Height and width of a map."""
+    size = _decode(_pick(sizes, index))
+    return (size >> 32).to(tl.int32), size.to(tl.int32)
+
+
+@triton.jit
+def _locate(program, samples, sizes, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """A program's map, its size and how many pixels the maps before have in all samples; sample, first row and column.
 
     Programs count through columns, rows, samples and maps.
     """
-    index, height, width, first, end = 0, heights[0], widths[0], 0, 0
+    index, first, end = 0, 0, 0
     before = tl.zeros([], tl.int64)
     pixels = tl.zeros([], tl.int64)
-    for i in tl.static_range(len(heights)):
+    for i in tl.static_range(len(sizes)):
         here = program >= end
         index = tl.where(here, i, index)
-        height = tl.where(here, heights[i], height)
-        width = tl.where(here, widths[i], width)
         first = tl.where(here, end, first)
         before = tl.where(here, pixels, before)
-        end += samples * ((heights[i] + HEIGHT - 1) // HEIGHT * ((widths[i] + WIDTH - 1) // WIDTH))
-        pixels += samples * (heights[i].to(tl.int64) * widths[i])
+        height, width = _size(sizes, i)
+        end += samples * ((height + HEIGHT - 1) // HEIGHT * ((width + WIDTH - 1) // WIDTH))
+        pixels += samples * (height.to(tl.int64) * width)
+    height, width = _size(sizes, index)
     columns = (width + WIDTH - 1) // WIDTH
     tiles = (height + HEIGHT - 1) // HEIGHT * columns
     sample, tile = (program - first) // tiles, (program - first) % tiles
@@ -219,9 +232,9 @@ def _prepare(
     point_strides,
     weight_strides,
     edge_strides,
-    first_size,
-    heights,
-    widths,
+    first_height,
+    first_width,
+    sizes,
     sigmas,
     FORWARD: tl.constexpr,
     EDGES: tl.constexpr,
@@ -234,8 +247,8 @@ def _prepare(
     blocks = tl.cdiv(capacity, EDGES)
     pair = tl.program_id(0) // blocks
     index, sample = pair // samples, (pair % samples).to(tl.int64)
-    height, width = _pick(heights, index), _pick(widths, index)
-    sigma = _pick(sigmas, index).to(tl.float64, bitcast=True)
+    height, width = _size(sizes, index)
+    sigma = _decode(_pick(sigmas, index)).to(tl.float64, bitcast=True)
     edge = tl.program_id(0) % blocks * EDGES + tl.arange(0, EDGES)
     real = edge < count
     wide = edge.to(tl.int64)
@@ -245,10 +258,10 @@ def _prepare(
     xs = keypoints + sample * point_strides[0]
     ys = xs + point_strides[2]
     ux, uy, across, lo, hi, inverse = _segment(
-        _coordinate(xs, a, a_known, point_strides[1], width, first_size[1]),
-        _coordinate(ys, a, a_known, point_strides[1], height, first_size[0]),
-        _coordinate(xs, b, b_known, point_strides[1], width, first_size[1]),
-        _coordinate(ys, b, b_known, point_strides[1], height, first_size[0]),
+        _coordinate(xs, a, a_known, point_strides[1], width, first_width),
+        _coordinate(ys, a, a_known, point_strides[1], height, first_height),
+        _coordinate(xs, b, b_known, point_strides[1], width, first_width),
+        _coordinate(ys, b, b_known, point_strides[1], height, first_height),
         sigma,
     )
     weight = tl.load(weights + sample * weight_strides[0] + wide * weight_strides[1], mask=real, other=0.0)
@@ -290,8 +303,7 @@ def _forward(
     maps,
     samples,
     capacity,
-    heights,
-    widths,
+    sizes,
     slack,
     LOWEST: tl.constexpr,
     TOLERANCE: tl.constexpr,
@@ -300,9 +312,7 @@ def _forward(
 ):
     """One tile of one map of one sample: values and winners."""
     T: tl.constexpr = table.dtype.element_ty
-    index, height, width, before, sample, row, column = _locate(
-        tl.program_id(0), samples, heights, widths, HEIGHT, WIDTH
-    )
+    index, height, width, before, sample, row, column = _locate(tl.program_id(0), samples, sizes, HEIGHT, WIDTH)
     frames = _frames(table, index, sample, samples, capacity)
     right, bottom = 0.5 * (width - 1).to(T), 0.5 * (height - 1).to(T)
     x0, y0 = column.to(T) - right, row.to(T) - bottom
@@ -411,18 +421,16 @@ def _scatter(
     capacity,
     weight_strides,
     edge_strides,
-    first_size,
-    heights,
-    widths,
+    first_height,
+    first_width,
+    sizes,
     grad_strides,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """One tile: the sums of each distinct winner, added to the gradients of its ends and weight."""
     T: tl.constexpr = table.dtype.element_ty
-    index, height, width, before, sample, row, column = _locate(
-        tl.program_id(0), samples, heights, widths, HEIGHT, WIDTH
-    )
+    index, height, width, before, sample, row, column = _locate(tl.program_id(0), samples, sizes, HEIGHT, WIDTH)
     frames = _frames(table, index, sample, samples, capacity)
     x, y, at, grad_at, inside = _pixels(row, column, height, width, sample, grad_strides, index, HEIGHT, WIDTH, T)
     winner = tl.load(winners + before + at, mask=inside, other=-1).to(tl.int32)
@@ -433,7 +441,7 @@ def _scatter(
     inverse = tl.load(own + 6 * BLOCK)
     m, across_a, beyond_a, across_b, beyond_b = _moments(grad, x, y, ux, uy, line, lo, hi, inverse)
 
-    scale_x, scale_y = width.to(T) / first_size[1].to(T), height.to(T) / first_size[0].to(T)
+    scale_x, scale_y = width.to(T) / first_width.to(T), height.to(T) / first_height.to(T)
     left = tl.where(won & (m != 0), winner, count)
     edge = tl.min(left)
     while edge < count:
@@ -470,9 +478,9 @@ def _gather(
     count,
     capacity,
     weight_strides,
-    first_size,
-    heights,
-    widths,
+    first_height,
+    first_width,
+    sizes,
     grad_strides,
     slack,
     LOWEST: tl.constexpr,
@@ -489,14 +497,15 @@ def _gather(
     groups = tl.cdiv(count, EDGES)
     pair = tl.program_id(0) // groups
     index, sample = pair // samples, (pair % samples).to(tl.int64)
-    height, width = _pick(heights, index), _pick(widths, index)
     pixels = tl.zeros([], tl.int64)
     before = tl.zeros([], tl.int64)
-    for i in tl.static_range(len(heights)):
+    for i in tl.static_range(len(sizes)):
         before = tl.where(index == i, pixels, before)
-        pixels += samples * (heights[i].to(tl.int64) * widths[i])
+        height, width = _size(sizes, i)
+        pixels += samples * (height.to(tl.int64) * width)
+    height, width = _size(sizes, index)
     frames = _frames(table, index, sample, samples, capacity)
-    scale_x, scale_y = width.to(T) / first_size[1].to(T), height.to(T) / first_size[0].to(T)
+    scale_x, scale_y = width.to(T) / first_width.to(T), height.to(T) / first_height.to(T)
     right, bottom = 0.5 * (width - 1).to(T), 0.5 * (height - 1).to(T)
     start = tl.program_id(0) % groups * EDGES
     for step in range(0, tl.minimum(EDGES, count - start)):
@@ -624,28 +633,35 @@ def _index_dtype(edges: int) -> torch.dtype:
     return torch.int16 if edges <= INT16_EDGES else torch.int32
 
 
+def _encode(number: int) -> int:
+    """As an int64 that is odd, and too large for an int32."""
+    bits = (number << 1 | 1) ^ FLAG.value
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
 class _Part(NamedTuple):
     """The maps of one launch."""
 
     maps: slice  # of all maps
-    heights: tuple[int, ...]
-    widths: tuple[int, ...]
-    sigmas: tuple[int, ...]  # bits of a float64: a float argument would become a float32
+    shapes: list[tuple[int, int]]
+    sizes: tuple[int, ...]  # height and width of each, and
+    sigmas: tuple[int, ...]  # bits of a float64 (an argument that is a float would become a float32), encoded
     pixels: slice  # of the winners
 
     def tiles(self, tile: tuple[int, int]) -> int:
         """In one sample."""
-        return sum(triton.cdiv(h, tile[0]) * triton.cdiv(w, tile[1]) for h, w in zip(self.heights, self.widths))
+        return sum(triton.cdiv(h, tile[0]) * triton.cdiv(w, tile[1]) for h, w in self.shapes)
 
 
 def _parts(samples: int, sizes: list[int], sigmas: list[float]) -> Iterator[_Part]:
     start = 0
     for first in range(0, len(sigmas), MAPS):
         maps = slice(first, min(first + MAPS, len(sigmas)))
-        heights, widths = tuple(sizes[::2][maps]), tuple(sizes[1::2][maps])
-        end = start + samples * sum(h * w for h, w in zip(heights, widths))
-        bits = tuple(struct.unpack("q", struct.pack("d", sigma))[0] for sigma in sigmas[maps])
-        yield _Part(maps, heights, widths, bits, slice(start, end))
+        shapes = list(zip(sizes[::2], sizes[1::2]))[maps]
+        end = start + samples * sum(h * w for h, w in shapes)
+        packed = tuple(_encode(h << 32 | w) for h, w in shapes)
+        bits = tuple(_encode(struct.unpack("q", struct.pack("d", sigma))[0]) for sigma in sigmas[maps])
+        yield _Part(maps, shapes, packed, bits, slice(start, end))
         start = end
 
 
@@ -658,7 +674,7 @@ def _table(
     keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[int], part: _Part, forward: bool
 ) -> tuple[Tensor, int]:
     """And its capacity: edges, rounded up to whole blocks."""
-    (n, k, _), e, maps = keypoints.shape, edges.shape[0], len(part.heights)
+    (n, k, _), e, maps = keypoints.shape, edges.shape[0], len(part.shapes)
     capacity = triton.cdiv(e, BLOCK.value) * BLOCK.value
     table = keypoints.new_empty((maps, n, capacity * COLUMNS.value))
     if table.numel() == 0:
@@ -676,9 +692,8 @@ def _table(
             keypoints.stride(),
             weights.stride(),
             edges.stride(),
-            tuple(sizes[:2]),
-            part.heights,
-            part.widths,
+            *sizes[:2],
+            part.sizes,
             part.sigmas,
             FORWARD=forward,
             EDGES=PREPARED,
@@ -702,8 +717,7 @@ def _rasterize(
                 tuple(maps[part.maps]),
                 n,
                 capacity,
-                part.heights,
-                part.widths,
+                part.sizes,
                 limits.slack,
                 LOWEST=limits.lowest,
                 TOLERANCE=limits.tolerance,
@@ -763,9 +777,8 @@ def _scatter_all(
                 capacity,
                 weights.stride(),
                 edges.stride(),
-                tuple(sizes[:2]),
-                part.heights,
-                part.widths,
+                *sizes[:2],
+                part.sizes,
                 _strides(grads),
                 HEIGHT=tile[0],
                 WIDTH=tile[1],
@@ -802,9 +815,8 @@ def _gather_all(
                 e,
                 capacity,
                 weights.stride(),
-                tuple(sizes[:2]),
-                part.heights,
-                part.widths,
+                *sizes[:2],
+                part.sizes,
                 _strides(grads),
                 limits.slack,
                 LOWEST=limits.lowest,
@@ -839,14 +851,13 @@ define("rasterize_edges", _rasterize, _rasterize_backward)
 
 def _types(dtype: str, maps: int, winner: str) -> dict[str, Any]:
     """Of the arguments of all kernels, as Triton names them."""
-    pointers = dict.fromkeys(("keypoints", "weights", "table", "grad_keypoints", "grad_weights", "parts"), f"*{dtype}")
-    integers = dict.fromkeys(("samples", "points", "count", "capacity"), "i32")
-    several = {"maps": (f"*{dtype}",) * maps, "grads": (f"*{dtype}",) * maps, "sigmas": ("i64",) * maps}
-    sizes = {"heights": ("i32",) * maps, "widths": ("i32",) * maps, "first_size": ("i32", "i32")}
-    strides = {"point_strides": ("i32",) * 3, "weight_strides": ("i32",) * 2, "edge_strides": ("i32",) * 2}
-    strides["grad_strides"] = (("i32",) * maps,) * 3
-    rest = {"edges": "*i64", "winners": f"*{winner}", "slack": "fp32"}
-    return {**pointers, **integers, **several, **sizes, **strides, **rest}
+    names = "keypoints", "weights", "table", "grad_keypoints", "grad_weights", "parts"
+    types: dict[str, Any] = dict.fromkeys(names, f"*{dtype}")
+    types |= dict.fromkeys(("samples", "points", "count", "capacity", "first_height", "first_width"), "i32")
+    types |= {"maps": (f"*{dtype}",) * maps, "grads": (f"*{dtype}",) * maps}
+    types |= {"sizes": ("i64",) * maps, "sigmas": ("i64",) * maps}
+    types |= {"point_strides": ("i32",) * 3, "weight_strides": ("i32",) * 2, "edge_strides": ("i32",) * 2}
+    return types | {"grad_strides": (("i32",) * maps,) * 3, "edges": "*i64", "winners": f"*{winner}", "slack": "fp32"}
 
 
 def _variant(kernel: Any, name: str, types: dict[str, Any], constants: dict[str, Any], warps: int, n: int) -> Variant:
@@ -859,22 +870,22 @@ def variants() -> Iterator[Variant]:
     """Every kernel for both dtypes; for one map, the decoder's five, and more edges than an int16 counts."""
     for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
         limits, single = LIMITS[dtype], dtype == torch.float32
-        bounds = {"LOWEST": limits.lowest, "TOLERANCE": limits.tolerance}
-        pixels = {"HEIGHT": TILE[0], "WIDTH": TILE[1]}
-        small = {"HEIGHT": SMALL_TILE[0], "WIDTH": SMALL_TILE[1]}
+        bounds: dict[str, Any] = {"LOWEST": limits.lowest, "TOLERANCE": limits.tolerance}
+        large, small = ({"HEIGHT": tile[0], "WIDTH": tile[1]} for tile in (TILE, SMALL_TILE))
+        pixels = large if single else small
         five = _types(name, 5, "i16")
         for forward in (True, False):
             constants = {"FORWARD": forward, "EDGES": PREPARED}
             yield _variant(_prepare, f"{name}, {'forward' if forward else 'backward'}", five, constants, 4, 4)
-        programs = 32 if single else 16
+        programs = 28 if single else 16
         constants = {**bounds, **pixels}
         yield _variant(_forward, f"{name}, 5 maps", five, constants, 1, programs)
         yield _variant(_scatter, f"{name}, 5 maps", five, pixels, 1, programs)
-        yield _variant(_gather, f"{name}, 5 maps", five, {**constants, "EDGES": GATHERED}, 1, programs * 3 // 4)
+        yield _variant(_gather, f"{name}, 5 maps", five, {**bounds, **large, "EDGES": GATHERED}, 1, programs - 4)
         yield _variant(_collect, name, {**five, "maps": "i32"}, {"EDGES": COLLECTED, "POINTS": POINTS}, 4, 4)
         if single:
             one, wide = _types(name, 1, "i16"), _types(name, 1, "i32")
             yield _variant(_forward, f"{name}, 1 map", one, constants, 1, programs)
             yield _variant(_forward, f"{name}, 1 map, small tiles", one, {**constants, **small}, 1, programs)
             yield _variant(_forward, f"{name}, 1 map, int32", wide, constants, 1, programs)
-            yield _variant(_scatter, f"{name}, 1 map, small tiles", one, {**pixels, **small}, 1, programs)
+            yield _variant(_scatter, f"{name}, 1 map, small tiles", one, small, 1, programs)
