@@ -18,9 +18,9 @@ for the bounds of 32 edges, 48 µs. Bytes: 6 written for each pixel, 6.3 MB, 2 �
 many, and has 7 distinct winners in a tile: 0.3 M atomics. Saved for backward: the inputs and the winners, 2 bytes a
 pixel.
 
-Designed for 28 to 32 programs of one warp (64 to 72 registers) on a multiprocessor. Considered: 16 × 16 pixels (92 edges a tile,
-the same sum of instructions, half the programs); lists of edges in memory for larger squares, as on the CPU (another
-launch, and N·E·tiles numbers to write). Not measured on a GPU yet.
+Designed for 28 to 32 programs of one warp (64 to 72 registers) on a multiprocessor. Considered: 16 × 16 pixels (92
+edges a tile, the same sum of instructions, half the programs); lists of edges in memory for larger squares, as on the
+CPU (another launch, and N·E·tiles numbers to write). Not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -47,19 +47,18 @@ MAPS = 8  # in one launch: a kernel is compiled for each number of maps
 BLOCK, COLUMNS = tl.constexpr(32), tl.constexpr(7)
 LONGEST = 2**22  # pixels of a side
 
-# Pixels of a program, rows × columns. Smaller ones for float64, and below so many pixels in all.
-TILE, SMALL_TILE, FEW_PIXELS = (8, 16), (8, 8), 2**18
+# Pixels of a program, rows × columns: float32, the same below so many pixels in all, and float64, which would spill.
+TILE, SMALL_TILE, DOUBLE_TILE, FEW_PIXELS = (8, 16), (8, 8), (4, 8), 2**18
 # Edges of one program in `_prepare`, `_gather` and `_collect`, and keypoints in the last.
 PREPARED, GATHERED, COLLECTED, POINTS = 128, 1, 64, 32
 if INTERPRETED:  # where every program costs milliseconds
-    TILE = SMALL_TILE = (64, 64)
+    TILE = SMALL_TILE = DOUBLE_TILE = (64, 64)
     GATHERED = 2**15
-
 
 # Arguments for whose values nothing is compiled anew. Strides are not among them; those of the table are constant.
 INTEGERS = ("samples", "points", "count", "capacity", "maps", "first_height", "first_width")
-# Numbers in a tuple would be treated as constants where they are 1, and by divisibility, so what differs from map to map
-# travels as an odd int64.
+# Numbers in a tuple would be compiled as constants where they are 1, and by divisibility: so what differs from map to
+# map travels as an odd int64.
 FLAG, MASK = tl.constexpr(2**62), tl.constexpr(2**63 - 1)
 
 
@@ -317,6 +316,7 @@ def _forward(
     right, bottom = 0.5 * (width - 1).to(T), 0.5 * (height - 1).to(T)
     x0, y0 = column.to(T) - right, row.to(T) - bottom
     x1, y1 = tl.minimum(x0 + (WIDTH - 1), right), tl.minimum(y0 + (HEIGHT - 1), bottom)
+    corner = (sample * height + row) * width + column
     lanes = tl.arange(0, BLOCK)
 
     lowers = tl.full([BLOCK], LOWEST, T)
@@ -347,7 +347,7 @@ def _forward(
 
     drawn = best >= LOWEST
     value = tl.where(drawn, tl.where(best == float("inf"), float("nan"), tl.exp(best)), 0.0)
-    at = (sample * height + row + rows) * width + column + columns
+    at = corner + (rows * width + columns)
     tl.store(_pick(maps, index) + at, value, mask=inside)
     tl.store(winners + before + at, tl.where(drawn, winner, -1), mask=inside)
 
@@ -666,8 +666,10 @@ def _parts(samples: int, sizes: list[int], sigmas: list[float]) -> Iterator[_Par
 
 
 def _tile(keypoints: Tensor, sizes: list[int]) -> tuple[int, int]:
+    if keypoints.dtype == torch.float64:
+        return DOUBLE_TILE
     pixels = keypoints.shape[0] * sum(h * w for h, w in zip(sizes[::2], sizes[1::2]))
-    return SMALL_TILE if pixels < FEW_PIXELS or keypoints.dtype == torch.float64 else TILE
+    return SMALL_TILE if pixels < FEW_PIXELS else TILE
 
 
 def _table(
@@ -871,8 +873,9 @@ def variants() -> Iterator[Variant]:
     for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
         limits, single = LIMITS[dtype], dtype == torch.float32
         bounds: dict[str, Any] = {"LOWEST": limits.lowest, "TOLERANCE": limits.tolerance}
-        large, small = ({"HEIGHT": tile[0], "WIDTH": tile[1]} for tile in (TILE, SMALL_TILE))
-        pixels = large if single else small
+        tiles = TILE, SMALL_TILE, DOUBLE_TILE
+        large, small, double = ({"HEIGHT": tile[0], "WIDTH": tile[1]} for tile in tiles)
+        pixels = large if single else double
         five = _types(name, 5, "i16")
         for forward in (True, False):
             constants = {"FORWARD": forward, "EDGES": PREPARED}

@@ -32,6 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles as on a GPU, so that a map has several; of edges too."""
     monkeypatch.setattr(kernels, "TILE", (8, 16))
     monkeypatch.setattr(kernels, "SMALL_TILE", (8, 16))
+    monkeypatch.setattr(kernels, "DOUBLE_TILE", (8, 16))
     monkeypatch.setattr(kernels, "GATHERED", 2)
     monkeypatch.setattr(kernels, "PREPARED", 32)
     monkeypatch.setattr(kernels, "POINTS", 4)
