@@ -53,7 +53,8 @@ def test_gradcheck(shared: bool, edges: Tensor | None, backend: str) -> None:
         return rasterize_edges(keypoints, weights, sizes, sigmas, edges=edges, backend=backend)
 
     inputs = keypoints.requires_grad_(), weights.requires_grad_()
-    assert torch.autograd.gradcheck(function, inputs)
+    # Interpreted, only the product with a random vector: the whole Jacobian would take minutes.
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=backend == "triton")
     if backend == "reference":
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
