@@ -54,22 +54,22 @@ def _voxels(brick, step, X, Y, Z, STEPS: tl.constexpr, BX: tl.constexpr, BY: tl.
 
 @triton.jit
 def _project(q, i, j, k, present, H, W):
-    """Pixel u, v, 1 / depth and whether the view sees the voxel; u = v = 0 and 1 where it does not."""
-    x = tl.load(q) * i + tl.load(q + 1) * j + tl.load(q + 2) * k + tl.load(q + 3)
-    y = tl.load(q + 4) * i + tl.load(q + 5) * j + tl.load(q + 6) * k + tl.load(q + 7)
-    depth = tl.load(q + 8) * i + tl.load(q + 9) * j + tl.load(q + 10) * k + tl.load(q + 11)
+    """Pixel u, v, 1 / depth and whether the view sees the voxel. Where it does not the three may be anything."""
+    # In this order what neighbours in z or y share is computed once.
+    x = tl.load(q + 3) + tl.load(q) * i + tl.load(q + 2) * k + tl.load(q + 1) * j
+    y = tl.load(q + 7) + tl.load(q + 4) * i + tl.load(q + 6) * k + tl.load(q + 5) * j
+    depth = tl.load(q + 11) + tl.load(q + 8) * i + tl.load(q + 10) * k + tl.load(q + 9) * j
     inverse = 1.0 / depth
     u, v = x * inverse, y * inverse
     # A tap is inside where floor(u) is in -1 .. W-1. A NaN compares false: unseen.
-    seen = present & (depth > 0) & (u >= -1) & (u < W) & (v >= -1) & (v < H)
-    return tl.where(seen, u, 0.0), tl.where(seen, v, 0.0), tl.where(seen, inverse, 1.0), seen
+    return u, v, inverse, present & (depth > 0) & (u >= -1) & (u < W) & (v >= -1) & (v < H)
 
 
 @triton.jit
 def _axis(u, size):
-    """First of two neighbouring pixels, both inside the map, and u relative to it: -1 or more, below 2."""
-    first = tl.minimum(tl.maximum(tl.floor(u), 0.0), size - 2.0)
-    return first.to(tl.int32), u - first
+    """First of two neighbouring pixels, inside the map whatever u is, and u relative to it: in -1 .. 2 if seen."""
+    first = tl.minimum(tl.maximum(u.to(tl.int32), 0), size - 2)  # clamped as integers, which are never NaN
+    return first, u - first.to(u.dtype)
 
 
 @triton.jit
@@ -159,16 +159,38 @@ def _sample(
 
 
 @triton.jit
+def _exp_minus(x):
+    """e^-x; tl.exp would treat denormal results with care, at three instructions more."""
+    return tl.exp2(x * -1.4426950408889634)
+
+
+@triton.jit
 def _softmax_step(best, total, sum, v, seen, EXCLUDE: tl.constexpr):
     """One exponential only: either what is carried or the new sample is rescaled, the other has weight 1."""
     logit = tl.where(seen[:, None], v, float("-inf")) if EXCLUDE else v
     larger = logit > best
-    e = tl.exp(-tl.abs(logit - best))
+    e = _exp_minus(tl.abs(logit - best))
     if EXCLUDE:
         e = tl.where(logit == float("-inf"), 0.0, e)
         v = tl.where(logit == float("-inf"), 0.0, v)
     old, new = tl.where(larger, e, 1.0), tl.where(larger, 1.0, e)
     return tl.where(larger, logit, best), total * old + new, sum * old + new * v
+
+
+@triton.jit
+def _softmax(logits, EXCLUDE: tl.constexpr):
+    """The same from a tuple with the logits of all views: half the arithmetic, where the registers hold them."""
+    best = logits[0]
+    for m in tl.static_range(1, len(logits)):
+        best = tl.maximum(best, logits[m])
+    reference = tl.where(best == float("-inf"), 0.0, best) if EXCLUDE else best
+    total = tl.zeros_like(best)
+    sum = total
+    for m in tl.static_range(len(logits)):
+        e = _exp_minus(reference - logits[m])
+        total += e
+        sum += e * (tl.where(logits[m] == float("-inf"), 0.0, logits[m]) if EXCLUDE else logits[m])
+    return best, total, sum
 
 
 @triton.jit
@@ -200,6 +222,7 @@ def _gather(
     H,
     W,
     C: tl.constexpr,
+    VIEWS: tl.constexpr,
     AGGREGATION: tl.constexpr,
     EXCLUDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -210,6 +233,14 @@ def _gather(
     sum = tl.zeros((V, BLOCK_C), ACC)
     best, total = sum + float("-inf"), sum
     count = tl.zeros((V,), tl.int32)
+    if AGGREGATION == "softmax" and VIEWS > 0:
+        logits = ()
+        for m in tl.static_range(VIEWS):
+            v, seen = _sample(features, q, mask, n * M + m, i, j, k, inside, c, H, W, C, BLOCK_C, ACC)
+            count += seen.to(tl.int32)
+            logits = logits + (tl.where(seen[:, None], v, float("-inf")) if EXCLUDE else v,)
+        best, total, sum = _softmax(logits, EXCLUDE)
+        return best, total, sum, count
     for m in range(M):
         view = n * M + m
         v, seen = _sample(features, q, mask, view, i, j, k, inside, c, H, W, C, BLOCK_C, ACC)
@@ -275,6 +306,7 @@ def unproject_kernel(
     BY: tl.constexpr,
     BZ: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VIEWS: tl.constexpr,
 ):
     """One brick of voxels and one block of channels a program."""
     ACC: tl.constexpr = q.dtype.element_ty
@@ -284,7 +316,7 @@ def unproject_kernel(
     for step in range(STEPS):
         i, j, k, inside = _voxels(brick, step, X, Y, Z, STEPS, BX, BY, BZ)
         best, total, sum, count = _gather(
-            features, q, mask, weights, n, i, j, k, inside, c, M, H, W, C, AGGREGATION, EXCLUDE, BLOCK_C, ACC
+            features, q, mask, weights, n, i, j, k, inside, c, M, H, W, C, VIEWS, AGGREGATION, EXCLUDE, BLOCK_C, ACC
         )
         value = _aggregate(best, total, sum, count, M, AGGREGATION, EXCLUDE, ACC)
         voxel = ((n * X + i).to(tl.int64) * Y + j) * Z + k
@@ -312,7 +344,7 @@ def _prepare(g, best, total, sum, count, M, AGGREGATION: tl.constexpr, EXCLUDE: 
 def _sample_gradient(g, v, w, best, winner, value, m, AGGREGATION: tl.constexpr, EXCLUDE: tl.constexpr):
     """dL/dv of view m, from what :func:`_prepare` leaves in g."""
     if AGGREGATION == "softmax":
-        d = g * tl.exp(v - best) * (1.0 + v - value)
+        d = g * _exp_minus(best - v) * (1.0 + v - value)
         return tl.where(v == float("-inf"), 0.0, d) if EXCLUDE else d
     if AGGREGATION == "max":
         return tl.where(winner == m, g, 0.0)
@@ -363,7 +395,7 @@ def _pixel_gradient(d, taps, s, t):
 def _store_matrix(pointers, gu, gv, u, v, inverse, seen, i, j, k):
     """dL/dQ of one view, summed over the voxels: u = x / depth, v = y / depth, (x, y, depth) = Q (i, j, k, 1)."""
     x, y = tl.where(seen, gu * inverse, 0.0), tl.where(seen, gv * inverse, 0.0)
-    depth = -(x * u + y * v)
+    depth = tl.where(seen, -(x * u + y * v), 0.0)
     column = tl.arange(0, 4)
     index = tl.where(column == 0, i[:, None], tl.where(column == 1, j[:, None], tl.where(column == 2, k[:, None], 1)))
     tl.store(pointers + column, tl.sum(x[:, None] * index, 0))
@@ -403,6 +435,7 @@ def unproject_backward_kernel(
     BY: tl.constexpr,
     BZ: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VIEWS: tl.constexpr,
 ):
     """One brick of voxels and one block of channels a program. A pointer that is None is of a gradient not wanted."""
     ACC: tl.constexpr = q.dtype.element_ty
@@ -414,7 +447,7 @@ def unproject_backward_kernel(
     pointers = grad_volume + at[:, None] + (c.to(tl.int64) * stride_c)[None, :]
     g = tl.load(pointers, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(ACC)
     best, total, sum, count = _gather(
-        features, q, mask, weights, n, i, j, k, inside, c, M, H, W, C, AGGREGATION, EXCLUDE, BLOCK_C, ACC
+        features, q, mask, weights, n, i, j, k, inside, c, M, H, W, C, VIEWS, AGGREGATION, EXCLUDE, BLOCK_C, ACC
     )
     value = _aggregate(best, total, sum, count, M, AGGREGATION, EXCLUDE, ACC)
     g = _prepare(g, best, total, sum, count, M, AGGREGATION, EXCLUDE, ACC)
@@ -450,18 +483,19 @@ def unproject_backward_kernel(
 
 
 class Config(NamedTuple):
-    """How the voxels and channels are cut: a program has a brick of ``steps`` tiles (bx, by, bz), one after the other."""
+    """How the voxels and channels are cut: a program has a brick of ``steps`` tiles, one after the other, in x."""
 
     steps: int
     tile: tuple[int, int, int]
     channels: int
+    views: int  # unrolled, their samples all in registers; 0 if not
     warps: int
 
     @property
     def constants(self) -> dict[str, int]:
-        """As the kernels take them."""
+        """As both kernels take them."""
         bx, by, bz = self.tile
-        return {"BX": bx, "BY": by, "BZ": bz, "BLOCK_C": self.channels}
+        return {"BX": bx, "BY": by, "BZ": bz, "BLOCK_C": self.channels, "VIEWS": self.views}
 
     def bricks(self, shape: tuple[int, ...]) -> int:
         """How many cover a volume."""
@@ -477,15 +511,21 @@ def _tile(voxels: int, shape: tuple[int, ...], side: int) -> tuple[int, int, int
     return voxels // (by * bz), by, bz
 
 
-def _config(shape: tuple[int, ...], channels: int, itemsize: int, backward: bool, interpreted: bool) -> Config:
+def _config(
+    shape: tuple[int, ...], views: int, channels: int, itemsize: int, backward: bool, interpreted: bool = INTERPRETED
+) -> Config:
     width = triton.next_power_of_2(channels)
+    unrolled = views if views <= 4 else 0
     if interpreted:  # few programs, since each costs milliseconds, whatever its size
         x, y, z = (triton.next_power_of_2(s) for s in shape)
-        return Config(1, _tile(min(4096, x * y * z), shape, 16), min(width, 128), 1)
+        return Config(1, _tile(min(4096, x * y * z), shape, 16), min(width, 128), unrolled, 1)
     block = min(width, 128 // itemsize)  # a cache line
+    elements = 2048 if unrolled and not backward else 1024  # 16 or 8 a thread
+    if itemsize == 8 or channels % block:  # twice the registers each, for numbers or for addresses
+        elements, unrolled = elements // 2, 0
     if backward:
-        return Config(1, _tile(1024 // block, shape, 4), block, 4)
-    return Config(8, _tile(2048 // block, shape, 8), block, 4)
+        return Config(1, _tile(elements // block, shape, 4), block, unrolled, 4)
+    return Config(8, _tile(elements // block, shape, 8), block, unrolled, 4)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -554,15 +594,15 @@ def _forward(
     unseen: str,
 ) -> tuple[Tensor, Tensor]:
     _check(features, q, view_mask, view_weights, shape, aggregation, unseen)
-    n, _, c = features.shape[:3]
-    volume = torch.empty(
-        (n, c, *shape), dtype=features.dtype, device=features.device, memory_format=torch.channels_last_3d
-    )
+    n, m, c = features.shape[:3]
+    # The interpreter would truncate to bfloat16, where the GPU rounds.
+    stored = torch.float32 if INTERPRETED and features.dtype == torch.bfloat16 else features.dtype
+    volume = torch.empty((n, c, *shape), dtype=stored, device=features.device, memory_format=torch.channels_last_3d)
     counts = features.new_empty((n, *shape), dtype=torch.uint8)
-    if counts.numel() == 0:
-        return volume, counts
-    config = _config(tuple(shape), c, features.element_size(), False, INTERPRETED)
+    config = _config(tuple(shape), m, c, features.element_size(), False)
     grid = n * config.bricks(tuple(shape)), triton.cdiv(c, config.channels)
+    if grid[0] == 0:
+        return volume.to(features.dtype), counts
     with on_device(features):
         unproject_kernel[grid](
             **_inputs(features, q, view_mask, view_weights),
@@ -576,7 +616,7 @@ def _forward(
             **config.constants,
             num_warps=config.warps,
         )
-    return volume, counts
+    return volume.to(features.dtype), counts
 
 
 class Backward(NamedTuple):
@@ -640,7 +680,7 @@ def _backward(
     _require(grad_volume.shape == (n, c, *shape), "grad_volume: expected (N, C, X, Y, Z)")
     _require(grad_volume.device == features.device, f"grad_volume: expected device {features.device}")
     _require(not needs_weights or view_weights is not None, "needs_weights: there are no view_weights")
-    config = _config(tuple(shape), c, features.element_size(), True, INTERPRETED)
+    config = _config(tuple(shape), m, c, features.element_size(), True)
     bricks, blocks = config.bricks(tuple(shape)), triton.cdiv(c, config.channels)
     inputs = _inputs(features, q, view_mask, view_weights)
     arguments = {
@@ -683,10 +723,11 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 
 def _variant(
-    dtype: torch.dtype, channels: int, aggregation: str, unseen: str, backward: bool, *wanted: str, scatter: str = "atomic"
+    dtype: torch.dtype, channels: int, aggregation: str, unseen: str, backward: bool, *wanted: str, views: int = 4, programs: int = 3
 ) -> Variant:
     """As the kernel is launched for 64³ voxels; ``wanted`` are the gradients asked for."""
-    config = _config((64, 64, 64), channels, dtype.itemsize, backward, False)
+    config = _config((64, 64, 64), views, channels, dtype.itemsize, backward, interpreted=False)
+    scatter = "fixed" if "scales" in wanted else "atomic"
     storage, geometry = TYPES[dtype], "fp64" if dtype == torch.float64 else "fp32"
     kernel = unproject_backward_kernel if backward else unproject_kernel
     pointers = {"features": storage, "q": geometry, "weights": geometry, "mask": "i1"}
@@ -707,31 +748,34 @@ def _variant(
     types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(integers, "i32")
     used = [name for name in kernel.arg_names if name not in constants]
     return Variant(
-        name=" ".join([storage, f"C={channels}", aggregation, unseen, *wanted]),
+        name=" ".join([storage, f"M={views} C={channels}", aggregation, unseen, *wanted]),
         kernel=kernel,
         types={name: types[name] for name in used},
         constants=constants,
         aligned=tuple(name for name in used if name in pointers or name in "XYZ" or (name in STRIDES and channels % 16 == 0)),
         warps=config.warps,
-        programs=4,
+        programs=programs,
     )
 
 
 def variants() -> Iterator[Variant]:
     """Each dtype's path, forward and backward; channels that make vectors and that do not; each kind of scatter."""
-    f32, f64 = torch.float32, torch.float64
+    f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
     yield _variant(f32, 32, "softmax", "zero", False)
+    yield _variant(f32, 32, "softmax", "exclude", False, views=6)
     yield _variant(f32, 15, "softmax", "exclude", False)
-    yield _variant(torch.bfloat16, 32, "softmax", "zero", False)
-    yield _variant(torch.float16, 32, "max", "exclude", False)
-    yield _variant(f64, 32, "softmax", "zero", False)
-    yield _variant(f32, 32, "weighted", "exclude", False)
-    yield _variant(f32, 32, "softmax", "zero", True, "grad_features")
-    yield _variant(f32, 32, "softmax", "zero", True, "grad_features", "grad_q")
-    yield _variant(f32, 15, "softmax", "exclude", True, "grad_features")
-    yield _variant(torch.bfloat16, 32, "softmax", "zero", True, "grad_features", "grad_q")
-    yield _variant(torch.float16, 32, "mean", "exclude", True, "grad_features")
-    yield _variant(f64, 32, "softmax", "zero", True, "grad_features", "grad_q")
-    yield _variant(f32, 32, "weighted", "exclude", True, "grad_features", "grad_q", "grad_weights")
+    yield _variant(f32, 32, "weighted", "exclude", False, programs=2)
+    yield _variant(bf16, 32, "softmax", "zero", False)
+    yield _variant(f16, 32, "max", "exclude", False)
+    yield _variant(f64, 32, "softmax", "zero", False, programs=2)
+    maps, matrices = ("grad_features",), ("grad_features", "grad_q")
+    yield _variant(f32, 32, "softmax", "zero", True, *maps)
+    yield _variant(f32, 32, "softmax", "zero", True, *matrices)
+    yield _variant(f32, 32, "softmax", "exclude", True, *maps, views=6)
+    yield _variant(f32, 15, "softmax", "exclude", True, *maps)
+    yield _variant(f32, 32, "weighted", "exclude", True, *matrices, "grad_weights")
+    yield _variant(bf16, 32, "softmax", "zero", True, *matrices, programs=2)
+    yield _variant(f16, 32, "mean", "exclude", True, *maps)
+    yield _variant(f64, 32, "softmax", "zero", True, *matrices, programs=2)
     yield _variant(f32, 32, "softmax", "zero", True, "bounds")
-    yield _variant(f32, 32, "softmax", "zero", True, "grad_features", "poison", "scales", "grad_q", scatter="fixed")
+    yield _variant(f32, 32, "softmax", "zero", True, *matrices, "poison", "scales", programs=2)
