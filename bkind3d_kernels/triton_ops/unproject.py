@@ -43,7 +43,7 @@ def run(
 
 @triton.jit
 def _voxels(brick, step, X, Y, Z, STEPS: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr):
-    """Indices i, j, k of the voxels of one tile, and whether they are inside the volume. A brick is STEPS tiles in x."""
+    """Indices i, j, k of the voxels of one of a brick's tiles, and whether they are inside the volume."""
     bricks_z, bricks_y = tl.cdiv(Z, BZ), tl.cdiv(Y, BY)
     t = tl.arange(0, BX * BY * BZ)
     k = brick % bricks_z * BZ + t % BZ
@@ -238,7 +238,7 @@ def _gather(
         for m in tl.static_range(VIEWS):
             v, seen = _sample(features, q, mask, n * M + m, i, j, k, inside, c, H, W, C, BLOCK_C, ACC)
             count += seen.to(tl.int32)
-            logits = logits + (tl.where(seen[:, None], v, float("-inf")) if EXCLUDE else v,)
+            logits += (tl.where(seen[:, None], v, float("-inf")) if EXCLUDE else v,)  # type: ignore[assignment]
         best, total, sum = _softmax(logits, EXCLUDE)
         return best, total, sum, count
     for m in range(M):
@@ -360,7 +360,9 @@ def _add(grad, poison, at, value, mask, scale, SCATTER: tl.constexpr):
         finite = tl.abs(value) < float("inf")
         fixed = tl.where(finite, value, 0.0).to(tl.float64) * scale
         tl.atomic_add(grad + at, fixed.to(tl.int64), mask=mask, sem="relaxed")
-        tl.store(poison + at, tl.full(at.shape, 1, tl.int8), mask=mask & (finite == 0))  # all who write here write the same
+        tl.store(
+            poison + at, tl.full(at.shape, 1, tl.int8), mask=mask & (finite == 0)
+        )  # all who write here write the same
 
 
 @triton.jit
@@ -564,11 +566,9 @@ def _check(
         _require(tensor is None or tensor.device == features.device, f"{name}: expected device {features.device}")
 
 
-def _inputs(
-    features: Tensor, q: Tensor, view_mask: Tensor | None, view_weights: Tensor | None
-) -> dict[str, Any]:
+def _inputs(features: Tensor, q: Tensor, view_mask: Tensor | None, view_weights: Tensor | None) -> dict[str, Any]:
     """The arguments that both kernels begin with. Maps are (N, M, H, W, C), at least two pixels high and wide."""
-    n, m, c, h, w = features.shape
+    _, m, _, h, w = features.shape
     maps = features.permute(0, 1, 3, 4, 2)
     if min(h, w) == 1:  # then there are always four taps, some of them zeros
         maps = F.pad(maps, (0, 0, 0, int(w == 1), 0, int(h == 1)))
@@ -650,7 +650,9 @@ def _scatter_in_fixed_point(launch: Backward, maps: Tensor, partials: dict[str, 
     """
     n = maps.shape[0]
     voxels = math.prod(launch.arguments[axis] for axis in "XYZ")
-    bounds = maps.new_zeros((n, max(1, launch.grid[0] // max(n, 1)) * launch.grid[1]), dtype=launch.arguments["q"].dtype)
+    bounds = maps.new_zeros(
+        (n, max(1, launch.grid[0] // max(n, 1)) * launch.grid[1]), dtype=launch.arguments["q"].dtype
+    )
     launch(bounds=bounds)
     exponent = torch.frexp(bounds.amax(1)).exponent.clamp(min=-900)  # the largest is below 2^exponent
     scales = torch.exp2((62 - voxels.bit_length() - exponent).double())
@@ -723,7 +725,14 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 
 def _variant(
-    dtype: torch.dtype, channels: int, aggregation: str, unseen: str, backward: bool, *wanted: str, views: int = 4, programs: int = 3
+    dtype: torch.dtype,
+    channels: int,
+    aggregation: str,
+    unseen: str,
+    backward: bool,
+    *wanted: str,
+    views: int = 4,
+    programs: int = 3,
 ) -> Variant:
     """As the kernel is launched for 64³ voxels; ``wanted`` are the gradients asked for."""
     config = _config((64, 64, 64), views, channels, dtype.itemsize, backward, interpreted=False)
@@ -752,7 +761,9 @@ def _variant(
         kernel=kernel,
         types={name: types[name] for name in used},
         constants=constants,
-        aligned=tuple(name for name in used if name in pointers or name in "XYZ" or (name in STRIDES and channels % 16 == 0)),
+        aligned=tuple(
+            name for name in used if name in pointers or name in "XYZ" or (name in STRIDES and channels % 16 == 0)
+        ),
         warps=config.warps,
         programs=programs,
     )
