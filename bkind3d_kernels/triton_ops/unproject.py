@@ -1,4 +1,4 @@
-"""Unprojection in Triton: every view's bilinear sample of every voxel, aggregated over the views. Not measured on a GPU yet.
+"""Unprojection in Triton: every view's sample of every voxel, aggregated over the views. Not measured on a GPU yet.
 
 Forward: a program has a block of channels (a cache line of them: 32 in float32) and a brick of 8 x 8 x 8 voxels, which
 it goes through a layer of 64 at a time, so that the lines of the maps that neighbouring voxels share are still in L1:
@@ -11,7 +11,7 @@ Floors of (N, M, C) = (8, 4, 32), 64² maps, 64³ voxels, float32, on an H200 (1
 SM; and 1,985 instructions a thread for 16 elements and 4 views, as compiled for sm_90, are 280 µs to issue: 4.5 times
 the volume's. Half of them are the projection, taps and weights of a voxel, which its 8 lanes all compute, since Triton
 moves cheap arithmetic to the layout of its use. Kept apart (carried through a `while`, whose results it must convert)
-they fell from 34 to 25 an element in the loop over views, at 12 barriers a view: to be tried when it can be measured.
+they fell from 34 to 26 an element in the loop over views, at 12 barriers a view: to be tried when it can be measured.
 
 Backward: saved are the inputs alone. A program has 4 x 4 x 2 voxels; a first loop over the views aggregates again, a
 second samples again and scatters dL/dv times the four weights: 1.07 G additions as REDG.F32x4 on sm_90 (scalar before),
@@ -530,9 +530,13 @@ class Config(NamedTuple):
         return triton.cdiv(shape[0], bx * self.steps) * triton.cdiv(shape[1], by) * triton.cdiv(shape[2], bz)
 
 
+def _powers_of_2(shape: tuple[int, ...]) -> list[int]:
+    return [triton.next_power_of_2(max(size, 1)) for size in shape]
+
+
 def _tile(voxels: int, shape: tuple[int, ...], side: int) -> tuple[int, int, int]:
     """A tile of so many voxels: up to ``side`` in z and y, the rest in x; longer where the volume is flat."""
-    x, y, z = (triton.next_power_of_2(s) for s in shape)
+    x, y, z = _powers_of_2(shape)
     bz = min(z, max(side, voxels // (x * y)), voxels)
     by = min(y, max(side, voxels // (x * bz)), voxels // bz)
     return voxels // (by * bz), by, bz
@@ -544,8 +548,7 @@ def _config(
     width = triton.next_power_of_2(channels)
     unrolled = views if views <= 4 else 0
     if interpreted:  # few programs, since each costs milliseconds, whatever its size
-        x, y, z = (triton.next_power_of_2(s) for s in shape)
-        return Config(1, _tile(min(4096, x * y * z), shape, 16), min(width, 128), unrolled, 1)
+        return Config(1, _tile(min(4096, math.prod(_powers_of_2(shape))), shape, 16), min(width, 128), unrolled, 1)
     block = min(width, 128 // itemsize)  # a cache line
     elements = 2048 if unrolled and not backward else 1024  # 16 or 8 a thread
     if itemsize == 8 or channels % block:  # twice the registers each, for numbers or for addresses

@@ -312,6 +312,15 @@ def test_backward_refuses_what_would_read_elsewhere() -> None:
         run(good, needs_weights=True, deterministic=False)
 
 
+def test_no_voxels() -> None:
+    features, q, mask, weights = problem(1, 2, 3, (4, 5), (3, 4, 2))
+    volume, counts, *gradients = call(kernels.run, features, q, mask, weights, (3, 0, 2), "weighted", "zero")
+    assert volume.shape == (1, 3, 3, 0, 2)
+    assert counts.numel() == 0
+    assert [g.shape for g in gradients] == [features.shape, q.shape, weights.shape]
+    assert not any(g.any() for g in gradients)
+
+
 def test_public_function_reaches_the_kernels() -> None:
     features, projections, grid, mask, _ = inputs(1, 2, 3, (4, 5), (3, 4, 2))
     run = partial(unproject, features.to(DEVICE), projections.to(DEVICE), grid.to(DEVICE), view_mask=mask.to(DEVICE))
