@@ -107,6 +107,14 @@ def test_many_programs(n: int, m: int, options: tuple[str, str], monkeypatch: py
     compare(call(kernels.run, *tensors, (3, 3, 5), *options), exact(*tensors, (3, 3, 5), *options), 1e-12)
 
 
+@pytest.mark.parametrize(("m", "c"), [(4, 32), (5, 35)])
+def test_configurations_of_a_gpu(m: int, c: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_config", partial(kernels._config, interpreted=False))
+    tensors = problem(1, m, c, (6, 5), (3, 4, 8), torch.float32)
+    options = (3, 4, 8), "softmax", "exclude"
+    compare(call(kernels.run, *tensors, *options), exact(*tensors, *options), TOLERANCE[torch.float32])
+
+
 def deterministic(function):
     torch.use_deterministic_algorithms(True)
     try:
