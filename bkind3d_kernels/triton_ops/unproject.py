@@ -674,7 +674,7 @@ class Backward(NamedTuple):
 
 def _scatter_in_any_order(launch: Backward, maps: Tensor, partials: dict[str, Tensor]) -> Tensor:
     """Gradient of the maps by atomic additions, rounded in the order in which they come."""
-    grad = torch.zeros_like(maps, dtype=launch.arguments["q"].dtype)
+    grad = maps.new_zeros(maps.shape, dtype=launch.arguments["q"].dtype)
     launch(grad_features=grad, **partials)
     return grad
 
@@ -693,8 +693,8 @@ def _scatter_in_fixed_point(launch: Backward, maps: Tensor, partials: dict[str, 
     launch(bounds=bounds)
     exponent = torch.frexp(bounds.amax(1)).exponent.clamp(min=-900)  # the largest is below 2^exponent
     scales = torch.exp2((62 - voxels.bit_length() - exponent).double())
-    total = torch.zeros_like(maps, dtype=torch.int64)
-    poison = torch.zeros_like(maps, dtype=torch.int8)
+    total = maps.new_zeros(maps.shape, dtype=torch.int64)
+    poison = maps.new_zeros(maps.shape, dtype=torch.int8)
     launch(SCATTER="fixed", grad_features=total, poison=poison, scales=scales, **partials)
     grad = (total / scales.view(n, 1, 1, 1, 1)).to(bounds.dtype)
     return grad.masked_fill_(poison.bool(), torch.nan)
@@ -742,8 +742,10 @@ def _backward(
     grad_features = features.new_empty(0)
     if needs_features:
         scatter = _scatter_in_fixed_point if deterministic else _scatter_in_any_order
-        grad = scatter(launch, inputs["features"], partials)[:, :, :h, :w]  # without what narrow maps were padded by
-        grad_features = grad.to(features.dtype).contiguous().permute(0, 1, 4, 2, 3)
+        grad = scatter(launch, inputs["features"], partials)
+        if grad.shape[2:4] != (h, w):  # without what narrow maps were padded by
+            grad = grad[:, :, :h, :w].clone(memory_format=torch.contiguous_format)
+        grad_features = grad.to(features.dtype).permute(0, 1, 4, 2, 3)
     else:
         launch(**partials)
     grad_q, grad_weights = (
