@@ -118,7 +118,7 @@ def fake_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_backend_is_added_by_adding_files(fake_backend: list[str]) -> None:
     assert backends.resolve("soft_argmax3d") == "cpp"
-    assert backends.resolve("unproject") == "reference"
+    assert backends.resolve("unproject") in ("triton", "reference")  # the first only where it is interpreted
     assert soft_argmax3d(LOGITS, GRID).tolist() == [[[0.0, 0.0, 0.0]]]
     assert fake_backend == ["soft_argmax3d"]
     with pytest.raises(BackendUnavailable, match="made for CPU tensors, not cuda"):
