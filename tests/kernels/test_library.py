@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bkind3d_kernels import BackendUnavailable, VoxelGrid, backends, library, soft_argmax3d
+from bkind3d_kernels import BackendUnavailable, VoxelGrid, backends, library, soft_argmax3d, triton_ops
 
 built = pytest.mark.skipif(library.reason("_cpu") is not None, reason=str(library.reason("_cpu")))
 GRID = VoxelGrid.cube((0.0, 0.0, 0.0), 1.0, 4)
@@ -25,6 +25,7 @@ def run(code: str, **environment: str) -> str:
 def missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BKIND3D_BACKEND", raising=False)
     monkeypatch.setattr(library, "_REASONS", {"_cpu": MISSING})
+    monkeypatch.setattr(triton_ops, "INTERPRETED", False)  # as it is outside of tests
 
 
 # ---- reasons ----
