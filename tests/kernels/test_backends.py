@@ -139,7 +139,7 @@ def test_package_imports_torch_alone() -> None:
 
 
 def test_info_prints_versions_picks_and_reasons() -> None:
-    environment = os.environ | {"BKIND3D_BACKEND": "reference"}
+    environment = os.environ | {"BKIND3D_BACKEND": "reference", "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "bkind3d_kernels.info"]
     text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert f"torch    {torch.__version__}" in text
