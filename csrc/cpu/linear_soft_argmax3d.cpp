@@ -62,8 +62,7 @@ void lay_out(Call& call) {
   for (int64_t j = 0; j < a.joints; ++j)
     for (int64_t c = 0; c < a.channels; ++c)
       columns[c * a.joint_step + j] = rows[j * a.channel_step + c] = weight[j * a.channels + c];
-  if (call.bias)
-    std::copy_n(call.bias->const_data_ptr<T>(), a.joints, reinterpret_cast<T*>(call.offsets.data()));
+  if (call.bias) std::copy_n(call.bias->const_data_ptr<T>(), a.joints, reinterpret_cast<T*>(call.offsets.data()));
   a.columns = columns;
   a.rows = rows;
   a.bias = call.offsets.data();
@@ -83,9 +82,9 @@ Call prepare(const Tensor& features, const Tensor& weight, const std::optional<T
   STD_TORCH_CHECK(voxels(a) > 0 && a.channels > 0, "features: expected no empty dimension but N");
   if (a.channels == 1) a.strides[1] = 1;  // of no meaning then
   const ScalarType arithmetic = call.twice ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) == a.channels &&
-                      weight.scalar_type() == arithmetic,
-                  "weight: expected (J, C), float32, or float64 for float64 features");
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) == a.channels && weight.scalar_type() == arithmetic,
+      "weight: expected (J, C), float32, or float64 for float64 features");
   a.joints = weight.size(0);
   call.weight = torch::stable::contiguous(weight);
   if (bias) {
@@ -148,9 +147,8 @@ std::tuple<Tensor, Tensor> linear_soft_argmax3d_backward(Tensor grad_mean, Tenso
                                                          Tensor argmax, bool needs_features, bool needs_weight) {
   Call call = prepare(features, weight, bias, temperature);
   LinearSoftArgmaxArgs& a = call.args;
-  const std::vector<VolumeGradient<double>> volumes =
-      volume_gradients(call.samples * a.joints, a.beta, grad_mean, grad_peak, grad_covariance, mean, covariance,
-                       maximum, total, argmax);
+  const std::vector<VolumeGradient<double>> volumes = volume_gradients(
+      call.samples * a.joints, a.beta, grad_mean, grad_peak, grad_covariance, mean, covariance, maximum, total, argmax);
   a.volumes = volumes.data();
 
   Tensor grad_features = torch::stable::new_empty(features, {0});
@@ -168,7 +166,8 @@ std::tuple<Tensor, Tensor> linear_soft_argmax3d_backward(Tensor grad_mean, Tenso
   a.grad_weight = needs_weight ? partial.data() : nullptr;
   if (needs_features || needs_weight) run(linear_soft_argmax3d_loops().backward[call.type], call);
 
-  const std::vector<int64_t> matrix = needs_weight ? std::vector<int64_t>{a.joints, a.channels} : std::vector<int64_t>{0};
+  const std::vector<int64_t> matrix =
+      needs_weight ? std::vector<int64_t>{a.joints, a.channels} : std::vector<int64_t>{0};
   Tensor grad_weight = torch::stable::new_empty(call.weight, matrix);
   if (needs_weight)
     call.twice ? add_weights(call, partial, grad_weight.mutable_data_ptr<double>())

@@ -6,15 +6,16 @@
 // where it has grown finds where, and adds weights and moments about the largest voxel in vectors of float; about
 // every 1,000 voxels, and for a joint whose maximum grows, these go into the slab's moments in double. No step adds
 // across the lanes of a vector. Backward makes the logits of the tile again, in the same order; turns them into their
-// gradient in place, along a line a polynomial of degree 2 in z times the weight; and from that takes two more products:
-// with the weight, the gradient of the tile's features, written once, and with the features, the gradient of the weight,
-// added up in T within a slab and in double over slabs. Threads take slabs of about 16,000 voxels, whatever
+// gradient in place, along a line a polynomial of degree 2 in z times the weight; and from that takes two more
+// products: with the weight, the gradient of the tile's features, written once, and with the features, the gradient of
+// the weight, added up in T within a slab and in double over slabs. Threads take slabs of about 16,000 voxels, whatever
 // their number, and the torch face merges them in their order.
 //
-// Floors, for V voxels of float: forward reads 4 V C bytes and does 2 V C J operations of the product and 16 to 18 V J of
-// the softmax; backward reads 4 V C, writes 4 V C, and does 6 V C J and as many others. For 2 x 64^3 voxels, C = 32 and
-// J = 30: 67 MB (9 ms at 7.5 GB/s) and 1.0 GFLOP forward, so one core with vectors of 16 is bound by both about alike,
-// several by memory. The logits (63 MB) and their gradient are never in memory. Saved for backward: the inputs and outputs.
+// Floors, for V voxels of float: forward reads 4 V C bytes and does 2 V C J operations of the product and 16 to 18 V J
+// of the softmax; backward reads 4 V C, writes 4 V C, and does 6 V C J and as many others. For 2 x 64^3 voxels, C = 32
+// and J = 30: 67 MB (9 ms at 7.5 GB/s) and 1.0 GFLOP forward, so one core with vectors of 16 is bound by both about
+// alike, several by memory. The logits (63 MB) and their gradient are never in memory. Saved for backward: the inputs
+// and outputs.
 #include "simd.h"
 #include "linear_soft_argmax3d.h"
 #include "softmax.h"
@@ -81,9 +82,9 @@ void multiply(const Product<T>& p) {
 // Per lane, that is per joint, `joint_step` of each.
 template <class T>
 struct Lanes {
-  T* maximum;                            // forward: the largest logit so far; backward: the reference
+  T* maximum;                                   // forward: the largest logit so far; backward: the reference
   T *origin[3], *total, *first[3], *second[6];  // forward: the sums and the voxel about which they are
-  T* line[3];                            // backward: LineGradient
+  T* line[3];                                   // backward: LineGradient
   double *mean[3], *constant, *linear[3], *quadratic[6];
 };
 
@@ -383,8 +384,7 @@ BKIND3D_FN void differentiate(const LinearSoftArgmaxArgs& a, int64 n, int64 firs
     if (at < 0 || at >= count) continue;
     const int64 row = v.argmax / a.shape[2];
     const LineGradient<double> line = line_gradient(v, double(row / a.shape[1]), double(row % a.shape[1]));
-    s.logits[at * a.joint_step + j] =
-        T(logit_gradient(1.0, double(v.argmax % a.shape[2]) - v.mean[2], line) + v.peak);
+    s.logits[at * a.joint_step + j] = T(logit_gradient(1.0, double(v.argmax % a.shape[2]) - v.mean[2], line) + v.peak);
   }
 }
 

@@ -1,5 +1,5 @@
-// What the torch faces of soft_argmax3d and linear_soft_argmax3d share: outputs from the moments of slabs of voxels, and
-// gradients of the outputs as the loops take them.
+// What the torch faces of soft_argmax3d and linear_soft_argmax3d share: outputs from the moments of slabs of voxels,
+// and gradients of the outputs as the loops take them.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

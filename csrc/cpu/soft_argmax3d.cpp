@@ -93,8 +93,8 @@ Tensor soft_argmax3d_backward(Tensor grad_mean, Tensor grad_peak, std::optional<
   const int type = type_index(logits.scalar_type());
   SoftArgmaxArgs a = prepare(logits, temperature);
   const int64_t n = logits.size(0), rows = n * a.joints;
-  const std::vector<VolumeGradient<double>> volumes = volume_gradients(
-      rows, a.beta, grad_mean, grad_peak, grad_covariance, mean, covariance, maximum, total, argmax);
+  const std::vector<VolumeGradient<double>> volumes =
+      volume_gradients(rows, a.beta, grad_mean, grad_peak, grad_covariance, mean, covariance, maximum, total, argmax);
   const std::vector<int64_t> size{n, a.joints, a.shape[0], a.shape[1], a.shape[2]};
   Tensor grad = torch::stable::new_empty(logits, size);
   const int64_t bytes = rows * voxels(a) * static_cast<int64_t>(logits.element_size());
