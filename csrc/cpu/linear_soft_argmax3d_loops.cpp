@@ -194,7 +194,7 @@ BKIND3D_FN Rows<T> features_of(const LinearSoftArgmaxArgs& a, int64 n, int64 fir
 }
 
 template <class T>
-BKIND3D_FN void make_logits(const LinearSoftArgmaxArgs& a, const Rows<T>& h, int64 count, Scratch<T>& s) {
+void make_logits(const LinearSoftArgmaxArgs& a, const Rows<T>& h, int64 count, Scratch<T>& s) {
   multiply<T>({h.p, h.step, 1, (const T*)a.columns, a.joint_step, (const T*)a.bias, 0, s.logits, a.joint_step,
                round_up(count, step_of<T>), a.channels, a.joint_step});
 }
@@ -208,7 +208,7 @@ BKIND3D_FN vec<T> reference_of(vec<T> maximum) {
 
 // Takes a joint's sums into its moments, and leaves none.
 template <bool Covariance, class T>
-BKIND3D_FN void flush(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 j, Moments<double>& moments) {
+void flush(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 j, Moments<double>& moments) {
   const Lanes<T>& l = s.lane;
   Sums<double> sums;
   double origin[3];
@@ -237,8 +237,7 @@ BKIND3D_FN void set_origin(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 j
 
 // The largest logits of the tile. Where one is larger than all before, the joint begins anew, about that voxel.
 template <bool Covariance, class T>
-BKIND3D_FN void find_maxima(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 first, int64 count,
-                            Moments<double>* moments) {
+void find_maxima(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 first, int64 count, Moments<double>* moments) {
   for (int64 column = 0; column < a.joint_step; column += lanes<T>) {
     const T* logits = s.logits + column;
     const vec<T> before = load(s.lane.maximum + column);
@@ -259,7 +258,7 @@ BKIND3D_FN void find_maxima(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 
 }
 
 template <bool Covariance, class T>
-BKIND3D_FN void add_weights(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 first, int64 count) {
+void add_weights(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 first, int64 count) {
   const Lanes<T>& l = s.lane;
   const vec<T> scale = broadcast(exponent_scale(T(), a.beta));
   for (int64 column = 0; column < a.joint_step; column += lanes<T>) {
@@ -332,7 +331,7 @@ BKIND3D_FN void store_narrow(float* p, vec<double> v) {
 BKIND3D_FN void store_narrow(double* p, vec<double> v) { store(p, v); }
 
 template <class T>
-BKIND3D_FN void load_volumes(const LinearSoftArgmaxArgs& a, int64 n, Scratch<T>& s) {
+void load_volumes(const LinearSoftArgmaxArgs& a, int64 n, Scratch<T>& s) {
   const Lanes<T>& l = s.lane;
   for (int64 j = 0; j < a.joint_step; ++j) {
     VolumeGradient<double> v{};
@@ -361,7 +360,7 @@ BKIND3D_FN void set_lines(const LinearSoftArgmaxArgs& a, const Lanes<T>& l, int6
 
 // The logits of a tile become their gradient.
 template <class T>
-BKIND3D_FN void differentiate(const LinearSoftArgmaxArgs& a, int64 n, int64 first, int64 count, Scratch<T>& s) {
+void differentiate(const LinearSoftArgmaxArgs& a, int64 n, int64 first, int64 count, Scratch<T>& s) {
   const Lanes<T>& l = s.lane;
   const vec<T> scale = broadcast(exponent_scale(T(), a.beta));
   for_each_run(a, first, count, [&](int64 offset, int64 x, int64 y, int64 z, int64 length) {
