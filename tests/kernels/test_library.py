@@ -56,7 +56,7 @@ def test_without_the_library_cpp_raises_and_auto_goes_on(op: str) -> None:
     with pytest.raises(BackendUnavailable) as caught:
         backends.resolve(op, "cpp")
     assert str(caught.value) == f"backend 'cpp' cannot run {op}: {MISSING}"
-    assert backends.resolve(op) == "reference"
+    assert backends.resolve(op) in ("triton", "reference")  # Triton where it is interpreted
     assert library.instruction_set() is None
     assert library.describe() == [f"C++      {MISSING}"]
     with pytest.raises(RuntimeError, match="is not built"), library.use_instruction_set("baseline"):
