@@ -18,10 +18,11 @@ float64.
 
 Floors, 2 × 64³ voxels, C 32, J 30, float32: forward reads 67 MB, 20 µs at 3.35 TB/s and 14 µs at 4.8 (16 at the 4.3
 TB/s of a measured copy); backward reads and writes 67 MB each, 40 and 28 µs. Products: 1 GFLOP each, 2 forward with
-the moments and 3 backward, three times as TF32: 6 to 9 GFLOP, 12 to 20 µs at 495 TFLOP/s. Splitting factors,
-exponentials and the index are about 1,000 instructions a warp and tile of 64 voxels forward, near 20 µs on 132
-multiprocessors: bytes and issue slots weigh alike. Logits in memory would be 63 MB more for each time they are
-written or read. Saved for backward: inputs and outputs. Occupancy: 2 programs of 4 warps, backward 4 of 2 warps,
+the moments and 3 backward, three times as TF32: 6 to 9 GFLOP, 12 to 20 µs at 495 TFLOP/s. What
+bounds both is the issue of instructions: 1,352 a warp and tile of 64 voxels forward and 1,688 for each 32 voxels
+backward (sm_90; the splitting of factors, the basis, exponentials, shuffles between layouts), about 50 and 62 µs on
+132 multiprocessors at 1.7 GHz. Logits in memory would be 63 MB more for each time they are written or read.
+Saved for backward: inputs and outputs. Occupancy: 2 programs of 4 warps, backward 4 of 2 warps,
 limited by registers, since all operands of three products pass through them. Not measured on a GPU yet.
 
 Considered: moments as sums over voxels (ten reductions across warps for each tile); a logit tile in shared memory;
