@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bkind3d_kernels import VoxelGrid, explain, rasterize_edges, soft_argmax3d, unproject
+from bkind3d_kernels import VoxelGrid, explain, linear_soft_argmax3d, rasterize_edges, soft_argmax3d, unproject
 from bkind3d_kernels.backends import BACKENDS, OPERATIONS
 
 from . import parts
@@ -131,6 +131,18 @@ def scenes() -> Iterator[Scene]:
         given = {"logits": logits, "affine": volume}
         yield Scene("soft_argmax3d", f"temperature {temperature}, peak, covariance", given, locate, ("logits",))
 
+    lifted = normal(2, 21, 12, 10, 9).contiguous(memory_format=torch.channels_last_3d)
+    weight, bias = normal(7, 21) / 2, normal(7)
+    for layout, features in (("channels last", lifted), ("channels first", lifted.contiguous())):
+
+        def regress(backend: str, **inputs: Tensor) -> Any:
+            grid, more = VoxelGrid(inputs["affine"], (12, 10, 9)), {"return_peak": True, "return_covariance": True}
+            offset = bias.to(inputs["weight"])  # its gradient is zero
+            return linear_soft_argmax3d(inputs["features"], inputs["weight"], offset, grid, backend=backend, **more)
+
+        given = {"features": features, "weight": weight, "affine": volume}
+        yield Scene("linear_soft_argmax3d", f"{layout}, peak, covariance", given, regress, ("features",))
+
     keypoints = 24 * torch.rand(3, 8, 2, generator=generator, dtype=torch.float64) - 4  # some outside of the first map
     weights = normal(3, 28) + 0.5  # some not drawn
     for sizes, sigmas in (([(16, 16)], [2.0]), ([(8, 10), (16, 20), (33, 31)], [1.8, 3.6, 2.3])):
@@ -180,7 +192,7 @@ def rows(
 
 def table(found: list[dict[str, Any]]) -> str:
     """Rows passed and the worst error for each operation, backend and dtype."""
-    lines = [f"{'operation':<18}{'backend':<12}{'dtype':<10}{'passed':>9}  {'worst output':>13}{'worst gradient':>16}"]
+    lines = [f"{'operation':<22}{'backend':<12}{'dtype':<10}{'passed':>9}  {'worst output':>13}{'worst gradient':>16}"]
     for key in dict.fromkeys((row["op"], row["backend"], row["dtype"]) for row in found):
         own = [row for row in found if (row["op"], row["backend"], row["dtype"]) == key]
         passed = sum(row["status"] == "passed" for row in own)
@@ -188,7 +200,7 @@ def table(found: list[dict[str, Any]]) -> str:
         for kind in ("output", "gradient"):
             errors = [float(row["error"]) for row in own if row["quantity"].startswith(kind)]
             worst.append(f"{max(errors):.1e}" if errors else "-")
-        lines.append(f"{key[0]:<18}{key[1]:<12}{key[2]:<10}{passed:>4}/{len(own):<4}  {worst[0]:>13}{worst[1]:>16}")
+        lines.append(f"{key[0]:<22}{key[1]:<12}{key[2]:<10}{passed:>4}/{len(own):<4}  {worst[0]:>13}{worst[1]:>16}")
     return "\n".join(lines)
 
 

@@ -1,12 +1,13 @@
 """Fast torch operations for lifting many camera views into 3D keypoints.
 
-Three operations, each a function and a module, and the grid that places voxels in the world:
-:func:`unproject`, :func:`soft_argmax3d`, :func:`rasterize_edges` and :class:`VoxelGrid`.
+Four operations, each a function and a module, and the grid that places voxels in the world:
+:func:`unproject`, :func:`soft_argmax3d`, :func:`linear_soft_argmax3d`, :func:`rasterize_edges` and :class:`VoxelGrid`.
 """
 
 from . import backends, geometry
 from .backends import BackendUnavailable, explain, resolve
 from .geometry import VoxelGrid
+from .linear_soft_argmax3d import LinearSoftArgmax3d, linear_soft_argmax3d
 from .rasterize_edges import EdgeRasterizer, rasterize_edges
 from .soft_argmax3d import SoftArgmax3d, soft_argmax3d
 from .unproject import Unproject, unproject
@@ -14,12 +15,14 @@ from .unproject import Unproject, unproject
 __all__ = [
     "BackendUnavailable",
     "EdgeRasterizer",
+    "LinearSoftArgmax3d",
     "SoftArgmax3d",
     "Unproject",
     "VoxelGrid",
     "backends",
     "explain",
     "geometry",
+    "linear_soft_argmax3d",
     "rasterize_edges",
     "resolve",
     "soft_argmax3d",

@@ -39,6 +39,15 @@ SCHEMAS = {
         "(Tensor grad_mean, Tensor grad_peak, Tensor? grad_covariance, Tensor logits, float temperature, Tensor mean, "
         "Tensor covariance, Tensor maximum, Tensor total, Tensor argmax) -> Tensor"
     ),
+    "linear_soft_argmax3d": (
+        "(Tensor features, Tensor weight, Tensor? bias, float temperature, bool covariance) -> (Tensor mean, "
+        "Tensor peak, Tensor covariance, Tensor maximum, Tensor total, Tensor argmax)"
+    ),
+    "linear_soft_argmax3d_backward": (
+        "(Tensor grad_mean, Tensor grad_peak, Tensor? grad_covariance, Tensor features, Tensor weight, Tensor? bias, "
+        "float temperature, Tensor mean, Tensor covariance, Tensor maximum, Tensor total, Tensor argmax, "
+        "bool needs_features, bool needs_weight) -> (Tensor grad_features, Tensor grad_weight)"
+    ),
     "rasterize_edges": (
         "(Tensor keypoints, Tensor weights, Tensor edges, int[] sizes, float[] sigmas) -> (Tensor[] maps, "
         "Tensor winners)"
@@ -173,17 +182,20 @@ def _unproject_autograd(namespace: str) -> Any:
 # ---- soft_argmax3d ----
 
 
-def _soft_argmax3d_fake(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, ...]:
-    n, j = logits.shape[:2]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+def _moments(like: Tensor, n: int, j: int, covariance: bool) -> tuple[Tensor, ...]:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return (
-        logits.new_empty((n, j, 3), dtype=dtype),
-        logits.new_empty((n, j), dtype=dtype),
-        logits.new_empty((n, j, 3, 3) if covariance else (0,), dtype=dtype),
-        logits.new_empty((n, j), dtype=dtype),
-        logits.new_empty((n, j), dtype=dtype),
-        logits.new_empty((n, j), dtype=torch.int64),
+        like.new_empty((n, j, 3), dtype=dtype),
+        like.new_empty((n, j), dtype=dtype),
+        like.new_empty((n, j, 3, 3) if covariance else (0,), dtype=dtype),
+        like.new_empty((n, j), dtype=dtype),
+        like.new_empty((n, j), dtype=dtype),
+        like.new_empty((n, j), dtype=torch.int64),
     )
+
+
+def _soft_argmax3d_fake(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, ...]:
+    return _moments(logits, logits.shape[0], logits.shape[1], covariance)
 
 
 def _soft_argmax3d_backward_fake(
@@ -225,6 +237,74 @@ def _soft_argmax3d_autograd(namespace: str) -> Any:
             argmax,
         )
         return grad_logits, None, None
+
+    return backward
+
+
+# ---- linear_soft_argmax3d ----
+
+
+def _linear_soft_argmax3d_fake(
+    features: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, covariance: bool
+) -> tuple[Tensor, ...]:
+    return _moments(features, features.shape[0], weight.shape[0], covariance)
+
+
+def _linear_soft_argmax3d_backward_fake(
+    grad_mean: Tensor,
+    grad_peak: Tensor,
+    grad_covariance: Tensor | None,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    mean: Tensor,
+    covariance: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    argmax: Tensor,
+    needs_features: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_features = features.new_empty((0,))
+    if needs_features:
+        grad_features = torch.empty(
+            features.shape, dtype=features.dtype, device=features.device, memory_format=torch.channels_last_3d
+        )
+    return grad_features, weight.new_empty(weight.shape if needs_weight else (0,))
+
+
+def _linear_soft_argmax3d_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, weight, bias, ctx.temperature, ctx.has_covariance = inputs
+    mean, _, covariance, maximum, total, argmax = output
+    ctx.save_for_backward(features, weight, bias, mean, covariance, maximum, total, argmax)
+    ctx.mark_non_differentiable(maximum, total, argmax)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_soft_argmax3d_autograd(namespace: str) -> Any:
+    def backward(ctx: Any, grad_mean: Tensor | None, grad_peak: Tensor | None, grad_covariance: Any, *_: Any) -> Any:
+        features, weight, bias, mean, covariance, maximum, total, argmax = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        gradients = _operator(namespace, "linear_soft_argmax3d_backward")(
+            torch.zeros_like(mean) if grad_mean is None else grad_mean,
+            torch.zeros_like(total) if grad_peak is None else grad_peak,
+            grad_covariance if ctx.has_covariance else None,
+            features,
+            weight,
+            bias,
+            ctx.temperature,
+            mean,
+            covariance,
+            maximum,
+            total,
+            argmax,
+            *needs,
+        )
+        grad_features, grad_weight = (g if need else None for g, need in zip(gradients, needs))
+        # What is added to all logits of a softmax does not change it.
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        return grad_features, grad_weight, grad_bias, None, None
 
     return backward
 
@@ -296,6 +376,12 @@ _OPERATORS: dict[str, tuple[Any, Any, Any, Any]] = {
         _soft_argmax3d_backward_fake,
         _soft_argmax3d_setup,
         _soft_argmax3d_autograd,
+    ),
+    "linear_soft_argmax3d": (
+        _linear_soft_argmax3d_fake,
+        _linear_soft_argmax3d_backward_fake,
+        _linear_soft_argmax3d_setup,
+        _linear_soft_argmax3d_autograd,
     ),
     "rasterize_edges": (
         _rasterize_edges_fake,

@@ -61,15 +61,19 @@ def soft_argmax3d(
     check_positive("temperature", temperature)
     run = backends.implementation("soft_argmax3d", backend, logits.device, logits.dtype)
     mean, peak, covariance = run(logits, float(temperature), return_covariance)
+    return in_world(grid, mean, peak if return_peak else None, covariance)
+
+
+def in_world(grid: VoxelGrid, mean: Tensor, peak: Tensor | None, covariance: Tensor | None) -> Any:
+    """Moments of the voxel index as the function returns them: of world coordinates, a tuple if there are several."""
     affine = grid.affine.to(mean.dtype)
-    coordinates = exact_matmul(mean, affine[..., :3].mT) + affine[..., 3].unsqueeze(-2)
-    outputs = [coordinates]
-    if return_peak:
+    outputs = [exact_matmul(mean, affine[..., :3].mT) + affine[..., 3].unsqueeze(-2)]
+    if peak is not None:
         outputs.append(peak)
-    if return_covariance:
+    if covariance is not None:
         linear = affine[..., :3].unsqueeze(1)  # (N or 1, 1, 3, 3)
         outputs.append(exact_matmul(exact_matmul(linear, covariance), linear.mT))
-    return tuple(outputs) if len(outputs) > 1 else coordinates
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
 class SoftArgmax3d(nn.Module):

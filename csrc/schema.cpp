@@ -19,6 +19,14 @@ STABLE_TORCH_LIBRARY(bkind3d, m) {
       "float temperature, Tensor mean, Tensor covariance, Tensor maximum, Tensor total, Tensor argmax) -> Tensor");
 
   m.def(
+      "linear_soft_argmax3d(Tensor features, Tensor weight, Tensor? bias, float temperature, bool covariance) -> "
+      "(Tensor mean, Tensor peak, Tensor covariance, Tensor maximum, Tensor total, Tensor argmax)");
+  m.def(
+      "linear_soft_argmax3d_backward(Tensor grad_mean, Tensor grad_peak, Tensor? grad_covariance, Tensor features, "
+      "Tensor weight, Tensor? bias, float temperature, Tensor mean, Tensor covariance, Tensor maximum, Tensor total, "
+      "Tensor argmax, bool needs_features, bool needs_weight) -> (Tensor grad_features, Tensor grad_weight)");
+
+  m.def(
       "rasterize_edges(Tensor keypoints, Tensor weights, Tensor edges, int[] sizes, float[] sigmas) -> (Tensor[] maps, "
       "Tensor winners)");
   m.def(

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,10 @@ def test_no_extra_replaces_torch() -> None:
 
 
 @pytest.mark.parametrize("package", ["bkind3d_kernels", "bkind3d_kernels.info"])
-def test_kernels_import_torch_alone(package: str) -> None:
+def test_kernels_import_torch_and_triton_alone(package: str) -> None:
+    triton = "triton.language" if util.find_spec("triton") else "torch"
     code = (
-        f"import sys, torch; before = set(sys.modules); import {package}; "
+        f"import sys, torch, {triton}; before = set(sys.modules); import {package}; "
         "new = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names); "
         "print(sorted(name for name in new if not name.startswith('__editable__')))"
     )
@@ -59,7 +61,7 @@ needs_binutils = pytest.mark.skipif(
 
 def environment(**changes: str) -> dict[str, str]:
     """Without what would change a build or an import."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("BKIND3D_", "PYTHONPATH"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("BKIND3D_", "PYTHONPATH", "TRITON_INTERPRET"))}
     return kept | changes
 
 

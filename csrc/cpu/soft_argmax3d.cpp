@@ -7,13 +7,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <limits>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "memory.h"
+#include "moments.h"
 
 namespace bkind3d {
 namespace {
@@ -76,68 +74,18 @@ void run(SoftArgmaxTask work, const SoftArgmaxArgs& a, int64_t rows) {
 
 // ---- forward ----
 
-template <bool Covariance>
-Moments<double> merged(const Moments<double>* slabs, int64_t count, double beta) {
-  Moments<double> row = slabs[0];
-  for (int64_t i = 1; i < count; ++i) merge<Covariance>(row, slabs[i], beta, [](double x) { return std::exp(x); });
-  // Nothing but -inf, or a NaN: nothing can be said of this row.
-  if (!(row.total > 0)) {
-    row.total = std::numeric_limits<double>::quiet_NaN();
-    for (double& m : row.mean) m = row.total;
-  }
-  return row;
-}
-
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <class T>
-void write(const Outputs& outputs, int64_t row, const Moments<double>& m, bool covariance) {
-  for (int i = 0; i < 3; ++i) std::get<0>(outputs).mutable_data_ptr<T>()[3 * row + i] = T(m.mean[i]);
-  std::get<1>(outputs).mutable_data_ptr<T>()[row] = T(1 / m.total);
-  if (covariance) {
-    constexpr int entry[] = {0, 1, 2, 1, 3, 4, 2, 4, 5};
-    for (int i = 0; i < 9; ++i)
-      std::get<2>(outputs).mutable_data_ptr<T>()[9 * row + i] = T(m.second[entry[i]] / m.total);
-  }
-  std::get<3>(outputs).mutable_data_ptr<T>()[row] = T(m.maximum);
-  std::get<4>(outputs).mutable_data_ptr<T>()[row] = T(m.total);
-  std::get<5>(outputs).mutable_data_ptr<int64_t>()[row] = m.argmax;
-}
-
-Outputs soft_argmax3d(Tensor logits, double temperature, bool covariance) {
+MomentsOutputs soft_argmax3d(Tensor logits, double temperature, bool covariance) {
   const int type = type_index(logits.scalar_type());
-  const ScalarType arithmetic = type == 1 ? ScalarType::Double : ScalarType::Float;
   SoftArgmaxArgs a = prepare(logits, temperature);
   a.covariance = covariance;
   const int64_t n = logits.size(0), rows = n * a.joints;
   std::vector<Moments<double>> moments(rows * a.slabs);
   a.moments = moments.data();
   run(soft_argmax3d_loops().forward[type], a, rows);
-
-  auto empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
-    return torch::stable::new_empty(logits, size, dtype);
-  };
-  const std::vector<int64_t> matrix = covariance ? std::vector<int64_t>{n, a.joints, 3, 3} : std::vector<int64_t>{0};
-  Outputs outputs{empty({n, a.joints, 3}, arithmetic), empty({n, a.joints}, arithmetic),
-                  empty(matrix, arithmetic),           empty({n, a.joints}, arithmetic),
-                  empty({n, a.joints}, arithmetic),    empty({n, a.joints}, ScalarType::Long)};
-  for (int64_t row = 0; row < rows; ++row) {
-    const Moments<double>* slabs = a.moments + row * a.slabs;
-    const Moments<double> m = covariance ? merged<true>(slabs, a.slabs, a.beta) : merged<false>(slabs, a.slabs, a.beta);
-    type == 1 ? write<double>(outputs, row, m, covariance) : write<float>(outputs, row, m, covariance);
-  }
-  return outputs;
+  return moments_outputs(logits, n, a.joints, type == 1, a.moments, a.slabs, a.beta, covariance);
 }
 
 // ---- backward ----
-
-// A small tensor of (rows, width) as doubles.
-std::vector<double> doubles(const char* name, const Tensor& tensor, int64_t numel) {
-  STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements");
-  const Tensor exact = torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Double));
-  const double* data = exact.const_data_ptr<double>();
-  return std::vector<double>(data, data + numel);
-}
 
 Tensor soft_argmax3d_backward(Tensor grad_mean, Tensor grad_peak, std::optional<Tensor> grad_covariance, Tensor logits,
                               double temperature, Tensor mean, Tensor covariance, Tensor maximum, Tensor total,
@@ -145,25 +93,8 @@ Tensor soft_argmax3d_backward(Tensor grad_mean, Tensor grad_peak, std::optional<
   const int type = type_index(logits.scalar_type());
   SoftArgmaxArgs a = prepare(logits, temperature);
   const int64_t n = logits.size(0), rows = n * a.joints;
-
-  const std::vector<double> g_mean = doubles("grad_mean", grad_mean, 3 * rows);
-  const std::vector<double> g_peak = doubles("grad_peak", grad_peak, rows);
-  const bool second = grad_covariance.has_value();
-  const std::vector<double> g_covariance =
-      second ? doubles("grad_covariance", *grad_covariance, 9 * rows) : std::vector<double>();
-  const std::vector<double> means = doubles("mean", mean, 3 * rows);
-  const std::vector<double> covariances = second ? doubles("covariance", covariance, 9 * rows) : std::vector<double>();
-  const std::vector<double> maxima = doubles("maximum", maximum, rows);
-  const std::vector<double> totals = doubles("total", total, rows);
-  STD_TORCH_CHECK(argmax.scalar_type() == ScalarType::Long && argmax.numel() == rows, "argmax: expected (N, J) int64");
-  const Tensor places = torch::stable::contiguous(argmax);
-
-  std::vector<VolumeGradient<double>> volumes(rows);
-  for (int64_t row = 0; row < rows; ++row) {
-    volumes[row] = volume_gradient(&g_mean[3 * row], g_peak[row], second ? &g_covariance[9 * row] : nullptr,
-                                   &means[3 * row], second ? &covariances[9 * row] : nullptr, maxima[row], totals[row],
-                                   places.const_data_ptr<int64_t>()[row], a.beta);
-  }
+  const std::vector<VolumeGradient<double>> volumes =
+      volume_gradients(rows, a.beta, grad_mean, grad_peak, grad_covariance, mean, covariance, maximum, total, argmax);
   const std::vector<int64_t> size{n, a.joints, a.shape[0], a.shape[1], a.shape[2]};
   Tensor grad = torch::stable::new_empty(logits, size);
   const int64_t bytes = rows * voxels(a) * static_cast<int64_t>(logits.element_size());

@@ -10,12 +10,10 @@
 // An exponential is 10 operations on vectors and the sums 4 (with the covariance 5), 16 to 18 with loads and the
 // maximum: one core with vectors of 16 takes 0.33 ns a voxel, above its memory, and two are near it. The tiles of
 // channels-last logits cost 0.5 ns a voxel more. Saved for backward: the logits (an input) and the outputs.
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
-
 #include "simd.h"
 #include "soft_argmax3d.h"
+#include "softmax.h"
+#include "stream.h"
 
 namespace bkind3d {
 namespace BKIND3D_ISA {
@@ -142,19 +140,6 @@ BKIND3D_FN void for_each_block(const SoftArgmaxArgs& a, int64 task, F f) {
   }
 }
 
-// ---- weights: the exponentials ----
-
-// In float a power of 2, whose factor goes into that of the temperature.
-BKIND3D_FN float exponent_scale(float, double beta) { return float(beta * 1.4426950408889634); }
-BKIND3D_FN double exponent_scale(double, double beta) { return beta; }
-
-BKIND3D_FN vec<float> weight_of(vec<float> logit, float reference, float scale) {
-  return exp2_of_nonpositive(softmax_exponent(logit, reference, scale));
-}
-BKIND3D_FN vec<double> weight_of(vec<double> logit, double reference, double scale) {
-  return exp_of(softmax_exponent(logit, reference, scale));
-}
-
 // ---- forward ----
 
 // The largest logit of a block; NaNs are passed over, to come back as NaN in the sums.
@@ -263,36 +248,6 @@ void forward(const SoftArgmaxArgs& a, int64 task) {
 }
 
 // ---- backward ----
-
-// Copies past the caches what fills whole registers of the target, the two ends as usual.
-BKIND3D_FN void copy_past_caches(char* target, const char* source, int64 bytes) {
-#if defined(__SSE2__)
-  const int64 unaligned = -(int64)target & (register_bytes - 1), head = unaligned < bytes ? unaligned : bytes;
-  __builtin_memcpy(target, source, head);
-  int64 i = head;
-  for (; i + register_bytes <= bytes; i += register_bytes) {
-    vec<float> v;
-    __builtin_memcpy(&v, source + i, register_bytes);
-#if defined(__AVX512F__)
-    _mm512_stream_ps((float*)(target + i), (__m512)v);
-#elif defined(__AVX2__)
-    _mm256_stream_ps((float*)(target + i), (__m256)v);
-#else
-    _mm_stream_ps((float*)(target + i), (__m128)v);
-#endif
-  }
-  __builtin_memcpy(target + i, source + i, bytes - i);
-#else
-  __builtin_memcpy(target, source, bytes);
-#endif
-}
-
-// Streaming stores are weakly ordered: they are done before another thread is told of them.
-BKIND3D_FN void finish_copies() {
-#if defined(__SSE2__)
-  __builtin_ia32_sfence();
-#endif
-}
 
 template <class T, class S>
 BKIND3D_FN void backward_block(const SoftArgmaxArgs& a, const Block& b, const Lines<S>& lines,

@@ -104,7 +104,7 @@ def test_names_are_unique_and_sweeps_pass_through_the_base(op: str) -> None:
 
 def test_cases_begin_with_the_first_workload_of_each_operation() -> None:
     listed = cases(Settings(ops=OPERATIONS))
-    assert [case.workload.name for case in listed[:3]] == ["paper", "paper", "paper-one"]
+    assert [case.workload.name for case in listed[:4]] == ["paper", "paper", "paper", "paper-one"]
     assert not listed[0].workload.sweep
     assert listed[-1].workload.sweep
     assert [case.variant for case in cases(Settings(ops=("unproject",), workloads=("room",)))] == ["channels-last"]
@@ -221,7 +221,12 @@ def test_numerics_pass_and_see_a_wrong_number(tmp_path: Path, monkeypatch: pytes
     assert numerics.main([*compiled, "--out", str(tmp_path / "numerics.csv")]) == 0
     rows = read(tmp_path / "numerics.csv")
     assert {row["status"] for row in rows} == {"passed"}
-    assert {row["quantity"] for row in rows} >= {"output 0", "gradient of logits", "gradient of keypoints"}
+    assert {row["quantity"] for row in rows} >= {
+        "output 0",
+        "gradient of logits",
+        "gradient of weight",
+        "gradient of keypoints",
+    }
 
     draw = chosen[-1].call
     chosen[-1].call = lambda backend, **inputs: [

@@ -58,6 +58,15 @@ def soft_argmax3d(logits, affine, temperature):
     return mean, peak, cov
 
 
+def linear_soft_argmax3d(features, weight, bias, affine, temperature):
+    """The same of logits that are made one voxel at a time."""
+    n, _, *shape = features.shape
+    logits = np.zeros((n, len(weight), *shape))
+    for b, x, y, z in product(range(n), *map(range, shape)):
+        logits[b, :, x, y, z] = weight @ features[b, :, x, y, z] + bias
+    return soft_argmax3d(logits, affine, temperature)
+
+
 def rasterize_edges(keypoints, weights, edges, size, sigma):
     """Map (N, H, W): distance to the segment by cases, from angles at the ends."""
     maps = np.zeros((len(keypoints), *size))

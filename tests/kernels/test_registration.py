@@ -5,7 +5,15 @@ import scenes
 import torch
 from torch.autograd import forward_ad
 
-from bkind3d_kernels import VoxelGrid, library, rasterize_edges, registration, soft_argmax3d, unproject
+from bkind3d_kernels import (
+    VoxelGrid,
+    library,
+    linear_soft_argmax3d,
+    rasterize_edges,
+    registration,
+    soft_argmax3d,
+    unproject,
+)
 
 pytestmark = pytest.mark.skipif(library.reason("_cpu") is not None, reason=str(library.reason("_cpu")))
 
@@ -14,6 +22,10 @@ PROJECTIONS = scenes.projections(1, 2, (4, 5), torch.Generator().manual_seed(0))
 CALLS = {
     "unproject": (torch.randn(1, 2, 3, 4, 5), lambda x: unproject(x, PROJECTIONS, GRID, backend="cpp")),
     "soft_argmax3d": (torch.randn(1, 2, 3, 3, 3), lambda x: soft_argmax3d(x, GRID, backend="cpp")),
+    "linear_soft_argmax3d": (
+        torch.randn(1, 2, 3, 3, 3),
+        lambda x: linear_soft_argmax3d(x, torch.ones(1, 2), None, GRID, backend="cpp"),
+    ),
     "rasterize_edges": (torch.rand(1, 3, 2), lambda x: rasterize_edges(x, torch.ones(3), (4, 4), 1.0, backend="cpp")),
 }
 

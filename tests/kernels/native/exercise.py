@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bkind3d_kernels import VoxelGrid, library, rasterize_edges, soft_argmax3d, unproject
+from bkind3d_kernels import VoxelGrid, library, linear_soft_argmax3d, rasterize_edges, soft_argmax3d, unproject
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 AGGREGATIONS = ("softmax", "mean", "sum", "max", "weighted")
@@ -92,6 +92,26 @@ def soft_argmax3d_cases() -> Iterator[Callable[[], None]]:
         yield case
 
 
+def linear_soft_argmax3d_cases() -> Iterator[Callable[[], None]]:
+    shapes = ((1, 1, 1, 1, 1), (2, 16, 5, 4, 7), (1, 18, 3, 2, 33), (1, 8, 36, 35, 34), (1, 3, 2, 2, 2100))
+    for number, (shape, dtype, more) in enumerate(itertools.product(shapes, DTYPES, (False, True))):
+        grid = VoxelGrid.box((0.1, 0.2, 0.3), (2.0, 2.0, 2.0), shape[2:])
+        features = list(layouts(randn(*shape).to(dtype)))[number % 3]
+        if number % 3 == 1:
+            features = features.to(memory_format=torch.channels_last_3d)
+        joints = (2, 17)[number % 2]
+        weight, bias = randn(joints, shape[1]).requires_grad_(), randn(joints) if more else None
+        features.requires_grad_(number % 4 != 3)
+
+        def case(features=features, weight=weight, bias=bias, grid=grid, more=more) -> None:
+            outputs = linear_soft_argmax3d(
+                features, weight, bias, grid, return_peak=more, return_covariance=more, backend="cpp"
+            )
+            backward(*(outputs if more else [outputs]))
+
+        yield case
+
+
 def rasterize_edges_cases() -> Iterator[Callable[[], None]]:
     sizes = ([(1, 1)], [(8, 8)], [(37, 53), (19, 27), (5, 7)], [(130, 70)])
     for size, dtype, k in itertools.product(sizes, (torch.float32, torch.float64), (2, 3, 12)):
@@ -121,7 +141,7 @@ def main() -> None:
     assert Path(library.FOLDER).is_relative_to(sys.argv[1]), f"{library.FOLDER} is not the build under test"
     assert library.reason("_cpu") is None, library.reason("_cpu")
     count = 0
-    for make in (unproject_cases, soft_argmax3d_cases, rasterize_edges_cases):
+    for make in (unproject_cases, soft_argmax3d_cases, linear_soft_argmax3d_cases, rasterize_edges_cases):
         cases = list(make())
         for name, threads in itertools.product(sets(), (1, 3)):
             torch.set_num_threads(threads)
