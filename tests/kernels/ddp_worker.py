@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bkind3d_kernels import EdgeRasterizer, SoftArgmax3d, Unproject, VoxelGrid
+from bkind3d_kernels import EdgeRasterizer, LinearSoftArgmax3d, SoftArgmax3d, Unproject, VoxelGrid
 from bkind3d_kernels.geometry import project_points
 
 SIZE = (8, 8)
@@ -22,12 +22,14 @@ class Model(nn.Module):
         self.weights = nn.Parameter(torch.rand(3))
         self.unproject = Unproject(backend=backend)
         self.soft_argmax = SoftArgmax3d(backend=backend)
+        self.linear_soft_argmax = LinearSoftArgmax3d(4, 3, backend=backend)
         self.rasterize = EdgeRasterizer(SIZE, 1.0, backend=backend)
 
     def forward(self, images: Tensor, projections: Tensor) -> Tensor:
         features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         grid = VoxelGrid.cube((0.0, 0.0, 3.0), 2.0, 6)
-        keypoints = self.soft_argmax(self.heatmaps(self.unproject(features, projections, grid)), grid)
+        volume = self.unproject(features, projections, grid)
+        keypoints = (self.soft_argmax(self.heatmaps(volume), grid) + self.linear_soft_argmax(volume, grid)) / 2
         return self.rasterize(project_points(projections[:, 0], keypoints)[0], self.weights)
 
 

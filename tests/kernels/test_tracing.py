@@ -7,7 +7,15 @@ from measure import gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bkind3d_kernels import EdgeRasterizer, SoftArgmax3d, Unproject, VoxelGrid, rasterize_edges, soft_argmax3d
+from bkind3d_kernels import (
+    EdgeRasterizer,
+    LinearSoftArgmax3d,
+    SoftArgmax3d,
+    Unproject,
+    VoxelGrid,
+    rasterize_edges,
+    soft_argmax3d,
+)
 from bkind3d_kernels.geometry import project_points, rescale_projections
 
 SIZE, SHAPE = (6, 7), (4, 5, 3)
@@ -20,14 +28,17 @@ class Chain(nn.Module):
         super().__init__()
         self.unproject = Unproject(aggregation=aggregation, unseen=unseen, return_counts=True, backend=backend)
         self.soft_argmax = SoftArgmax3d(temperature=0.2, return_peak=True, return_covariance=True, backend=backend)
+        self.linear_soft_argmax = LinearSoftArgmax3d(4, 2, backend=backend).requires_grad_(False)
+        self.linear_soft_argmax.weight.copy_(torch.linspace(-3, 3, 8).view(2, 4))
         self.rasterize = EdgeRasterizer([(4, 5), (8, 10)], [1.0, 1.5], backend=backend)
 
     def forward(self, features: Tensor, projections: Tensor, grid: VoxelGrid, weights: Tensor) -> tuple[Tensor, ...]:
         volume, counts = self.unproject(features, projections, grid)
         coordinates, peak, covariance = self.soft_argmax(volume, grid)
+        located = self.linear_soft_argmax(volume, grid)
         pixels, depth = project_points(rescale_projections(projections[:, 0], SIZE, (4, 5)), coordinates)
         maps = self.rasterize(pixels, weights)
-        return volume, counts, coordinates, peak, covariance, pixels, depth, *maps
+        return volume, counts, coordinates, peak, covariance, located, pixels, depth, *maps
 
 
 def inputs(n: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, VoxelGrid, Tensor]:
