@@ -1,0 +1,86 @@
+"""The CUDA kernels as C++ on the CPU (cuda_emulation.h): operators of the namespace ``bkind3d_emulated``, for tests.
+
+Built with ninja when a source has changed, once for each sanitizer that is asked for.
+"""
+
+import ctypes
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import ninja
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from bkind3d_kernels import registration
+from bkind3d_kernels.checks import FEATURE_DTYPES
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+NAMESPACE = "bkind3d_emulated"
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+OPERATIONS = tuple(path.stem for path in SOURCES)
+COMPILER = shutil.which("g++")
+MISSING = None if COMPILER and sys.platform == "linux" and platform.machine() == "x86_64" else "needs g++ on x86-64"
+SANITIZERS = {"": "", "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined", "thread": "-fsanitize=thread"}
+FLAGS = ["-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+
+
+def build(sanitizer: str = "") -> Path:
+    """The library, with a sanitizer of :data:`SANITIZERS`."""
+    folder = ROOT / "build/tests/emulation" / (sanitizer or "plain")
+    flags = [*FLAGS, "-O1" if sanitizer else "-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}"]
+    flags += [word for path in include_paths() for word in ("-isystem", path)]
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch"]
+    instrument = SANITIZERS[sanitizer]
+    lines = [
+        f"flags = {shlex.join(flags)}",
+        "rule compile",
+        f"  command = {COMPILER} -MD -MF $out.d $flags $more -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {COMPILER} -shared {instrument} $in {shlex.join(libraries)} -o $out",
+        *(
+            f"build {path.stem}.o: compile {path}\n  more = {instrument} -include cuda_emulation.h -x c++"
+            for path in SOURCES
+        ),
+        f"build cuda_emulation.o: compile {HERE / 'cuda_emulation.cpp'}",
+        f"  more = {f'-DEMULATION_{sanitizer.upper()}' if sanitizer else ''}",
+        f"build emulation.so: link {' '.join(f'{stem}.o' for stem in OPERATIONS)} cuda_emulation.o",
+        "",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines))
+    subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(folder)], check=True)
+    return folder / "emulation.so"
+
+
+@cache
+def load(sanitizer: str = "") -> ctypes.CDLL:
+    """Build and load the library, and give its operators what those of every family have."""
+    path = build(sanitizer)
+    for op in OPERATIONS:
+        for name in (op, f"{op}_backward"):
+            torch.library.define(f"{NAMESPACE}::{name}", registration.SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+    torch.ops.load_library(str(path))
+    registration.attach(NAMESPACE, OPERATIONS)
+    return ctypes.CDLL(str(path))
+
+
+@contextmanager
+def descending() -> Iterator[None]:
+    """Blocks, and the threads of a block, run from the last to the first."""
+    library = load()
+    library.emulation_descending(1)
+    try:
+        yield
+    finally:
+        library.emulation_descending(0)
