@@ -32,13 +32,15 @@ constexpr int most_rows = 32;              // keypoints that a block takes side 
 constexpr int tile_bytes = 16 << 10;       // of backward with other strides
 constexpr int64_t most_voxels = 1u << 31;  // of a volume: places are 32-bit numbers
 
-// Blocks at once on a multiprocessor: 80 registers for each thread, 128 in double.
+// Blocks at once on a multiprocessor: 64 registers for each thread forward, 80 backward, 128 in double.
 template <class S>
-constexpr int blocks_at_once = sizeof(S) == 8 ? 2 : 3;
+constexpr int forward_blocks = sizeof(S) == 8 ? 2 : 4;
+template <class S>
+constexpr int backward_blocks = sizeof(S) == 8 ? 2 : 3;
 
 // Loads of a thread: as many as registers hold beside the sums.
 template <class S, int Width>
-constexpr int loads = Width == 4 ? 8 : Width == 8 ? 4 : Width == 2 ? 4 : sizeof(S) == 8 ? 8 : 12;
+constexpr int loads = Width == 8 || Width == 2 ? 4 : 8;
 
 // Some rows (volumes) of a sample side by side; a row of the batch is sample * joints + joint.
 struct Rows {
@@ -212,7 +214,7 @@ __device__ __forceinline__ void combine_groups(Moments<A>& mine, int thread, int
 }
 
 template <bool Covariance, class S, int Width>
-__global__ void __launch_bounds__(threads, blocks_at_once<S>)
+__global__ void __launch_bounds__(threads, forward_blocks<S>)
     forward_kernel(Problem p, Moments<Arithmetic<S>>* partial) {
   using T = Arithmetic<S>;
   const Block block = block_of(p);
@@ -311,7 +313,7 @@ __device__ __forceinline__ Pack<S, Width> gradient(const Shape& shape, const Vol
 
 // Rows whose voxels lie together.
 template <class S, int Width>
-__global__ void __launch_bounds__(threads, blocks_at_once<S>)
+__global__ void __launch_bounds__(threads, backward_blocks<S>)
     backward_kernel(Problem p, Saved<Arithmetic<S>> saved, S* grad) {
   using T = Arithmetic<S>;
   const Block block = block_of(p);
@@ -337,7 +339,7 @@ struct Tile {
 
 // Any strides: a tile is read with its rows next to each other and written with its voxels next to each other.
 template <class S>
-__global__ void __launch_bounds__(threads, blocks_at_once<S>)
+__global__ void __launch_bounds__(threads, backward_blocks<S>)
     backward_strided_kernel(Problem p, Saved<Arithmetic<S>> saved, S* grad, Divider by_slab) {
   using T = Arithmetic<S>;
   const Block block = block_of(p);

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import ninja
 import torch
+from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from bkind3d_kernels import registration
-from bkind3d_kernels.checks import FEATURE_DTYPES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -29,8 +30,21 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 OPERATIONS = tuple(path.stem for path in SOURCES)
 COMPILER = shutil.which("g++")
 MISSING = None if COMPILER and sys.platform == "linux" and platform.machine() == "x86_64" else "needs g++ on x86-64"
-SANITIZERS = {"": "", "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined", "thread": "-fsanitize=thread"}
-FLAGS = ["-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+SANITIZERS = {
+    "": "",
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "thread": "-fsanitize=thread",
+}
+FLAGS = [
+    "-std=c++20",
+    "-g",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
 
 
 def build(sanitizer: str = "") -> Path:
@@ -73,6 +87,29 @@ def load(sanitizer: str = "") -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     registration.attach(NAMESPACE, OPERATIONS)
     return ctypes.CDLL(str(path))
+
+
+def _unproject(features: Any, q: Any, shape: Any, aggregation: str, unseen: str, mask: Any, weights: Any) -> Any:
+    return torch.ops.bkind3d_emulated.unproject(features, q, mask, weights, shape, aggregation, unseen)
+
+
+def _soft_argmax3d(logits: Tensor, temperature: float, covariance: bool) -> Any:
+    mean, peak, second, *_ = torch.ops.bkind3d_emulated.soft_argmax3d(logits, temperature, covariance)
+    return mean, peak, second if covariance else None
+
+
+def _rasterize_edges(keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: Any, sigmas: Any) -> Any:
+    flat = [length for size in sizes for length in size]
+    return torch.ops.bkind3d_emulated.rasterize_edges(keypoints, weights, edges, flat, sigmas)[0]
+
+
+_RUN = {"unproject": _unproject, "soft_argmax3d": _soft_argmax3d, "rasterize_edges": _rasterize_edges}
+
+
+def backend(op: str) -> Any:
+    """What bkind3d_kernels/cuda_ops has for an operation, for CPU tensors."""
+    load()
+    return SimpleNamespace(unavailable=lambda device, dtype: None, run=_RUN[op])
 
 
 @contextmanager
