@@ -56,7 +56,7 @@ class OnDevice {
 #if defined(BKIND3D_EMULATED)
     emulation::launch(grid, dim3(l.threads), l.shared_bytes, [&] { kernel(arguments...); });
 #else
-    kernel<<<grid, l.threads, l.shared_bytes, stream_>>>(arguments...);
+    kernel<<<grid, l.threads, l.shared_bytes, stream_> > >(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
 #endif
   }

@@ -1,20 +1,22 @@
-// 3D soft-argmax in CUDA. u = sum of softmax(logits / temperature) x index, its covariance, its peak, and their gradient.
+// 3D soft-argmax in CUDA. u = sum of softmax(logits / temperature) x index, its covariance, its peak, and their
+// gradient.
 //
 // Forward: a block takes a slab of one volume, 32 KB where the voxels lie together. Each thread holds its 128 bytes in
 // registers, 8 loads of 16 bytes on their way at once; finds their largest, exponentiates relative to it and sums about
 // its place, which leaves nothing to cancel; the moments of the threads, then in a second small kernel those of the
-// slabs, are merged as Chan et al. do, in an order that depends on the shape alone: no atomics, the same bits each time.
-// Backward: the same division, one read and one write; the gradient along z is a polynomial of degree 2 times a weight.
-// Other strides, channels-last among them: a block takes up to 32 keypoints side by side, so that reads are of whole
-// sectors; backward turns a tile of 16 KB in shared memory, since the gradient's voxels lie together.
+// slabs, are merged as Chan et al. do, in an order that depends on the shape alone: no atomics, the same bits each
+// time. Backward: the same division, one read and one write; the gradient along z is a polynomial of degree 2 times a
+// weight. Other strides, channels-last among them: a block takes up to 32 keypoints side by side, so that reads are of
+// whole sectors; backward turns a tile of 16 KB in shared memory, since the gradient's voxels lie together.
 //
-// What bounds it, on paper: bytes. 18 keypoints in 64^3 voxels of float are 18.9 MB a sample: forward 5.6 us at 3.35 TB/s
-// (H100), 3.9 us at 4.8 TB/s (H200; 4.4 at 4.3, a measured copy), backward twice that; half formats half of it. About 25
-// instructions a voxel forward and 15 backward leave float at the memory (an H100 issues 34 in the time of 4 bytes) and
-// bfloat16 near both limits; channels-last costs about 20 more, for the place of each voxel. A second launch, about 3 us
-// unless in a CUDA graph, could be saved by the last block that finishes: counters to clear, and order no longer fixed.
-// Occupancy: 256 threads, at most 80 registers, 3 blocks (96 KB on their way) on a multiprocessor; the law of Little
-// asks for about 20 KB. Saved for backward: the logits (an input) and the outputs. Not measured on a GPU yet.
+// What bounds it, on paper: bytes. 18 keypoints in 64^3 voxels of float are 18.9 MB a sample: forward 5.6 us at 3.35
+// TB/s (H100), 3.9 us at 4.8 TB/s (H200; 4.4 at 4.3, a measured copy), backward twice that; half formats half of it.
+// About 25 instructions a voxel forward and 15 backward leave float at the memory (an H100 issues 34 in the time of 4
+// bytes) and bfloat16 near both limits; channels-last costs about 20 more, for the place of each voxel. A second
+// launch, about 3 us unless in a CUDA graph, could be saved by the last block that finishes: counters to clear, and
+// order no longer fixed. Occupancy: 256 threads, at most 80 registers, 3 blocks (96 KB on their way) on a
+// multiprocessor; the law of Little asks for about 20 KB. Saved for backward: the logits (an input) and the outputs.
+// Not measured on a GPU yet.
 #include "launch.cuh"
 
 #include <algorithm>
@@ -80,10 +82,10 @@ __device__ __forceinline__ Place place_of(const Shape& shape, unsigned voxel) {
 
 // Which rows and voxels a block has.
 struct Block {
-  int64_t row;             // the first, of the batch
-  int rows;                // side by side
+  int64_t row;                // the first, of the batch
+  int rows;                   // side by side
   unsigned slab, first, end;  // voxels
-  int64_t offset;          // of voxel 0 of the first row, in elements
+  int64_t offset;             // of voxel 0 of the first row, in elements
 };
 
 __device__ __forceinline__ Block block_of(const Problem& p) {
@@ -91,12 +93,8 @@ __device__ __forceinline__ Block block_of(const Problem& p) {
   const int64_t sample = group / unsigned(p.rows.blocks), joint = (group - sample * p.rows.blocks) * p.rows.count;
   const int64_t rest = p.rows.joints - joint;
   const unsigned first = slab * p.slab, left = p.shape.voxels - first;
-  return {sample * p.rows.joints + joint,
-          rest < p.rows.count ? int(rest) : p.rows.count,
-          slab,
-          first,
-          first + (left < p.slab ? left : p.slab),
-          sample * p.layout.sample + joint * p.layout.joint};
+  return {sample * p.rows.joints + joint,          rest < p.rows.count ? int(rest) : p.rows.count,   slab, first,
+          first + (left < p.slab ? left : p.slab), sample * p.layout.sample + joint * p.layout.joint};
 }
 
 // The voxels of one thread: packs of Width, `step` voxels apart.
@@ -131,8 +129,8 @@ __device__ __forceinline__ Voxels<S, Width> load(const Problem& p, const Block& 
         v.packs[k] = load_once(reinterpret_cast<const Pack<S, Width>*>(source + voxel));
       } else {
         const Place at = place_of(p.shape, voxel);
-        v.packs[k] = load_once(reinterpret_cast<const Pack<S, 1>*>(source + at.x * p.layout.x + at.y * p.layout.y +
-                                                                   at.z * p.layout.z));
+        v.packs[k] = load_once(
+            reinterpret_cast<const Pack<S, 1>*>(source + at.x * p.layout.x + at.y * p.layout.y + at.z * p.layout.z));
       }
     } else {
 #pragma unroll
@@ -263,8 +261,7 @@ __device__ __forceinline__ void write(const Outputs<T>& out, int64_t row, const 
 
 // One block a row: its slabs, in double.
 template <bool Covariance, class T>
-__global__ void __launch_bounds__(finish_threads)
-    finish_kernel(const Moments<T>* partial, Problem p, Outputs<T> out) {
+__global__ void __launch_bounds__(finish_threads) finish_kernel(const Moments<T>* partial, Problem p, Outputs<T> out) {
   const int thread = int(threadIdx.x);
   const int64_t row = blockIdx.x;
   const double scale = p.beta;
@@ -295,8 +292,7 @@ __device__ __forceinline__ VolumeGradient<T> row_gradient(const Saved<T>& s, int
 // Of Width voxels of a line, from `voxel` on.
 template <class S, int Width>
 __device__ __forceinline__ Pack<S, Width> gradient(const Shape& shape, const VolumeGradient<Arithmetic<S>>& g,
-                                                   unsigned voxel, const Pack<S, Width>& logits,
-                                                   Arithmetic<S> scale) {
+                                                   unsigned voxel, const Pack<S, Width>& logits, Arithmetic<S> scale) {
   using T = Arithmetic<S>;
   const Place at = place_of(shape, voxel);
   const LineGradient<T> line = line_gradient(g, T(at.x), T(at.y));
@@ -317,8 +313,7 @@ __global__ void __launch_bounds__(threads, backward_blocks<S>)
     backward_kernel(Problem p, Saved<Arithmetic<S>> saved, S* grad) {
   using T = Arithmetic<S>;
   const Block block = block_of(p);
-  const Voxels<S, Width> v =
-      load<S, Width>(p, block, 0, block.first + threadIdx.x * Width, threads * Width);
+  const Voxels<S, Width> v = load<S, Width>(p, block, 0, block.first + threadIdx.x * Width, threads * Width);
   VolumeGradient<T>& g = shared<VolumeGradient<T>>();
   if (threadIdx.x == 0) g = row_gradient(saved, block.row, p.beta);
   __syncthreads();
@@ -372,9 +367,9 @@ Problem prepare(const Tensor& logits, double temperature) {
   STD_TORCH_CHECK(logits.dim() == 5, "logits: expected (N, J, X, Y, Z)");
   const int64_t joints = logits.size(1), x = logits.size(2), y = logits.size(3), z = logits.size(4);
   STD_TORCH_CHECK(joints > 0 && x > 0 && y > 0 && z > 0, "logits: expected no empty dimension but N");
-  STD_TORCH_CHECK(x < most_voxels && y < most_voxels && z < most_voxels && x * y < most_voxels &&
-                      x * y * z < most_voxels,
-                  "logits: expected fewer than 2^31 voxels in a volume");
+  STD_TORCH_CHECK(
+      x < most_voxels && y < most_voxels && z < most_voxels && x * y < most_voxels && x * y * z < most_voxels,
+      "logits: expected fewer than 2^31 voxels in a volume");
   return {logits.const_data_ptr(),
           {logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3), logits.stride(4)},
           {int(x), int(y), int(z), unsigned(x * y * z), Divider(y), Divider(z)},
@@ -430,8 +425,8 @@ void run_forward(const Tensor& logits, Problem p, const Outputs<Arithmetic<S>>& 
   using T = Arithmetic<S>;
   divide(p, int64_t(threads / p.rows.count) * loads<S, Width> * Width);
   const int64_t samples = logits.size(0), rows = samples * p.rows.joints;
-  const Tensor scratch = torch::stable::new_empty(
-      logits, {rows * int64_t(p.slabs) * int64_t(sizeof(Moments<T>))}, ScalarType::Byte);
+  const Tensor scratch =
+      torch::stable::new_empty(logits, {rows * int64_t(p.slabs) * int64_t(sizeof(Moments<T>))}, ScalarType::Byte);
   auto* partial = static_cast<Moments<T>*>(scratch.mutable_data_ptr());
   const OnDevice device(logits);
   device.launch(forward_kernel<Covariance, S, Width>, {blocks(p, samples), 1, 1, threads, 0}, p, partial);
@@ -457,7 +452,8 @@ Results soft_argmax3d(Tensor logits, double temperature, bool covariance) {
     Results r{empty({n, j, 3}, real), empty({n, j}, real), empty(matrix, real),
               empty({n, j}, real),    empty({n, j}, real), empty({n, j}, ScalarType::Long)};
     auto data = [](Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); };
-    const Outputs<T> out = {data(std::get<0>(r)), data(std::get<1>(r)), data(std::get<2>(r)), data(std::get<3>(r)),
+    const Outputs<T> out = {data(std::get<0>(r)), data(std::get<1>(r)),
+                            data(std::get<2>(r)), data(std::get<3>(r)),
                             data(std::get<4>(r)), static_cast<int64_t*>(std::get<5>(r).mutable_data_ptr())};
     if (in_packs<S>(p, n)) {
       run_forward<S, Pack<S>::width>(logits, p, out, covariance);
@@ -489,8 +485,8 @@ Tensor soft_argmax3d_backward(Tensor grad_mean, Tensor grad_peak, std::optional<
                               Tensor argmax) {
   const Problem p = prepare(logits, temperature);
   const int64_t rows = logits.size(0) * p.rows.joints;
-  const Tensor grad = torch::stable::new_empty(
-      logits, {logits.size(0), p.rows.joints, logits.size(2), logits.size(3), logits.size(4)});
+  const Tensor grad =
+      torch::stable::new_empty(logits, {logits.size(0), p.rows.joints, logits.size(2), logits.size(3), logits.size(4)});
   by_type(logits.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using T = Arithmetic<S>;

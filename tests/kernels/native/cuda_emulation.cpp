@@ -5,7 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <bit>
+#include <list>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -48,15 +48,11 @@ constexpr std::size_t stack_bytes = 128 << 10, static_bytes = 48 << 10, dynamic_
 
 // Those that wait for one another: the threads of a block, or the lanes of a mask.
 struct Group {
-  unsigned mask = 0, arrived = 0;  // arrived: lanes, or how many threads
+  unsigned mask = 0, arrived = 0;  // lanes, or how many threads
   Kind kind{};
   std::uint64_t generation = 0;
   std::uint64_t values[2][32];
   char order[2];  // what ThreadSanitizer knows the two latest barriers by
-};
-
-struct Warp {
-  std::vector<Group*> groups;  // one for each mask that was used; their addresses stay
 };
 
 struct Fiber {
@@ -71,8 +67,7 @@ struct Fiber {
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  std::vector<Group*> groups;
+  std::vector<std::list<Group>> warps;  // a group for each mask that was used
   Group all;
   char* memory;  // of the block: shared, then the stacks
   std::size_t memory_bytes, used = 0;
@@ -80,10 +75,7 @@ struct Block {
   char* dynamic;
   std::uint64_t progress = 0;
 
-  ~Block() {
-    for (Group* group : groups) delete group;
-    munmap(memory, memory_bytes);
-  }
+  ~Block() { munmap(memory, memory_bytes); }
 };
 
 std::mutex mutex;
@@ -199,12 +191,12 @@ std::uint64_t wait(Group& group, bool complete, bool orders) {
 }
 
 Group& lanes(unsigned mask) {
-  Warp& warp = block->warps[fiber->number / 32];
-  for (Group* group : warp.groups)
-    if (group->mask == mask) return *group;
-  warp.groups.push_back(new Group{.mask = mask});
-  block->groups.push_back(warp.groups.back());
-  return *warp.groups.back();
+  std::list<Group>& warp = block->warps[fiber->number / 32];
+  for (Group& group : warp)
+    if (group.mask == mask) return group;
+  warp.emplace_back();
+  warp.back().mask = mask;
+  return warp.back();
 }
 
 // ---- a block ----
@@ -252,7 +244,7 @@ void run_block(dim3 grid, dim3 size, dim3 index, std::size_t dynamic_bytes) {
 }  // namespace
 
 const Thread& current() { return fiber->thread; }
-unsigned lane() { return fiber->number % 32; }
+int lane() { return int(fiber->number % 32); }
 void* dynamic_shared() { return block->dynamic; }
 
 void* shared(const void* key, std::size_t bytes) {
