@@ -51,7 +51,7 @@ struct Group {
   unsigned mask = 0, arrived = 0;  // lanes, or how many threads
   Kind kind{};
   std::uint64_t generation = 0;
-  std::uint64_t values[2][32];
+  Values values[2];
   char order[2];  // what ThreadSanitizer knows the two latest barriers by
 };
 
@@ -74,8 +74,6 @@ struct Block {
   std::vector<std::pair<const void*, std::size_t>> objects;  // key and place
   char* dynamic;
   std::uint64_t progress = 0;
-
-  ~Block() { munmap(memory, memory_bytes); }
 };
 
 std::mutex mutex;
@@ -201,8 +199,7 @@ Group& lanes(unsigned mask) {
 
 // ---- a block ----
 
-void run_block(dim3 grid, dim3 size, dim3 index, std::size_t dynamic_bytes) {
-  Block b;
+void run_block(Block& b, dim3 grid, dim3 size, dim3 index, std::size_t dynamic_bytes) {
   block = &b;
   const unsigned count = size.x * size.y * size.z;
   // Fresh memory for each block: what an earlier one did there is no race, and what is read unwritten is NaN.
@@ -239,6 +236,7 @@ void run_block(dim3 grid, dim3 size, dim3 index, std::size_t dynamic_bytes) {
   for (Fiber& f : b.fibers) __tsan_destroy_fiber(f.tsan);
 #endif
   allow(b.memory, shared_bytes);
+  munmap(b.memory, b.memory_bytes);
 }
 
 }  // namespace
@@ -263,7 +261,7 @@ void wait_for_block() {
   wait(all, ++all.arrived == block->fibers.size(), true);
 }
 
-const std::uint64_t* wait_for_lanes(Kind kind, unsigned mask, std::uint64_t value) {
+Values wait_for_lanes(Kind kind, unsigned mask, std::uint64_t value) {
   const unsigned own = 1u << lane(), first = fiber->number / 32 * 32;
   const unsigned there = block->fibers.size() - first < 32 ? (1u << (block->fibers.size() - first)) - 1 : ~0u;
   if (there == (mask & there)) mask = there;  // lanes that a short last warp does not have
@@ -271,7 +269,7 @@ const std::uint64_t* wait_for_lanes(Kind kind, unsigned mask, std::uint64_t valu
   Group& group = lanes(mask);
   if (group.arrived && group.kind != kind) fail("lanes of one mask meet at different instructions");
   group.kind = kind;
-  group.values[group.generation % 2][lane()] = value;
+  group.values[group.generation % 2].of[lane()] = value;
   group.arrived |= own;
   return group.values[wait(group, group.arrived == mask, kind == Kind::syncwarp) % 2];
 }
@@ -286,11 +284,12 @@ void launch(dim3 grid, dim3 size, std::size_t dynamic_bytes, const std::function
 #if defined(EMULATION_THREAD)
   scheduler_tsan = __tsan_get_current_fiber();
 #endif
-  const std::uint64_t blocks = std::uint64_t(grid.x) * grid.y * grid.z;
-  for (std::uint64_t i = 0; i < blocks && error.empty(); ++i) {
-    const std::uint64_t at = descending ? blocks - 1 - i : i;
+  const std::uint64_t blocks_in_grid = std::uint64_t(grid.x) * grid.y * grid.z;
+  std::list<Block> blocks;  // kept to the end, since nothing before it orders their threads and this one
+  for (std::uint64_t i = 0; i < blocks_in_grid && error.empty(); ++i) {
+    const std::uint64_t at = descending ? blocks_in_grid - 1 - i : i;
     const dim3 index(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
-    run_block(grid, size, index, dynamic_bytes);
+    run_block(blocks.emplace_back(), grid, size, index, dynamic_bytes);
   }
   order_after(&launch_order);
   if (!error.empty()) throw std::runtime_error("emulated launch: " + error);

@@ -65,8 +65,11 @@ void* dynamic_shared();
 
 enum class Kind { syncwarp, shuffle };
 void wait_for_block();
-// All lanes of the mask must come. The value of each is then known to all of them, as values[lane].
-const std::uint64_t* wait_for_lanes(Kind kind, unsigned mask, std::uint64_t value);
+struct Values {
+  std::uint64_t of[32];
+};
+// All lanes of the mask must come. The value of each is then known to all of them.
+Values wait_for_lanes(Kind kind, unsigned mask, std::uint64_t value);
 
 template <class T>
 std::uint64_t to_bits(T value) {
@@ -87,15 +90,15 @@ T from_bits(std::uint64_t bits) {
 template <class T>
 T shuffle(unsigned mask, T value, int source, int width) {
   const bool inside = source >= 0 && source / width == lane() / width;
-  return from_bits<T>(wait_for_lanes(Kind::shuffle, mask, to_bits(value))[inside ? source : lane()]);
+  return from_bits<T>(wait_for_lanes(Kind::shuffle, mask, to_bits(value)).of[inside ? source : lane()]);
 }
 
 // f(lane, its value) for the lanes of the mask, lowest first.
 template <class T, class F>
 void for_lanes(unsigned mask, T value, F f) {
-  const std::uint64_t* values = wait_for_lanes(Kind::shuffle, mask, to_bits(value));
+  const Values values = wait_for_lanes(Kind::shuffle, mask, to_bits(value));
   for (int i = 0; i < 32; ++i)
-    if (mask >> i & 1) f(i, from_bits<T>(values[i]));
+    if (mask >> i & 1) f(i, from_bits<T>(values.of[i]));
 }
 
 // Reads, changes and writes; returns what was there.

@@ -47,10 +47,16 @@ FLAGS = [
 ]
 
 
-def build(sanitizer: str = "") -> Path:
-    """The library, with a sanitizer of :data:`SANITIZERS`."""
+def build(target: str, sanitizer: str = "") -> Path:
+    """``emulation.so`` or the program ``probe``, with a sanitizer of :data:`SANITIZERS`."""
     folder = ROOT / "build/tests/emulation" / (sanitizer or "plain")
-    flags = [*FLAGS, "-O1" if sanitizer else "-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}"]
+    flags = [
+        *FLAGS,
+        "-O1" if sanitizer else "-O2",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-I{HERE}",
+        f"-I{ROOT}",
+    ]
     flags += [word for path in include_paths() for word in ("-isystem", path)]
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch"]
     instrument = SANITIZERS[sanitizer]
@@ -61,26 +67,29 @@ def build(sanitizer: str = "") -> Path:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {COMPILER} -shared {instrument} $in {shlex.join(libraries)} -o $out",
-        *(
-            f"build {path.stem}.o: compile {path}\n  more = {instrument} -include cuda_emulation.h -x c++"
-            for path in SOURCES
-        ),
+        f"  command = {COMPILER} {instrument} $in $more -o $out",
         f"build cuda_emulation.o: compile {HERE / 'cuda_emulation.cpp'}",
         f"  more = {f'-DEMULATION_{sanitizer.upper()}' if sanitizer else ''}",
-        f"build emulation.so: link {' '.join(f'{stem}.o' for stem in OPERATIONS)} cuda_emulation.o",
+    ]
+    for path in [*SOURCES, HERE / "emulation_probe.cu"]:
+        lines.append(f"build {path.stem}.o: compile {path}")
+        lines.append(f"  more = {instrument} -include cuda_emulation.h -x c++")
+    lines += [
+        f"build emulation.so: link {' '.join(f'{op}.o' for op in OPERATIONS)} cuda_emulation.o",
+        f"  more = -shared {shlex.join(libraries)}",
+        "build probe: link emulation_probe.o cuda_emulation.o",
         "",
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))
-    subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(folder)], check=True)
-    return folder / "emulation.so"
+    subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(folder), target], check=True)
+    return folder / target
 
 
 @cache
-def load(sanitizer: str = "") -> ctypes.CDLL:
-    """Build and load the library, and give its operators what those of every family have."""
-    path = build(sanitizer)
+def load(path: Path | None = None) -> ctypes.CDLL:
+    """Load the library, built here if no path is given, and give its operators what those of every family have."""
+    path = path or build("emulation.so")
     for op in OPERATIONS:
         for name in (op, f"{op}_backward"):
             torch.library.define(f"{NAMESPACE}::{name}", registration.SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
