@@ -122,10 +122,10 @@ def backend(op: str) -> Any:
 
 
 @contextmanager
-def descending() -> Iterator[None]:
+def order(*, descending: bool) -> Iterator[None]:
     """Blocks, and the threads of a block, run from the last to the first."""
     library = load()
-    library.emulation_descending(1)
+    library.emulation_descending(int(descending))
     try:
         yield
     finally:
