@@ -56,8 +56,12 @@ class OnDevice {
 #if defined(BKIND3D_EMULATED)
     emulation::launch(grid, dim3(l.threads), l.shared_bytes, [&] { kernel(arguments...); });
 #else
-    kernel<<<grid, l.threads, l.shared_bytes, stream_> > >(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(l.threads);
+    config.dynamicSmemBytes = l.shared_bytes;
+    config.stream = stream_;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 #endif
   }
 
