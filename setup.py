@@ -166,11 +166,12 @@ def cuda_statements(target: Path, nvcc: str, cxx: str, torch_flags: list[str]) -
     """
     architectures = cuda_architectures(nvcc)
     host = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", f"-ffile-prefix-map={ROOT}/="]
-    flags = ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v", "--threads=2", "-ccbin", cxx, *torch_flags, "-DUSE_CUDA"]
+    program = [word for word in shlex.split(cxx) if not word.startswith("-")][-1]  # of "ccache g++ -m64": g++
+    flags = ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v", "--threads=2", *torch_flags, "-DUSE_CUDA"]
     flags += [f"-Xcompiler={','.join(host)}", *generated_code(architectures)]
     libraries = ["-L.", "-ltorch_cuda", "-cudart=static", "-ldl", "-lrt", "-lpthread", "-Xlinker=--exclude-libs=ALL"]
     lines = [
-        f"nvcc = {ninja_text([nvcc])}",
+        f"nvcc = {ninja_text([nvcc, '-ccbin', program])}",
         f"cuda_flags = {ninja_text(flags)}",
         f"libraries_of_cuda = {ninja_text(libraries)}",
         "rule cuda",
@@ -178,8 +179,7 @@ def cuda_statements(target: Path, nvcc: str, cxx: str, torch_flags: list[str]) -
         "  depfile = $out.d",
         "  deps = gcc",
         "rule cuda_link",
-        "  command = $nvcc -ccbin $cxx -shared -Xlinker=-z,defs,--no-as-needed $objects $libraries_of_cuda $libraries "
-        "-o $out",
+        "  command = $nvcc -shared -Xlinker=-z,defs,--no-as-needed $objects $libraries_of_cuda $libraries -o $out",
         "rule stub",
         "  command = $cxx -shared -fPIC -nostdlib -x c $in -Wl,-soname,$out -o $out",
     ]
@@ -249,6 +249,9 @@ class BuildLibraries(build_ext):
             subprocess.run([*command, *(["-j", jobs] if jobs else [])], check=True)
         except subprocess.CalledProcessError:
             raise CompileError(f"{cxx} could not build the C++ kernels; its messages are above") from None
+        # What an earlier build with nvcc left there would be packed.
+        for stale in {targets[0].with_name("_cuda.so")} - set(targets):
+            stale.unlink(missing_ok=True)
         for target in targets:
             # A new file in place of the old: overwriting a library that a process has loaded would crash it.
             target.parent.mkdir(parents=True, exist_ok=True)
