@@ -78,7 +78,16 @@ __device__ __forceinline__ P load_once(const P* p) {
 
 // ---- exponentials: those of the arithmetic, and the factor that their argument has more than that of exp ----
 
-__device__ __forceinline__ float exponential(float x) { return exp2f(x); }
+// Within 2 ulp; below the smallest normal number it is 0.
+__device__ __forceinline__ float exponential(float x) {
+#if defined(BKIND3D_EMULATED)
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
 template <class T>

@@ -1,22 +1,23 @@
-// 3D soft-argmax in CUDA. u = sum of softmax(logits / temperature) x index, its covariance, its peak, and their
-// gradient.
+// 3D soft-argmax in CUDA: mean, peak and covariance of the voxel index under softmax(logits / temperature).
 //
-// Forward: a block takes a slab of one volume, 32 KB where the voxels lie together. Each thread holds its 128 bytes in
-// registers, 8 loads of 16 bytes on their way at once; finds their largest, exponentiates relative to it and sums about
-// its place, which leaves nothing to cancel; the moments of the threads, then in a second small kernel those of the
-// slabs, are merged as Chan et al. do, in an order that depends on the shape alone: no atomics, the same bits each
-// time. Backward: the same division, one read and one write; the gradient along z is a polynomial of degree 2 times a
-// weight. Other strides, channels-last among them: a block takes up to 32 keypoints side by side, so that reads are of
-// whole sectors; backward turns a tile of 16 KB in shared memory, since the gradient's voxels lie together.
+// Forward: a block takes a slab of one volume, 8,192 voxels where they lie together (2,048 of double). Each thread has
+// its 32 in registers, up to 8 loads of 16 bytes on their way at once; it finds the largest, exponentiates relative to
+// it and sums about its place, so that nothing cancels; the moments of the threads, then in a second small kernel those
+// of the slabs, are merged as Chan et al. do, in an order that depends on the shape alone: no atomics, the same bits
+// each time. Backward: slabs again, one read and one write; along z the gradient is a weight times a polynomial.
+// Other strides, channels-last among them: a block takes up to 32 keypoints side by side, so that whole sectors are
+// read; backward turns a tile of 16 KB in shared memory, since the voxels of its result lie together.
 //
-// What bounds it, on paper: bytes. 18 keypoints in 64^3 voxels of float are 18.9 MB a sample: forward 5.6 us at 3.35
-// TB/s (H100), 3.9 us at 4.8 TB/s (H200; 4.4 at 4.3, a measured copy), backward twice that; half formats half of it.
-// About 25 instructions a voxel forward and 15 backward leave float at the memory (an H100 issues 34 in the time of 4
-// bytes) and bfloat16 near both limits; channels-last costs about 20 more, for the place of each voxel. A second
-// launch, about 3 us unless in a CUDA graph, could be saved by the last block that finishes: counters to clear, and
-// order no longer fixed. Occupancy: 256 threads, at most 80 registers, 3 blocks (96 KB on their way) on a
-// multiprocessor; the law of Little asks for about 20 KB. Saved for backward: the logits (an input) and the outputs.
-// Not measured on a GPU yet.
+// What bounds it, on paper. Bytes: the paper's workload, 2 samples of 15 keypoints in 64^3 voxels, is 31.5 MB of float:
+// forward 9.4 us at 3.35 TB/s (H100), 6.6 at 4.8 TB/s (H200; 7.3 at 4.3, a measured copy), backward twice that, half
+// formats half of it. Instructions (sm_90, all of a kernel over the voxels of a thread): forward 33 a voxel of float
+// and 31 of bfloat16, where an H100 issues 34 in the time of 4 bytes; so float is near both limits and bfloat16 takes
+// as long as float; backward 38 and 33, of 68 and 34. Other strides: 130, for 8 voxels a thread and the place of each.
+// The second launch, about 3 us unless in a CUDA graph, could be saved by the last block that finishes: a counter to
+// clear before each call. Clusters could merge slabs in shared memory, from sm_90 on alone.
+// Occupancy: 256 threads; forward at most 64 registers and 14 KB of shared memory, 4 blocks on a multiprocessor with
+// 128 KB on their way (bfloat16 64), where Little's law asks for about 20; backward at most 80 registers, 3 blocks.
+// Saved for backward: the logits (an input) and the outputs. Not measured on a GPU yet.
 #include "launch.cuh"
 
 #include <algorithm>
@@ -40,7 +41,7 @@ constexpr int forward_blocks = sizeof(S) == 8 ? 2 : 4;
 template <class S>
 constexpr int backward_blocks = sizeof(S) == 8 ? 2 : 3;
 
-// Loads of a thread: as many as registers hold beside the sums.
+// Loads of a thread: as many as the registers hold beside the sums.
 template <class S, int Width>
 constexpr int loads = Width == 8 || Width == 2 ? 4 : 8;
 
