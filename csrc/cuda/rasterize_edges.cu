@@ -6,6 +6,16 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/portable.h"
+
+namespace bkind3d {
+
+// One instruction each, where the templates of portable.h are two. They lose a NaN, but no frame holds one.
+BKIND3D_FN float min_of(float a, float b) { return fminf(a, b); }
+BKIND3D_FN float max_of(float a, float b) { return fmaxf(a, b); }
+
+}  // namespace bkind3d
+
 #include "../common/rasterize_edges.h"
 
 namespace bkind3d {
@@ -64,6 +74,10 @@ struct Problem {
 
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
+
+// Never fused with a sum.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
 __device__ __forceinline__ int lane_of() { return int(threadIdx.x) % 32; }
 __device__ __forceinline__ int warp_of() { return int(threadIdx.x) / 32; }
@@ -152,40 +166,52 @@ __global__ void __launch_bounds__(threads) prepare_kernel(Problem p, Frame<T>* t
 
 // ---- forward ----
 
-constexpr int between_ends = room;  // flag of an entry: all pixels of the tile are closest to a point between the ends
+// An edge of a block's list that a warp has kept for a tile: the place of its frame, in bytes, and the flag that all
+// pixels of the tile are nearest to a point between its ends.
+using Entry = uint16_t;
+constexpr int between_ends = 1;
 
 template <class T>
 struct Lists {
   Frame<T> frames[room];
-  uint16_t kept[warps][4][room];  // by each warp for its tiles: places in `frames`, and the flag
+  Entry kept[warps][4][room];
+  int kept_counts[warps][4];
   T lowers[warps];
   int counts[2][warps];  // of two rounds, so that one barrier a round is enough
 };
 
 template <class T>
+__device__ __forceinline__ const Frame<T>& frame_of(const Frame<T>* frames, int entry) {
+  return *reinterpret_cast<const Frame<T>*>(reinterpret_cast<const char*>(frames) + (entry & ~between_ends));
+}
+
+template <class T>
 struct Pixel {
-  T best;
+  T y, best;
   int entry;  // of the best; -1: none
 };
 
 // All kept edges, in order, at the pixels of a lane, which lie below one another. Strictly larger: ties stay with the
-// lowest index.
+// lowest index. The product is rounded by itself, or which of two the compiler fuses could differ from copy to copy of
+// the loop, and culling would change the last bit.
 template <class T>
-__device__ __forceinline__ void visit(const Frame<T>* frames, const uint16_t* kept, int count, T x, T y,
+__device__ __forceinline__ void visit(const Frame<T>* frames, const Entry* kept, int count, T x,
                                       Pixel<T> (&pixels)[pixels_of_lane]) {
-  for (int i = 0; i < count; ++i) {
-    const int entry = kept[i];
-    const Frame<T>& f = frames[entry % room];
-    const Column<T> c = column(x, f.ux, f.uy, f.across);
+  for (const Entry* end = kept + count; kept != end; ++kept) {
+    const int entry = *kept;
+    const Frame<T>& f = frame_of(frames, entry);
+    const T ux = f.ux, uy = f.uy, log_weight = f.log_weight;
+    Column<T> c = column(x, ux, uy, f.across);
     T scores[pixels_of_lane];
     if (entry & between_ends) {
 #pragma unroll
       for (int r = 0; r < pixels_of_lane; ++r)
-        scores[r] = score(Offset<T>{(y + T(r * rows_below)) * f.ux + c.across, 0, 0}, f.log_weight);
+        scores[r] = score(Offset<T>{pixels[r].y * ux + c.across, 0, 0}, log_weight);
     } else {
+      c.along = rounded_product(x, ux);
 #pragma unroll
       for (int r = 0; r < pixels_of_lane; ++r)
-        scores[r] = score(offset(c, y + T(r * rows_below), f.ux, f.uy, f.lo, f.hi), f.log_weight);
+        scores[r] = score(offset(c, pixels[r].y, ux, uy, f.lo, f.hi), log_weight);
     }
 #pragma unroll
     for (int r = 0; r < pixels_of_lane; ++r) {
@@ -196,21 +222,19 @@ __device__ __forceinline__ void visit(const Frame<T>* frames, const uint16_t* ke
   }
 }
 
-// Of a warp's four tiles, which edges of the list may win there, by the bounds of the tile.
+// Of a warp's four tiles, which edges of the list may win there, by their bounds over the tile.
 template <class T>
 __device__ __forceinline__ void keep(const Frame<T>* frames, int size, const Tile<T> (&tiles)[4], T least, T slack,
-                                     uint16_t (*kept)[room], int (&counts)[4]) {
+                                     Entry (*kept)[room], int (&kept_counts)[4]) {
   const int lane = lane_of();
   T lowers[4] = {least, least, least, least};
+  int counts[4] = {};
   for (int i = lane; i < size; i += 32) {
 #pragma unroll
     for (int q = 0; q < 4; ++q) lowers[q] = max_of(lowers[q], bounds_of(tiles[q], frames[i]).lower - slack);
   }
 #pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    lowers[q] = largest_of_warp(lowers[q]);
-    counts[q] = 0;
-  }
+  for (int q = 0; q < 4; ++q) lowers[q] = largest_of_warp(lowers[q]);
   for (int first = 0; first < size; first += 32) {
     const int i = first + lane;
     const Frame<T>& f = frames[i < size ? i : 0];
@@ -219,60 +243,79 @@ __device__ __forceinline__ void keep(const Frame<T>* frames, int size, const Til
       const Bounds<T> b = bounds_of(tiles[q], f);
       const bool may_win = i < size && !(b.upper < lowers[q]);
       const unsigned mask = __ballot_sync(every_lane, may_win);
-      if (may_win) kept[q][counts[q] + rank_in(mask)] = uint16_t(i | (b.far_end == 0 ? between_ends : 0));
+      const int flag = b.far_end == 0 ? between_ends : 0;
+      if (may_win) kept[q][counts[q] + rank_in(mask)] = Entry(i * int(sizeof(Frame<T>)) | flag);
       counts[q] += __popc(mask);
     }
   }
+#pragma unroll
+  for (int q = 0; q < 4; ++q)
+    if (lane == 0) kept_counts[q] = counts[q];
   __syncwarp();
 }
 
-// Between the rounds of more edges than a list has room for, `values` holds best scores.
+// With more edges than a list has room for there are several rounds; in between, the map holds best scores.
+struct Round {
+  int size;
+  bool first, last;
+};
+
 template <class T>
-__device__ __forceinline__ void write(const Problem& p, T* value, int64_t at, T best, int winner, bool last) {
-  const bool drawn = best >= lowest_score<T>;
-  const T infinity = T(__builtin_inf());
-  const T shown = drawn ? (best == infinity ? T(__builtin_nan("")) : exp_of(best)) : T(0);
-  *value = last ? shown : best;
-  set_winner(p, at, last && !drawn ? -1 : winner);
+__device__ __forceinline__ void write(T* value, T best, bool last) {
+  const T shown = best == T(__builtin_inf()) ? T(__builtin_nan("")) : exp_of(best);
+  *value = last ? (best >= lowest_score<T> ? shown : T(0)) : best;
+}
+
+// The pixels of one tile against the edges kept for it.
+template <class T>
+__device__ __forceinline__ void draw_tile(const Problem& p, const Place& block, const Frame<T>* frames,
+                                          const Entry* kept, int count, int x, int y, Round round) {
+  const Map& map = block.map;
+  T* values = static_cast<T*>(map.values);
+  const int64_t at = (block.sample * map.height + y) * map.width + x, step = int64_t(rows_below) * map.width;
+  Pixel<T> pixels[pixels_of_lane];
+#pragma unroll
+  for (int r = 0; r < pixels_of_lane; ++r) {
+    const bool go_on = !round.first && x < map.width && y + r * rows_below < map.height;
+    pixels[r] = {T(y + r * rows_below) - centre<T>(map.height), go_on ? values[at + r * step] : -T(__builtin_inf()),
+                 -1};
+  }
+  visit(frames, kept, count, T(x) - centre<T>(map.width), pixels);
+#pragma unroll
+  for (int r = 0; r < pixels_of_lane; ++r) {
+    if (x >= map.width || y + r * rows_below >= map.height) continue;
+    const int64_t winner = map.winners + at + r * step;
+    write(values + at + r * step, pixels[r].best, round.last);
+    const bool drawn = !round.last || pixels[r].best >= lowest_score<T>;
+    if (pixels[r].entry >= 0 && drawn) {
+      set_winner(p, winner, frame_of(frames, pixels[r].entry).edge);
+    } else if (round.first || !drawn) {
+      set_winner(p, winner, -1);
+    }
+  }
 }
 
 // A warp's tiles against the edges that its block has listed.
 template <class T>
-__device__ __forceinline__ void draw(const Problem& p, const Place& block, Lists<T>& lists, int size, T least, T slack,
-                                     bool first, bool last) {
-  const int lane = lane_of(), warp = warp_of();
+__device__ __forceinline__ void draw(const Problem& p, const Place& block, Lists<T>& lists, T least, T slack,
+                                     Round round) {
   const Map& map = block.map;
-  const int x0 = block.x + warp % 2 * part, y0 = block.y + warp / 2 * part;
+  const int warp = warp_of(), x0 = block.x + warp % 2 * part, y0 = block.y + warp / 2 * part;
   if (x0 >= map.width || y0 >= map.height) return;
-  const T cx = centre<T>(map.width), cy = centre<T>(map.height), end = T(part - 1), half = T(tile - 1) / 2;
-  const Tile<T> all = tile_of(T(x0) - cx, T(y0) - cy, T(x0) - cx + end, T(y0) - cy + end, T(map.sigma));
-  const T side = T(tile) / 2;
-  const Tile<T> tiles[4] = {{all.x - side, all.y - side, half, half, all.slack},
-                            {all.x + side, all.y - side, half, half, all.slack},
-                            {all.x - side, all.y + side, half, half, all.slack},
-                            {all.x + side, all.y + side, half, half, all.slack}};
-  int counts[4];
-  keep(lists.frames, size, tiles, least, slack, lists.kept[warp], counts);
-#pragma unroll
+  const T left = T(x0) - centre<T>(map.width), top = T(y0) - centre<T>(map.height), end = T(part - 1);
+  const Tile<T> all = tile_of(left, top, left + end, top + end, T(map.sigma));
+  const T half = T(tile - 1) / 2, aside = T(tile) / 2;
+  const Tile<T> tiles[4] = {{all.x - aside, all.y - aside, half, half, all.slack},
+                            {all.x + aside, all.y - aside, half, half, all.slack},
+                            {all.x - aside, all.y + aside, half, half, all.slack},
+                            {all.x + aside, all.y + aside, half, half, all.slack}};
+  keep(lists.frames, round.size, tiles, least, slack, lists.kept[warp], lists.kept_counts[warp]);
+#pragma unroll 1
   for (int q = 0; q < 4; ++q) {
-    const int x = x0 + q % 2 * tile + lane % tile, y = y0 + q / 2 * tile + lane / tile;
-    Pixel<T> pixels[pixels_of_lane];
-    int64_t at[pixels_of_lane];
-#pragma unroll
-    for (int r = 0; r < pixels_of_lane; ++r) {
-      const bool inside = x < map.width && y + r * rows_below < map.height;
-      at[r] = inside ? (block.sample * map.height + y + r * rows_below) * map.width + x : -1;
-      pixels[r] = {first || !inside ? -T(__builtin_inf()) : static_cast<const T*>(map.values)[at[r]], -1};
-    }
-    visit(lists.frames, lists.kept[warp][q], counts[q], T(x) - cx, T(y) - cy, pixels);
-#pragma unroll
-    for (int r = 0; r < pixels_of_lane; ++r) {
-      if (at[r] < 0) continue;
-      const int entry = pixels[r].entry;
-      const int before = first ? -1 : winner_at(p, map.winners + at[r]);
-      const int winner = entry < 0 ? before : lists.frames[entry % room].edge;
-      write(p, static_cast<T*>(map.values) + at[r], map.winners + at[r], pixels[r].best, winner, last);
-    }
+    const int x = x0 + q % 2 * tile, y = y0 + q / 2 * tile;
+    if (x >= map.width || y >= map.height) continue;
+    draw_tile(p, block, lists.frames, lists.kept[warp][q], lists.kept_counts[warp][q], x + lane_of() % tile,
+              y + lane_of() / tile, round);
   }
 }
 
@@ -299,31 +342,29 @@ __global__ void __launch_bounds__(threads) forward_kernel(Problem p, const Frame
   const Tile<T> area = tile_of(T(block.x) - cx, T(block.y) - cy, min_of(T(block.x + square - 1) - cx, cx),
                                min_of(T(block.y + square - 1) - cy, cy), T(map.sigma));
   const T least = best_lower(frames, p.count, area, lists.lowers) - slack;
-  int size = 0;
-  bool first = true;
-  for (int base = 0, round = 0; base < p.count; base += threads, round ^= 1) {
+  Round round = {0, true, false};
+  // The last turn has no edges left.
+  for (int base = 0, turn = 0; !round.last; base += threads, turn ^= 1) {
     const int e = base + int(threadIdx.x);
     const bool may_win = e < p.count && !(bounds_of(area, frames[e]).upper < least);
     const unsigned mask = __ballot_sync(every_lane, may_win);
-    if (lane_of() == 0) lists.counts[round][warp_of()] = __popc(mask);
+    if (lane_of() == 0) lists.counts[turn][warp_of()] = __popc(mask);
     __syncthreads();
     int before = 0, total = 0;
 #pragma unroll
     for (int w = 0; w < warps; ++w) {
-      before += w < warp_of() ? lists.counts[round][w] : 0;
-      total += lists.counts[round][w];
+      before += w < warp_of() ? lists.counts[turn][w] : 0;
+      total += lists.counts[turn][w];
     }
-    if (size + total > room) {
-      draw(p, block, lists, size, least, slack, first, false);
+    round.last = base >= p.count;
+    if (round.last || round.size + total > room) {
+      draw(p, block, lists, least, slack, round);
       __syncthreads();
-      first = false;
-      size = 0;
+      round = {0, false, round.last};
     }
-    if (may_win) lists.frames[size + before + rank_in(mask)] = frames[e];
-    size += total;
+    if (may_win) lists.frames[round.size + before + rank_in(mask)] = frames[e];
+    round.size += total;
   }
-  __syncthreads();
-  draw(p, block, lists, size, least, slack, first, true);
 }
 
 // ---- backward ----
@@ -550,7 +591,7 @@ Call prepare(const Tensor& keypoints, const Tensor& weights, const Tensor& edges
                   "keypoints: expected (N, K, 2) float32 or float64");
   STD_TORCH_CHECK(edges.dim() == 2 && edges.size(1) == 2 && edges.scalar_type() == ScalarType::Long,
                   "edges: expected (E, 2) int64");
-  STD_TORCH_CHECK(edges.size(0) < (int64_t(1) << 31) - threads, "edges: too many");
+  STD_TORCH_CHECK(edges.size(0) < (int64_t(1) << 31) - 2 * threads, "edges: too many");
   STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == keypoints.size(0) && weights.size(1) == edges.size(0) &&
                       weights.scalar_type() == call.type,
                   "weights: expected (N, E) in the dtype of the keypoints");
