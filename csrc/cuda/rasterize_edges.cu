@@ -166,91 +166,104 @@ __global__ void __launch_bounds__(threads) prepare_kernel(Problem p, Frame<T>* t
 
 // ---- forward ----
 
-// An edge of a block's list that a warp has kept for a tile: the place of its frame, in bytes, and the flag that all
-// pixels of the tile are nearest to a point between its ends.
+// An edge of a block's list, as the place of its frame in bytes.
 using Entry = uint16_t;
-constexpr int between_ends = 1;
+
+// What a warp has kept for a tile: in front, in their order, edges between whose ends all of its pixels are; from the
+// back on the others.
+struct Kept {
+  int between, others;
+};
 
 template <class T>
 struct Lists {
   Frame<T> frames[room];
   Entry kept[warps][4][room];
-  int kept_counts[warps][4];
+  Kept counts_kept[warps][4];
   T lowers[warps];
-  int counts[2][warps];  // of two rounds, so that one barrier a round is enough
+  int counts[2][warps];  // of two turns, so that one barrier a turn is enough
 };
 
 template <class T>
 __device__ __forceinline__ const Frame<T>& frame_of(const Frame<T>* frames, int entry) {
-  return *reinterpret_cast<const Frame<T>*>(reinterpret_cast<const char*>(frames) + (entry & ~between_ends));
+  return *reinterpret_cast<const Frame<T>*>(reinterpret_cast<const char*>(frames) + entry);
 }
 
 template <class T>
 struct Pixel {
   T y, best;
-  int entry;  // of the best; -1: none
+  int entry;  // of the best; -1: none, or of an earlier round
 };
 
-// All kept edges, in order, at the pixels of a lane, which lie below one another. Strictly larger: ties stay with the
-// lowest index. The product is rounded by itself, or which of two the compiler fuses could differ from copy to copy of
-// the loop, and culling would change the last bit.
+// The kept edges at the pixels of a lane, which lie below one another. A tie goes to the lowest index. The product is
+// rounded by itself, or which of two the compiler fuses could differ from copy to copy of the loop, and culling would
+// change the last bit.
 template <class T>
-__device__ __forceinline__ void visit(const Frame<T>* frames, const Entry* kept, int count, T x,
+__device__ __forceinline__ void visit(const Frame<T>* frames, const Entry* list, Kept kept, T x,
                                       Pixel<T> (&pixels)[pixels_of_lane]) {
-  for (const Entry* end = kept + count; kept != end; ++kept) {
-    const int entry = *kept;
+#pragma unroll 4
+  for (int i = 0; i < kept.between; ++i) {
+    const int entry = list[i];
     const Frame<T>& f = frame_of(frames, entry);
-    const T ux = f.ux, uy = f.uy, log_weight = f.log_weight;
-    Column<T> c = column(x, ux, uy, f.across);
-    T scores[pixels_of_lane];
-    if (entry & between_ends) {
+    const T ux = f.ux, log_weight = f.log_weight;
+    const Column<T> c = column(x, ux, f.uy, f.across);
 #pragma unroll
-      for (int r = 0; r < pixels_of_lane; ++r)
-        scores[r] = score(Offset<T>{pixels[r].y * ux + c.across, 0, 0}, log_weight);
-    } else {
-      c.along = rounded_product(x, ux);
-#pragma unroll
-      for (int r = 0; r < pixels_of_lane; ++r)
-        scores[r] = score(offset(c, pixels[r].y, ux, uy, f.lo, f.hi), log_weight);
+    for (Pixel<T>& pixel : pixels) {
+      const T s = score(Offset<T>{pixel.y * ux + c.across, 0, 0}, log_weight);
+      const bool better = s > pixel.best;
+      pixel.best = better ? s : pixel.best;
+      pixel.entry = better ? entry : pixel.entry;
     }
+  }
+#pragma unroll 2
+  for (int i = 0; i < kept.others; ++i) {
+    const int entry = list[room - 1 - i];
+    const Frame<T>& f = frame_of(frames, entry);
+    const T ux = f.ux, uy = f.uy, log_weight = f.log_weight, lo = f.lo, hi = f.hi;
+    Column<T> c = column(x, ux, uy, f.across);
+    c.along = rounded_product(x, ux);
 #pragma unroll
-    for (int r = 0; r < pixels_of_lane; ++r) {
-      const bool better = scores[r] > pixels[r].best;
-      pixels[r].best = better ? scores[r] : pixels[r].best;
-      pixels[r].entry = better ? entry : pixels[r].entry;
+    for (Pixel<T>& pixel : pixels) {
+      const T s = score(offset(c, pixel.y, ux, uy, lo, hi), log_weight);
+      const bool better = s > pixel.best || (s == pixel.best && entry < pixel.entry);
+      pixel.best = better ? s : pixel.best;
+      pixel.entry = better ? entry : pixel.entry;
     }
   }
 }
 
-// Of a warp's four tiles, which edges of the list may win there, by their bounds over the tile.
+// Of a warp's four tiles, which edges of the block's list may win there, by their bounds over the tile.
 template <class T>
 __device__ __forceinline__ void keep(const Frame<T>* frames, int size, const Tile<T> (&tiles)[4], T least, T slack,
-                                     Entry (*kept)[room], int (&kept_counts)[4]) {
+                                     Entry (*lists)[room], Kept (&kept)[4]) {
   const int lane = lane_of();
   T lowers[4] = {least, least, least, least};
-  int counts[4] = {};
+  Kept counts[4] = {};
   for (int i = lane; i < size; i += 32) {
+    const Frame<T> f = frames[i];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) lowers[q] = max_of(lowers[q], bounds_of(tiles[q], frames[i]).lower - slack);
+    for (int q = 0; q < 4; ++q) lowers[q] = max_of(lowers[q], bounds_of(tiles[q], f).lower - slack);
   }
 #pragma unroll
   for (int q = 0; q < 4; ++q) lowers[q] = largest_of_warp(lowers[q]);
   for (int first = 0; first < size; first += 32) {
     const int i = first + lane;
-    const Frame<T>& f = frames[i < size ? i : 0];
+    const Frame<T> f = frames[i < size ? i : 0];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const Bounds<T> b = bounds_of(tiles[q], f);
-      const bool may_win = i < size && !(b.upper < lowers[q]);
-      const unsigned mask = __ballot_sync(every_lane, may_win);
-      const int flag = b.far_end == 0 ? between_ends : 0;
-      if (may_win) kept[q][counts[q] + rank_in(mask)] = Entry(i * int(sizeof(Frame<T>)) | flag);
-      counts[q] += __popc(mask);
+      const bool may_win = i < size && !(b.upper < lowers[q]), between = b.far_end == 0;
+      const unsigned in_front = __ballot_sync(every_lane, may_win && between);
+      const unsigned behind = __ballot_sync(every_lane, may_win && !between);
+      const int place = between ? counts[q].between + rank_in(in_front) : room - 1 - counts[q].others - rank_in(behind);
+      if (may_win) lists[q][place] = Entry(i * int(sizeof(Frame<T>)));
+      counts[q].between += __popc(in_front);
+      counts[q].others += __popc(behind);
     }
   }
 #pragma unroll
   for (int q = 0; q < 4; ++q)
-    if (lane == 0) kept_counts[q] = counts[q];
+    if (lane == 0) kept[q] = counts[q];
   __syncwarp();
 }
 
@@ -269,7 +282,7 @@ __device__ __forceinline__ void write(T* value, T best, bool last) {
 // The pixels of one tile against the edges kept for it.
 template <class T>
 __device__ __forceinline__ void draw_tile(const Problem& p, const Place& block, const Frame<T>* frames,
-                                          const Entry* kept, int count, int x, int y, Round round) {
+                                          const Entry* list, Kept kept, int x, int y, Round round) {
   const Map& map = block.map;
   T* values = static_cast<T*>(map.values);
   const int64_t at = (block.sample * map.height + y) * map.width + x, step = int64_t(rows_below) * map.width;
@@ -280,7 +293,7 @@ __device__ __forceinline__ void draw_tile(const Problem& p, const Place& block, 
     pixels[r] = {T(y + r * rows_below) - centre<T>(map.height), go_on ? values[at + r * step] : -T(__builtin_inf()),
                  -1};
   }
-  visit(frames, kept, count, T(x) - centre<T>(map.width), pixels);
+  visit(frames, list, kept, T(x) - centre<T>(map.width), pixels);
 #pragma unroll
   for (int r = 0; r < pixels_of_lane; ++r) {
     if (x >= map.width || y + r * rows_below >= map.height) continue;
@@ -309,12 +322,12 @@ __device__ __forceinline__ void draw(const Problem& p, const Place& block, Lists
                             {all.x + aside, all.y - aside, half, half, all.slack},
                             {all.x - aside, all.y + aside, half, half, all.slack},
                             {all.x + aside, all.y + aside, half, half, all.slack}};
-  keep(lists.frames, round.size, tiles, least, slack, lists.kept[warp], lists.kept_counts[warp]);
+  keep(lists.frames, round.size, tiles, least, slack, lists.kept[warp], lists.counts_kept[warp]);
 #pragma unroll 1
   for (int q = 0; q < 4; ++q) {
     const int x = x0 + q % 2 * tile, y = y0 + q / 2 * tile;
     if (x >= map.width || y >= map.height) continue;
-    draw_tile(p, block, lists.frames, lists.kept[warp][q], lists.kept_counts[warp][q], x + lane_of() % tile,
+    draw_tile(p, block, lists.frames, lists.kept[warp][q], lists.counts_kept[warp][q], x + lane_of() % tile,
               y + lane_of() / tile, round);
   }
 }
