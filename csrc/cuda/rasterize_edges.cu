@@ -1,4 +1,29 @@
-// HEAD
+// Edge maps in CUDA: max over edges of w exp(-d^2 / sigma^2), its winners, and the gradient to ends and weights.
+//
+// A small kernel makes a table of the edges' frames for each map and sample, in double, 32 bytes an edge in float.
+// Forward: a block lists in shared memory the edges whose upper bound over its 32 x 32 pixels reaches the best lower
+// bound; each of its 4 warps keeps of them, in the same way, those of four tiles of 8 x 8, apart those that end in or
+// before a tile and those that do not, whose pixels need half of the arithmetic. A lane has two pixels, whose best
+// scores and winners stay in registers; one exponential gives the value. The bounds allow for rounding: culling changes
+// no bit. Backward: a warp has 8 x 16 pixels and writes one record for each edge that has won among them, in the order
+// of edges, and for each 32 edges which of them those are; two small kernels add records up, by edge, then by keypoint,
+// in double. No atomics: the same bits each time, and `deterministic` asks for nothing more. Up to 16 maps of a call
+// share each launch.
+//
+// What bounds it, on paper: instructions. 64 samples of 30 keypoints = 435 edges on 128^2 pixels, sigma 2.9, keypoints
+// over 80 % of a side: a block lists 244 edges, a tile keeps 47 (27 to 34 with the best bounds there can be), half of
+// them to be visited at 14 instructions for 64 pixels, half at 28. With 530 for choosing them, 180 for the block's list
+// and 240 for reading and writing (sm_90), 2000 a tile: 35 us where an H100 or H200 issues one instruction a clock in
+// each of 528 schedulers at 1.75 GHz, against 54 us of the Triton kernel counted alike, and 26 us for the visits of
+// that kernel alone were nothing lost. Thrice as fast as it cannot be had this way: of the three comparisons that a
+// pixel needs for an edge each takes two clocks, 9 us with 27 edges a tile and nothing else. Bytes: 6 a pixel, 6.3 MB,
+// 1.9 us at 3.35 TB/s (H100), 1.5 at 4.3 (copy measured on an H200; 4.8 by its vendor). Backward reads as much; 6
+// distinct winners a tile at 120 instructions, 1300 in all: 11 us, then about 5 and 2 for the sums.
+//
+// Saved for backward: the inputs and the winners, 2 bytes a pixel. Occupancy: 64 registers, 32 warps on a
+// multiprocessor (96 registers and 20 in double). Considered: tiles of 8 x 4 and a list for each warp's quarter, each
+// within a tenth of this by count; bounds over 4 x 4 pixels, which cost what they save; atomic additions, of which 5 an
+// edge and tile would be about as fast and need the same sums by edge for a fixed order. Not measured on a GPU yet.
 #include "launch.cuh"
 
 #include <algorithm>
@@ -38,6 +63,10 @@ constexpr int backward_width = 16, backward_height = 8, backward_pixels = backwa
 constexpr int backward_rows = 32 / backward_width;
 constexpr int entries = 5;  // of a record: the gradient of the weight, and of x and y of both ends
 constexpr int finish_warps = 8;
+
+// Of forward and backward on a multiprocessor: 64 registers for each thread, 96 in double.
+template <class T>
+constexpr int blocks_at_once = sizeof(T) == 8 ? 5 : 8;
 
 // A segment and its edge. What pixels between the ends need comes first: 16 bytes in float.
 template <class T>
@@ -190,17 +219,17 @@ __device__ __forceinline__ const Frame<T>& frame_of(const Frame<T>* frames, int 
 }
 
 template <class T>
-struct Pixel {
-  T y, best;
-  int entry;  // of the best; -1: none, or of an earlier round
+struct Best {
+  T score;
+  int entry;  // -1: none, or one of an earlier round
 };
 
-// The kept edges at the pixels of a lane, which lie below one another. A tie goes to the lowest index. The product is
-// rounded by itself, or which of two the compiler fuses could differ from copy to copy of the loop, and culling would
-// change the last bit.
+// Of the kept edges at the pixels of a lane, which lie below one another at y. A tie goes to the lowest index. The
+// product is rounded by itself, or which of two the compiler fuses could differ from copy to copy of the loop, and
+// culling would change the last bit.
 template <class T>
 __device__ __forceinline__ void visit(const Frame<T>* frames, const Entry* list, Kept kept, T x,
-                                      Pixel<T> (&pixels)[pixels_of_lane]) {
+                                      const T (&y)[pixels_of_lane], Best<T> (&best)[pixels_of_lane]) {
 #pragma unroll 4
   for (int i = 0; i < kept.between; ++i) {
     const int entry = list[i];
@@ -208,13 +237,14 @@ __device__ __forceinline__ void visit(const Frame<T>* frames, const Entry* list,
     const T ux = f.ux, log_weight = f.log_weight;
     const Column<T> c = column(x, ux, f.uy, f.across);
 #pragma unroll
-    for (Pixel<T>& pixel : pixels) {
-      const T s = score(Offset<T>{pixel.y * ux + c.across, 0, 0}, log_weight);
-      const bool better = s > pixel.best;
-      pixel.best = better ? s : pixel.best;
-      pixel.entry = better ? entry : pixel.entry;
+    for (int r = 0; r < pixels_of_lane; ++r) {
+      const T s = score(Offset<T>{y[r] * ux + c.across, 0, 0}, log_weight);
+      best[r] = s > best[r].score ? Best<T>{s, entry} : best[r];
     }
   }
+  Best<T> others[pixels_of_lane];
+#pragma unroll
+  for (Best<T>& b : others) b = {-T(__builtin_inf()), -1};
 #pragma unroll 2
   for (int i = 0; i < kept.others; ++i) {
     const int entry = list[room - 1 - i];
@@ -223,12 +253,15 @@ __device__ __forceinline__ void visit(const Frame<T>* frames, const Entry* list,
     Column<T> c = column(x, ux, uy, f.across);
     c.along = rounded_product(x, ux);
 #pragma unroll
-    for (Pixel<T>& pixel : pixels) {
-      const T s = score(offset(c, pixel.y, ux, uy, lo, hi), log_weight);
-      const bool better = s > pixel.best || (s == pixel.best && entry < pixel.entry);
-      pixel.best = better ? s : pixel.best;
-      pixel.entry = better ? entry : pixel.entry;
+    for (int r = 0; r < pixels_of_lane; ++r) {
+      const T s = score(offset(c, y[r], ux, uy, lo, hi), log_weight);
+      others[r] = s > others[r].score ? Best<T>{s, entry} : others[r];
     }
+  }
+#pragma unroll
+  for (int r = 0; r < pixels_of_lane; ++r) {
+    const bool first = others[r].score == best[r].score && others[r].entry < best[r].entry;
+    best[r] = others[r].score > best[r].score || first ? others[r] : best[r];
   }
 }
 
@@ -255,7 +288,8 @@ __device__ __forceinline__ void keep(const Frame<T>* frames, int size, const Til
       const bool may_win = i < size && !(b.upper < lowers[q]), between = b.far_end == 0;
       const unsigned in_front = __ballot_sync(every_lane, may_win && between);
       const unsigned behind = __ballot_sync(every_lane, may_win && !between);
-      const int place = between ? counts[q].between + rank_in(in_front) : room - 1 - counts[q].others - rank_in(behind);
+      const int rank = rank_in(between ? in_front : behind);
+      const int place = between ? counts[q].between + rank : room - 1 - counts[q].others - rank;
       if (may_win) lists[q][place] = Entry(i * int(sizeof(Frame<T>)));
       counts[q].between += __popc(in_front);
       counts[q].others += __popc(behind);
@@ -273,38 +307,33 @@ struct Round {
   bool first, last;
 };
 
-template <class T>
-__device__ __forceinline__ void write(T* value, T best, bool last) {
-  const T shown = best == T(__builtin_inf()) ? T(__builtin_nan("")) : exp_of(best);
-  *value = last ? (best >= lowest_score<T> ? shown : T(0)) : best;
-}
-
 // The pixels of one tile against the edges kept for it.
 template <class T>
 __device__ __forceinline__ void draw_tile(const Problem& p, const Place& block, const Frame<T>* frames,
-                                          const Entry* list, Kept kept, int x, int y, Round round) {
+                                          const Entry* list, Kept kept, int column, int row, Round round) {
   const Map& map = block.map;
   T* values = static_cast<T*>(map.values);
-  const int64_t at = (block.sample * map.height + y) * map.width + x, step = int64_t(rows_below) * map.width;
-  Pixel<T> pixels[pixels_of_lane];
+  const T infinity = T(__builtin_inf());
+  int64_t at[pixels_of_lane];  // -1: outside
+  T y[pixels_of_lane];
+  Best<T> best[pixels_of_lane];
 #pragma unroll
   for (int r = 0; r < pixels_of_lane; ++r) {
-    const bool go_on = !round.first && x < map.width && y + r * rows_below < map.height;
-    pixels[r] = {T(y + r * rows_below) - centre<T>(map.height), go_on ? values[at + r * step] : -T(__builtin_inf()),
-                 -1};
+    const int below = row + r * rows_below;
+    at[r] = column < map.width && below < map.height ? (block.sample * map.height + below) * map.width + column : -1;
+    y[r] = T(below) - centre<T>(map.height);
+    best[r] = {round.first || at[r] < 0 ? -infinity : values[at[r]], -1};
   }
-  visit(frames, list, kept, T(x) - centre<T>(map.width), pixels);
+  visit(frames, list, kept, T(column) - centre<T>(map.width), y, best);
 #pragma unroll
   for (int r = 0; r < pixels_of_lane; ++r) {
-    if (x >= map.width || y + r * rows_below >= map.height) continue;
-    const int64_t winner = map.winners + at + r * step;
-    write(values + at + r * step, pixels[r].best, round.last);
-    const bool drawn = !round.last || pixels[r].best >= lowest_score<T>;
-    if (pixels[r].entry >= 0 && drawn) {
-      set_winner(p, winner, frame_of(frames, pixels[r].entry).edge);
-    } else if (round.first || !drawn) {
-      set_winner(p, winner, -1);
-    }
+    if (at[r] < 0) continue;
+    const T score = best[r].score, shown = score == infinity ? T(__builtin_nan("")) : exp_of(score);
+    const bool drawn = score >= lowest_score<T>;
+    int winner = round.first ? -1 : winner_at(p, map.winners + at[r]);
+    winner = best[r].entry < 0 ? winner : frame_of(frames, best[r].entry).edge;
+    values[at[r]] = round.last ? (drawn ? shown : T(0)) : score;
+    set_winner(p, map.winners + at[r], round.last && !drawn ? -1 : winner);
   }
 }
 
@@ -346,7 +375,7 @@ __device__ __forceinline__ T best_lower(const Frame<T>* frames, int count, const
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads) forward_kernel(Problem p, const Frame<T>* table) {
+__global__ void __launch_bounds__(threads, blocks_at_once<T>) forward_kernel(Problem p, const Frame<T>* table) {
   Lists<T>& lists = shared<Lists<T>>();
   const Place block = place_of(p, blockIdx.x, square, square);
   const Map& map = block.map;
@@ -479,10 +508,10 @@ __global__ void __launch_bounds__(threads)
     T numbers[entries] = {};
 #pragma unroll
     for (int r = 0; r < backward_pixels; ++r) {
-      const bool own = pixels[r].winner == edge;
-      pixels[r].winner = own ? nobody : pixels[r].winner;
+      if (pixels[r].winner != edge) continue;
+      pixels[r].winner = nobody;
 #pragma unroll
-      for (int i = 0; i < entries; ++i) numbers[i] += own ? pixels[r].numbers[i] : T(0);
+      for (int i = 0; i < entries; ++i) numbers[i] += pixels[r].numbers[i];
     }
     const T sum = sums_of_warp(numbers);
     const T weight = static_cast<const T*>(p.weights)[place.sample * p.weight_stride[0] + edge * p.weight_stride[1]];

@@ -29,6 +29,15 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
+    "rasterize_edges": {
+        "prepare_kernel": Budget(128, 8),
+        "forward_kernel<float": Budget(128, 5),  # 8 where there is more shared memory
+        "forward_kernel<double": Budget(128, 3),
+        "backward_kernel<float": Budget(128, 8),
+        "backward_kernel<double": Budget(128, 5),
+        "finish_edges_kernel": Budget(256, 6),
+        "finish_points_kernel": Budget(128, 12),
+    },
     "soft_argmax3d": {
         "forward_kernel<(?:true|false), (?!double)": Budget(256, 4),
         "forward_kernel<(?:true|false), double": Budget(256, 2),
@@ -37,7 +46,7 @@ BUDGETS = {
         "backward_kernel<double": Budget(256, 2),
         "backward_strided_kernel<(?!double)": Budget(256, 4),
         "backward_strided_kernel<double": Budget(256, 3),
-    }
+    },
 }
 
 REPORT = re.compile(
@@ -145,8 +154,9 @@ ctypes.CDLL(sys.argv[1])
 for name in ("_cpu", "_cuda"):
     torch.ops.load_library(f"{sys.argv[2]}/{name}.so")
 print(torch.ops.bkind3d.cuda_architectures())
-for name in ("soft_argmax3d", "soft_argmax3d_backward"):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bkind3d::{name}", "CUDA")
+for op in ("soft_argmax3d", "rasterize_edges"):
+    for name in (op, f"{op}_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bkind3d::{name}", "CUDA")
 """
 
 

@@ -285,7 +285,9 @@ def test_an_edge_of_no_keypoint_is_nan() -> None:
     (image,), (winner,) = forward(keypoints, torch.ones(2, 4), edges, [(5, 6)], [1.0])
     assert image.isnan().all()
     assert (winner == 1).all()
-    points, weights = backward([torch.ones_like(image)], (keypoints, torch.ones(2, 4), edges), [winner], [(5, 6)], [1.0])
+    points, weights = backward(
+        [torch.ones_like(image)], (keypoints, torch.ones(2, 4), edges), [winner], [(5, 6)], [1.0]
+    )
     assert points[:, 1].isnan().all()
     assert (points[:, [0, 2]] == 0).all()
     assert weights.isnan().sum() == 2

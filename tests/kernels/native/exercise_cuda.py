@@ -10,7 +10,9 @@ from pathlib import Path
 
 import emulation
 import torch
-from exercise import DTYPES, backward, randn
+from exercise import DTYPES, RNG, backward, randn
+
+from bkind3d_kernels.geometry import all_pairs
 
 
 def soft_argmax3d_cases() -> Iterator[Callable[[], None]]:
@@ -31,7 +33,25 @@ def soft_argmax3d_cases() -> Iterator[Callable[[], None]]:
         yield case
 
 
-CASES = {"soft_argmax3d": soft_argmax3d_cases}
+def rasterize_edges_cases() -> Iterator[Callable[[], None]]:
+    """Tiles that a map fills or not, more edges than a block lists, more maps than a launch takes."""
+    shapes = ((1, 2, [(1, 1)]), (1, 5, [(33, 20), (8, 9)]), (2, 3, [(1 + i, 4) for i in range(17)]), (1, 25, [(9, 40)]))
+    for (n, k, sizes), dtype in itertools.product(shapes, (torch.float32, torch.float64)):
+        height, width = sizes[0]
+        points = torch.rand(n, k, 2, generator=RNG) * torch.tensor([width, height]) * 1.4 - 0.2
+        points[0, 0] = points[0, 1]  # an edge without length
+        points = points.to(dtype).requires_grad_()
+        edges = all_pairs(k)
+        weights = (torch.rand(n, len(edges), generator=RNG) - 0.2).to(dtype).requires_grad_()
+
+        def case(points=points, weights=weights, edges=edges, sizes=sizes) -> None:
+            flat, sigmas = [length for size in sizes for length in size], [9.0] * len(sizes)
+            backward(*torch.ops.bkind3d_emulated.rasterize_edges(points, weights, edges, flat, sigmas)[0])
+
+        yield case
+
+
+CASES = {"soft_argmax3d": soft_argmax3d_cases, "rasterize_edges": rasterize_edges_cases}
 
 
 def main() -> None:
