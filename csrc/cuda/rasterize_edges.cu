@@ -11,19 +11,18 @@
 // share each launch.
 //
 // What bounds it, on paper: instructions. 64 samples of 30 keypoints = 435 edges on 128^2 pixels, sigma 2.9, keypoints
-// over 80 % of a side: a block lists 244 edges, a tile keeps 47 (27 to 34 with the best bounds there can be), half of
-// them to be visited at 14 instructions for 64 pixels, half at 28. With 530 for choosing them, 180 for the block's list
-// and 240 for reading and writing (sm_90), 2000 a tile: 35 us where an H100 or H200 issues one instruction a clock in
-// each of 528 schedulers at 1.75 GHz, against 54 us of the Triton kernel counted alike, and 26 us for the visits of
-// that kernel alone were nothing lost. Thrice as fast as it cannot be had this way: of the three comparisons that a
-// pixel needs for an edge each takes two clocks, 9 us with 27 edges a tile and nothing else. Bytes: 6 a pixel, 6.3 MB,
-// 1.9 us at 3.35 TB/s (H100), 1.5 at 4.3 (copy measured on an H200; 4.8 by its vendor). Backward reads as much; 6
-// distinct winners a tile at 120 instructions, 1300 in all: 11 us, then about 5 and 2 for the sums.
+// over 80 % of a side: a block lists 244 edges, a tile keeps 47, half of them visited at 14 instructions for 64 pixels,
+// half at 28. With 530 to choose them, 180 for the block's list and 200 for reading and writing (sm_90), 1900 a tile:
+// 34 us where an H100 or H200 issues one a clock in each of 528 schedulers at 1.75 GHz. The Triton kernel, counted
+// alike, takes 54 us. A third of that would be 1000 clocks a tile: comparisons take two clocks each, so the visits alone
+// take 750, until fewer edges are kept (27 with the best threshold there is). Bytes: 6 a pixel, 6.3 MB, 1.9 us at 3.35
+// TB/s (H100), 1.5 at 4.3 (a copy measured on an H200; 4.8 by its vendor). Backward reads as much; 6 distinct winners a
+// tile at 125 instructions, 1300 in all: 12 us, then about 5 and 2 for the sums.
 //
 // Saved for backward: the inputs and the winners, 2 bytes a pixel. Occupancy: 64 registers, 32 warps on a
-// multiprocessor (96 registers and 20 in double). Considered: tiles of 8 x 4 and a list for each warp's quarter, each
-// within a tenth of this by count; bounds over 4 x 4 pixels, which cost what they save; atomic additions, of which 5 an
-// edge and tile would be about as fast and need the same sums by edge for a fixed order. Not measured on a GPU yet.
+// multiprocessor (96 registers and 20 in double). Considered: tiles of 8 x 4, a list for each warp's quarter, bounds
+// over 4 x 4 pixels, each within a tenth of this by count; atomic additions in backward, which would not need the small
+// kernel for edges, a few us, but have no order. Not measured on a GPU yet.
 #include "launch.cuh"
 
 #include <algorithm>
@@ -137,7 +136,7 @@ __device__ __forceinline__ Place place_of(const Problem& p, unsigned number, int
   const Map& map = p.map[i];
   const unsigned local = number - (i ? p.map[i - 1].end : 0), sample = local / map.per_sample;
   const unsigned own = local - sample * map.per_sample, row = own / map.columns;
-  return {map, sample, own, int(own - row * map.columns) * width, int(row) * height};
+  return {map, int64_t(sample), own, int(own - row * map.columns) * width, int(row) * height};
 }
 
 // The centre of a map, from where positions are counted.
@@ -146,16 +145,26 @@ __device__ __forceinline__ T centre(int length) {
   return T(0.5) * T(length - 1);
 }
 
-__device__ __forceinline__ int winner_at(const Problem& p, int64_t at) {
-  return p.wide_winners ? static_cast<const int*>(p.winners)[at] : static_cast<const int16_t*>(p.winners)[at];
-}
+// The winners of one sample in one map, from its first pixel on.
+struct Winners {
+  void* first;
+  bool wide;
 
-__device__ __forceinline__ void set_winner(const Problem& p, int64_t at, int winner) {
-  if (p.wide_winners) {
-    static_cast<int*>(p.winners)[at] = winner;
-  } else {
-    static_cast<int16_t*>(p.winners)[at] = int16_t(winner);
+  __device__ __forceinline__ int get(int pixel) const {
+    return wide ? static_cast<const int*>(first)[pixel] : static_cast<const int16_t*>(first)[pixel];
   }
+  __device__ __forceinline__ void set(int pixel, int winner) const {
+    if (wide) {
+      static_cast<int*>(first)[pixel] = winner;
+    } else {
+      static_cast<int16_t*>(first)[pixel] = int16_t(winner);
+    }
+  }
+};
+
+__device__ __forceinline__ Winners winners_of(const Problem& p, const Place& place) {
+  const int64_t first = place.map.winners + place.sample * place.map.height * place.map.width;
+  return {static_cast<char*>(p.winners) + first * (p.wide_winners ? 4 : 2), p.wide_winners};
 }
 
 // ---- the table of frames: for each map, sample and edge ----
@@ -312,28 +321,30 @@ template <class T>
 __device__ __forceinline__ void draw_tile(const Problem& p, const Place& block, const Frame<T>* frames,
                                           const Entry* list, Kept kept, int column, int row, Round round) {
   const Map& map = block.map;
-  T* values = static_cast<T*>(map.values);
+  T* values = static_cast<T*>(map.values) + block.sample * map.height * map.width;
+  const Winners winners = winners_of(p, block);
   const T infinity = T(__builtin_inf());
-  int64_t at[pixels_of_lane];  // -1: outside
+  const int first = row * map.width + column, step = rows_below * map.width;
+  bool inside[pixels_of_lane];
   T y[pixels_of_lane];
   Best<T> best[pixels_of_lane];
 #pragma unroll
   for (int r = 0; r < pixels_of_lane; ++r) {
-    const int below = row + r * rows_below;
-    at[r] = column < map.width && below < map.height ? (block.sample * map.height + below) * map.width + column : -1;
-    y[r] = T(below) - centre<T>(map.height);
-    best[r] = {round.first || at[r] < 0 ? -infinity : values[at[r]], -1};
+    inside[r] = column < map.width && row + r * rows_below < map.height;
+    y[r] = T(row + r * rows_below) - centre<T>(map.height);
+    best[r] = {round.first || !inside[r] ? -infinity : values[first + r * step], -1};
   }
   visit(frames, list, kept, T(column) - centre<T>(map.width), y, best);
 #pragma unroll
   for (int r = 0; r < pixels_of_lane; ++r) {
-    if (at[r] < 0) continue;
+    if (!inside[r]) continue;
+    const int at = first + r * step;
     const T score = best[r].score, shown = score == infinity ? T(__builtin_nan("")) : exp_of(score);
     const bool drawn = score >= lowest_score<T>;
-    int winner = round.first ? -1 : winner_at(p, map.winners + at[r]);
+    int winner = round.first ? -1 : winners.get(at);
     winner = best[r].entry < 0 ? winner : frame_of(frames, best[r].entry).edge;
-    values[at[r]] = round.last ? (drawn ? shown : T(0)) : score;
-    set_winner(p, map.winners + at[r], round.last && !drawn ? -1 : winner);
+    values[at] = round.last ? (drawn ? shown : T(0)) : score;
+    winners.set(at, round.last && !drawn ? -1 : winner);
   }
 }
 
@@ -458,7 +469,7 @@ __device__ __forceinline__ Share<T> share_of(const Problem& p, const Place& plac
                                              int y) {
   const Map& map = place.map;
   if (x >= map.width || y >= map.height) return {nobody, {}};
-  const int winner = winner_at(p, map.winners + (place.sample * map.height + y) * map.width + x);
+  const int winner = winners_of(p, place).get(y * map.width + x);
   if (winner < 0 || winner >= p.count) return {nobody, {}};
   const T grad = static_cast<const T*>(
       map.grad)[place.sample * map.grad_stride[0] + y * map.grad_stride[1] + x * map.grad_stride[2]];
@@ -607,7 +618,8 @@ void take_maps(Call& call, const std::vector<int64_t>& sizes, const std::vector<
   for (size_t i = 0; i < sigmas.size(); ++i) {
     const int64_t height = sizes[2 * i], width = sizes[2 * i + 1];
     STD_TORCH_CHECK(height >= 1 && width >= 1 && sigmas[i] > 0, "sizes and sigmas: expected positive numbers");
-    STD_TORCH_CHECK(std::max(height, width) < longest, "sizes: expected less than 2^22 pixels a side");
+    STD_TORCH_CHECK(std::max(height, width) < longest && height * width < (int64_t(1) << 31),
+                    "sizes: expected less than 2^22 pixels a side, and 2^31 in a map");
     Map map{};
     map.height = int(height);
     map.width = int(width);
