@@ -39,13 +39,13 @@ BUDGETS = {
         "finish_points_kernel": Budget(128, 12),
     },
     "soft_argmax3d": {
-        "forward_kernel<(?:true|false), (?!double)": Budget(256, 4),
+        "forward_kernel<(?:true|false), (?!double)": Budget(256, 3),
         "forward_kernel<(?:true|false), double": Budget(256, 2),
         "finish_kernel": Budget(64, 12),
         "backward_kernel<(?!double)": Budget(256, 3),
         "backward_kernel<double": Budget(256, 2),
-        "backward_strided_kernel<(?!double)": Budget(256, 4),
-        "backward_strided_kernel<double": Budget(256, 3),
+        "backward_strided_kernel<(?!double)": Budget(256, 3),
+        "backward_strided_kernel<double": Budget(256, 2),
     },
 }
 
