@@ -14,10 +14,10 @@
 // over 80 % of a side: a block lists 244 edges, a tile keeps 47, half of them visited at 14 instructions for 64 pixels,
 // half at 28. With 530 to choose them, 180 for the block's list and 200 for reading and writing (sm_90), 1900 a tile:
 // 34 us where an H100 or H200 issues one a clock in each of 528 schedulers at 1.75 GHz. The Triton kernel, counted
-// alike, takes 54 us. A third of that would be 1000 clocks a tile: comparisons take two clocks each, so the visits alone
-// take 750, until fewer edges are kept (27 with the best threshold there is). Bytes: 6 a pixel, 6.3 MB, 1.9 us at 3.35
-// TB/s (H100), 1.5 at 4.3 (a copy measured on an H200; 4.8 by its vendor). Backward reads as much; 6 distinct winners a
-// tile at 125 instructions, 1300 in all: 12 us, then about 5 and 2 for the sums.
+// alike, takes 54 us. A third of that would be 1000 clocks a tile: comparisons take two clocks each, so the visits
+// alone take 750, until fewer edges are kept (27 with the best threshold there is). Bytes: 6 a pixel, 6.3 MB, 1.9 us
+// at 3.35 TB/s (H100), 1.5 at 4.3 (a copy measured on an H200; 4.8 by its vendor). Backward reads as much; 6 distinct
+// winners a tile at 125 instructions, 1300 in all: 12 us, then about 5 and 2 for the sums.
 //
 // Saved for backward: the inputs and the winners, 2 bytes a pixel. Occupancy: 64 registers, 32 warps on a
 // multiprocessor (96 registers and 20 in double). Considered: tiles of 8 x 4, a list for each warp's quarter, bounds
@@ -269,8 +269,8 @@ __device__ __forceinline__ void visit(const Frame<T>* frames, const Entry* list,
   }
 #pragma unroll
   for (int r = 0; r < pixels_of_lane; ++r) {
-    const bool first = others[r].score == best[r].score && others[r].entry < best[r].entry;
-    best[r] = others[r].score > best[r].score || first ? others[r] : best[r];
+    const bool earlier = others[r].score == best[r].score && others[r].entry < best[r].entry;
+    best[r] = others[r].score > best[r].score || earlier ? others[r] : best[r];
   }
 }
 

@@ -405,6 +405,15 @@ def test_strides() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_registration(dtype: torch.dtype) -> None:
+    keypoints, weights, edges = scene(2, 4, (9, 7), dtype=dtype)
+    strided = torch.stack([keypoints, keypoints], dim=-1)[..., 0]
+    for inputs in ((keypoints, weights), (strided, weights.T.contiguous().T)):
+        arguments = (*(x.detach().requires_grad_() for x in inputs), edges, [9, 7, 5, 5], [1.0, 2.0])
+        torch.library.opcheck(torch.ops.bkind3d_emulated.rasterize_edges.default, arguments)
+
+
 def test_keypoints_are_of_the_first_map() -> None:
     keypoints, weights, edges = scene(1, 4, (10, 12), dtype=torch.float64)
     sizes = [(10, 12), (33, 20)]
