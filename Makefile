@@ -16,8 +16,10 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell echo "$(TORCH) $(TRITON)" | cksum | cut -d' ' -f1)
 # Built again when a source has changed; without a C++ compiler there is none, and every rule works without it.
 LIBRARY := bkind3d_kernels/_cpu.so
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
-CPP := $(NATIVE) $(wildcard tests/kernels/*/*.h tests/kernels/*/*.cpp)
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+CPP := $(NATIVE) $(wildcard tests/kernels/*/*.h tests/kernels/*/*.cpp tests/kernels/*/*.cu)
+# Where there is nvcc, it compiles for one architecture here, and for all of a release beside another build of torch.
+export TORCH_CUDA_ARCH_LIST ?= $(if $(filter torch==2.13.0,$(TORCH)),9.0)
 # The oldest torch that pyproject.toml allows.
 OLDEST_TORCH ?= torch==2.10.0
 OLDEST := build/oldest-torch
@@ -28,7 +30,7 @@ help:
 	@echo "make demo [SUBJECT=animal|human] [SEED=0] [ARGS=...]   from videos to 3D keypoints and a report, under runs/"
 	@echo "make test [ARGS=...]                                   the test suite"
 	@echo "make lint | format                                     ruff, mypy and clang-format | apply the formats"
-	@echo "make sanitize                                          the C++ kernels under sanitizers; needs g++"
+	@echo "make sanitize                                          the kernels under sanitizers; needs g++"
 	@echo "make check-oldest-torch [OLDEST_TORCH=torch==2.10.0]   the wheel built here, tested with another torch: gigabytes"
 	@echo "make clean                                             remove .venv and what was built"
 
@@ -83,4 +85,4 @@ check-oldest-torch: $(STAMP)
 	cat $(OLDEST)/log
 
 clean:
-	rm -rf $(VENV) $(LIBRARY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) bkind3d_kernels/*.so build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,13 +1,15 @@
 """Build of the native libraries; all metadata is in pyproject.toml.
 
-``bkind3d_kernels/_cpu.so`` (csrc/schema.cpp and csrc/cpu) is a plain shared library over torch's stable ABI, loaded
-with ``torch.ops.load_library``: it holds no Python symbol, so one wheel tagged ``py3-none-<platform>`` serves every
-Python, and every torch from 2.10 on. ninja compiles it: the loops are compiled once per instruction set, each with its
-own flags.
+``bkind3d_kernels/_cpu.so`` (csrc/schema.cpp and csrc/cpu) and ``_cuda.so`` (csrc/cuda) are plain shared libraries over
+torch's stable ABI, loaded with ``torch.ops.load_library``: they hold no Python symbol, so one wheel tagged
+``py3-none-<platform>`` serves every Python, and every torch from 2.10 on. ninja compiles them: the loops for CPUs are
+compiled once per instruction set, each with its own flags; nvcc compiles for several architectures at once. torch may
+be a build without CUDA, and no GPU is asked for.
 
-Environment: CXX names the compiler; BKIND3D_CXXFLAGS and BKIND3D_LDFLAGS are added at the end, and BKIND3D_BUILD is the
-folder of the objects (sanitizers); MAX_JOBS limits the compilers that run at once.
-Without a compiler the package is installed without the library; ``python -m bkind3d_kernels.info`` then says so. A
+Environment: CXX names the compiler; BKIND3D_CXXFLAGS and BKIND3D_LDFLAGS are added at the end (for the CPU alone), and
+BKIND3D_BUILD is the folder of the objects (sanitizers); MAX_JOBS limits the compilers that run at once. BKIND3D_CUDA is
+auto (where there is nvcc), 1 (or fail) or 0; CUDA_HOME says where nvcc is, TORCH_CUDA_ARCH_LIST what it compiles for.
+Without a compiler the package is installed without the libraries; ``python -m bkind3d_kernels.info`` then says so. A
 compiler that fails is an error.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -40,13 +43,21 @@ COMMON_FLAGS = [
     "-Wno-psabi",
     "-Wno-ignored-attributes",
     "-Wno-unknown-pragmas",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10: nothing newer may be used
 ]
+X86 = platform.machine() in ("x86_64", "AMD64")
 X86_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
+# Machine code for these, and PTX of the last for what comes after.
+RELEASED = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# What csrc/cuda takes of torch's CUDA library.
+TORCH_CUDA_FUNCTIONS = (
+    "aoti_torch_get_current_cuda_stream",
+    "torch_c10_cuda_check_msg",
+    "torch_c10_cuda_free_error_msg",
+)
 
 
 def compiler() -> str | None:
@@ -83,31 +94,58 @@ def ninja_path(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def write_ninja(folder: Path, target: Path, cxx: str) -> Path:
-    """build.ninja for ``target``: every csrc/cpu/*_loops.cpp once per instruction set, the rest once."""
-    from torch.utils.cpp_extension import include_paths, library_paths
+def write(path: Path, lines: list[str]) -> Path:
+    """A file of these lines, untouched if it is one already."""
+    text = "\n".join([*lines, ""])
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
 
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    sets = X86_SETS if x86 else {"baseline": []}
-    compile_flags = [*COMMON_FLAGS, f"-ffile-prefix-map={ROOT}/=", *(["-DBKIND3D_HAS_X86"] if x86 else [])]
-    for path in include_paths():
-        compile_flags += ["-isystem", path]
-    link_flags = ["-shared"] if sys.platform == "darwin" else ["-shared", "-Wl,-z,defs"]  # darwin: a default
-    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lm"]
-    lines = [
-        "ninja_required_version = 1.8",
-        f"cxx = {ninja_text(shlex.split(cxx))}",
-        f"flags = {ninja_text([*compile_flags, *shlex.split(os.environ.get('BKIND3D_CXXFLAGS', ''))])}",
-        f"link = {ninja_text(link_flags)}",
-        f"libraries = {ninja_text([*libraries, *shlex.split(os.environ.get('BKIND3D_LDFLAGS', ''))])}",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags $isa -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        "  command = $cxx $link $in $libraries -o $out",
-    ]
-    objects = []
+
+def cuda_compiler() -> str | None:
+    """nvcc: that of $CUDA_HOME, of PATH, or of /usr/local/cuda; None where there is none, or with BKIND3D_CUDA=0."""
+    wanted = os.environ.get("BKIND3D_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"setup.py: BKIND3D_CUDA={wanted}: expected auto, 1 or 0")
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which(f"{home}/bin/nvcc" if home else "nvcc") or (
+        not home and shutil.which("/usr/local/cuda/bin/nvcc")
+    )
+    if wanted == "1" and not found:
+        sys.exit("setup.py: BKIND3D_CUDA=1, but there is no nvcc: set CUDA_HOME")
+    return found or None if wanted != "0" and sys.platform == "linux" else None
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """Such as "9.0" or "12.0+PTX": those of TORCH_CUDA_ARCH_LIST, or all that this nvcc knows of those of a release.
+
+    The GPU of this machine, if there is one, plays no part.
+    """
+    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split():
+        bad = [name for name in chosen if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name)]
+        if bad:
+            sys.exit(f"setup.py: TORCH_CUDA_ARCH_LIST: {' '.join(bad)}: expected numbers such as 9.0 or 12.0+PTX")
+        return chosen
+    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    names = [name for name in RELEASED if f"compute_{name.replace('.', '')}" in known]
+    return [*names[:-1], f"{names[-1]}+PTX"]
+
+
+def generated_code(architectures: list[str]) -> list[str]:
+    """nvcc's options: machine code for each architecture, and PTX where the name asks for it."""
+    options = []
+    for name in architectures:
+        number = name.removesuffix("+PTX").replace(".", "")
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
+def cpu_statements(target: Path) -> list[str]:
+    """Of build.ninja for _cpu.so: every csrc/cpu/*_loops.cpp once per instruction set, the rest once."""
+    sets = X86_SETS if X86 else {"baseline": []}
+    lines, objects = [], []
     # The loops first: they take longest.
     sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"), key=lambda p: (not p.stem.endswith("_loops"), p.stem))
     for source in [*sources, ROOT / "csrc/schema.cpp"]:
@@ -116,39 +154,110 @@ def write_ninja(folder: Path, target: Path, cxx: str) -> Path:
             objects.append(object_)
             lines.append(f"build {object_}: compile {ninja_path(source)}")
             if name:
-                lines.append(f"  isa = {ninja_text([f'-DBKIND3D_ISA={name}', *options])}")
-    lines += [f"build {ninja_path(target)}: link {' '.join(objects)}", f"default {ninja_path(target)}", ""]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "build.ninja"
-    path.write_text("\n".join(lines))
-    return path
+                lines.append(f"  own = {ninja_text([f'-DBKIND3D_ISA={name}', *options])}")
+    return [*lines, f"build {ninja_path(target)}: link {' '.join(objects)}"]
 
 
-class BuildLibrary(build_ext):
-    """Builds _cpu.so with ninja, and only what has changed."""
+def cuda_statements(target: Path, nvcc: str, cxx: str, torch_flags: list[str]) -> list[str]:
+    """Of build.ninja for _cuda.so: every csrc/cuda/*.cu by nvcc, whose report of registers is kept beside the object.
+
+    It is linked against a libtorch_cuda.so made here, with nothing in it but the functions that are used: torch may be
+    a build without CUDA, and the linker refuses what is not among them.
+    """
+    architectures = cuda_architectures(nvcc)
+    host = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", f"-ffile-prefix-map={ROOT}/="]
+    program = [word for word in shlex.split(cxx) if not word.startswith("-")][-1]  # of "ccache g++ -m64": g++
+    flags = ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v", "--threads=2", *torch_flags, "-DUSE_CUDA"]
+    flags += [f"-Xcompiler={','.join(host)}", *generated_code(architectures)]
+    libraries = ["-L.", "-ltorch_cuda", "-cudart=static", "-ldl", "-lrt", "-lpthread", "-Xlinker=--exclude-libs=ALL"]
+    lines = [
+        f"nvcc = {ninja_text([nvcc, '-ccbin', program])}",
+        f"cuda_flags = {ninja_text(flags)}",
+        f"libraries_of_cuda = {ninja_text(libraries)}",
+        "rule cuda",
+        "  command = $nvcc -MD -MF $out.d $cuda_flags -c $in -o $out >$out.ptxas 2>&1 || { cat $out.ptxas; false; }",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule cuda_link",
+        "  command = $nvcc -shared -Xlinker=-z,defs,--no-as-needed $objects $libraries_of_cuda $libraries -o $out",
+        "rule stub",
+        "  command = $cxx -shared -fPIC -nostdlib -x c $in -Wl,-soname,$out -o $out",
+    ]
+    write(BUILD / "torch_cuda.c", [f"void {name}(void) {{}}" for name in TORCH_CUDA_FUNCTIONS])
+    named = f'-DBKIND3D_ARCHITECTURES="{" ".join(architectures)}"'
+    objects = []
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        objects.append(f"{source.stem}.cu.o")
+        lines.append(f"build {objects[-1]}: cuda {ninja_path(source)}")
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cpp")):
+        objects.append(f"{source.stem}.cuda.o")
+        lines.append(f"build {objects[-1]}: compile {ninja_path(source)}")
+        lines.append(f"  own = {ninja_text([named])}")
+    lines += [
+        "build libtorch_cuda.so: stub torch_cuda.c",
+        f"build {ninja_path(target)}: cuda_link {' '.join(objects)} | libtorch_cuda.so",
+        f"  objects = {' '.join(objects)}",
+    ]
+    return lines
+
+
+def write_ninja(cxx: str, nvcc: str | None) -> Path:
+    """build.ninja for the libraries."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    torch_flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10: nothing newer may be used
+    torch_flags += [word for path in include_paths() for word in ("-isystem", path)]
+    flags = [*COMMON_FLAGS, *torch_flags, f"-ffile-prefix-map={ROOT}/=", *(["-DBKIND3D_HAS_X86"] if X86 else [])]
+    link_flags = ["-shared"] if sys.platform == "darwin" else ["-shared", "-Wl,-z,defs"]  # darwin: a default
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lm"]
+    lines = [
+        "ninja_required_version = 1.8",
+        f"cxx = {ninja_text(shlex.split(cxx))}",
+        f"flags = {ninja_text([*flags, *shlex.split(os.environ.get('BKIND3D_CXXFLAGS', ''))])}",
+        f"link = {ninja_text(link_flags)}",
+        f"libraries = {ninja_text([*libraries, *shlex.split(os.environ.get('BKIND3D_LDFLAGS', ''))])}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags $own -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx $link $in $libraries -o $out",
+    ]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    if nvcc:  # first: nvcc takes longest
+        lines += cuda_statements(BUILD / "_cuda.so", nvcc, cxx, torch_flags)
+    lines += cpu_statements(BUILD / "_cpu.so")
+    return write(BUILD / "build.ninja", lines)
+
+
+class BuildLibraries(build_ext):
+    """Builds the libraries with ninja, and only what has changed."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Without the tag of a Python version."""
         return fullname.replace(".", os.sep) + ".so"
 
-    def build_extension(self, ext: Extension) -> None:
-        """Write build.ninja, run it, and put the library into its place."""
+    def build_extensions(self) -> None:
+        """Write build.ninja, run it, and put the libraries into their places."""
         cxx = compiler()
         assert cxx
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        built = BUILD / target.name
-        script = write_ninja(BUILD, built, cxx)
-        command = [ninja(), "--quiet", "-f", str(script), "-C", str(BUILD)]
+        targets = [Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions]
+        command = [ninja(), "--quiet", "-f", str(write_ninja(cxx, cuda_compiler())), "-C", str(BUILD)]
+        command += [str(BUILD / target.name) for target in targets]
         jobs = os.environ.get("MAX_JOBS")
         try:
             subprocess.run([*command, *(["-j", jobs] if jobs else [])], check=True)
         except subprocess.CalledProcessError:
             raise CompileError(f"{cxx} could not build the C++ kernels; its messages are above") from None
-        # A new file in place of the old: overwriting a library that a process has loaded would crash it.
-        copy = target.with_suffix(".new")
-        shutil.copyfile(built, copy)
-        copy.replace(target)
+        # What an earlier build with nvcc left there would be packed.
+        for stale in {targets[0].with_name("_cuda.so")} - set(targets):
+            stale.unlink(missing_ok=True)
+        for target in targets:
+            # A new file in place of the old: overwriting a library that a process has loaded would crash it.
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy = target.with_suffix(".new")
+            shutil.copyfile(BUILD / target.name, copy)
+            copy.replace(target)
 
 
 class AnyPython(bdist_wheel):
@@ -163,5 +272,7 @@ EXTENSIONS = [Extension("bkind3d_kernels._cpu", sources=[])]
 if compiler() is None:
     print("setup.py: no C++ compiler (CXX, c++, g++, clang++): installing without the C++ kernels", file=sys.stderr)
     EXTENSIONS = []
+elif cuda_compiler():
+    EXTENSIONS.append(Extension("bkind3d_kernels._cuda", sources=[]))
 
-setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPython})
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPython})

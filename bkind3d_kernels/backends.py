@@ -31,13 +31,26 @@ class Backend(NamedTuple):
     description: str
 
 
-# In the order in which "auto" tries them: fastest first.
+# In the order in which "auto" tries them.
 BACKENDS = {
     "cuda": Backend("cuda_ops", "CUDA kernels for CUDA tensors"),
     "cpp": Backend("cpp_ops", "C++ kernels for CPU tensors"),
     "triton": Backend("triton_ops", "Triton kernels for CUDA tensors"),  # interpreted on CPU tensors, in tests
     "reference": Backend("reference", "plain PyTorch, any device"),
 }
+
+
+class Order(NamedTuple):
+    """The order in which "auto" tries the backends, and the measurement that it is from."""
+
+    backends: tuple[str, ...]
+    source: str
+
+
+# On CUDA tensors, by operation and dtype: what a measurement has shown to be fastest first.
+CUDA_ORDERS: dict[tuple[str, torch.dtype], Order] = {}
+CPU_ORDER = Order(tuple(BACKENDS), "docs/benchmarks.md")
+NOT_MEASURED = Order(tuple(BACKENDS), "not measured")
 
 
 class BackendUnavailable(RuntimeError):
@@ -74,6 +87,11 @@ def _reason(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
     """Why ``backend`` cannot run ``op``, or None when it can."""
     module = _MODULES[op, backend]
     return module if isinstance(module, str) else module.unavailable(device, dtype)
+
+
+def order(op: str, device: str, dtype: torch.dtype) -> Order:
+    """In which order "auto" tries the backends of ``op`` on this device type and dtype."""
+    return CPU_ORDER if device == "cpu" else CUDA_ORDERS.get((op, dtype), NOT_MEASURED)
 
 
 def _check_op(op: str) -> None:
@@ -125,14 +143,14 @@ def resolve(
         if reason is not None:
             raise BackendUnavailable(f"{source} {backend!r} cannot run {op}: {reason}")
         return backend
-    for name in BACKENDS:
+    for name in order(op, kind, dtype).backends:
         if _reason(op, name, kind, dtype) is None:
             return name
     raise BackendUnavailable(f"no backend can run {op} on {kind} with {dtype}")
 
 
 def explain(op: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[Availability]:
-    """Every backend of ``op``, fastest first, whether it can run on this device and dtype, and why not.
+    """Every backend of ``op``, in the order of "auto", whether it can run on this device and dtype, and why not.
 
     Example:
         >>> from bkind3d_kernels import explain
@@ -142,9 +160,9 @@ def explain(op: str, *, device: torch.device | str = "cpu", dtype: torch.dtype =
     _check_op(op)
     kind = device if isinstance(device, str) else device.type
     lines = []
-    for name, backend in BACKENDS.items():
+    for name in order(op, kind, dtype).backends:
         reason = _reason(op, name, kind, dtype)
-        lines.append(Availability(name, reason is None, reason or backend.description))
+        lines.append(Availability(name, reason is None, reason or BACKENDS[name].description))
     return lines
 
 

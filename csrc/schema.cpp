@@ -37,4 +37,5 @@ STABLE_TORCH_LIBRARY(bkind3d, m) {
 
   m.def("cpu_instruction_set() -> str");
   m.def("set_cpu_instruction_set(str name) -> ()");
+  m.def("cuda_architectures() -> str");
 }

@@ -60,9 +60,10 @@ needs_binutils = pytest.mark.skipif(
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Without what would change a build or an import."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("BKIND3D_", "PYTHONPATH", "TRITON_INTERPRET"))}
-    return kept | changes
+    """Without what would change a build or an import, and without nvcc, which takes long (test_cuda_compile.py)."""
+    changing = ("BKIND3D_", "PYTHONPATH", "TORCH_CUDA_", "CUDA_", "TRITON_INTERPRET")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(changing)}
+    return kept | {"BKIND3D_CUDA": "0"} | changes
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +173,47 @@ def test_a_compiler_that_fails_is_an_error(source: Path, wheel: Path, tmp_path: 
         build_wheel(copy, "wheel", CXX="false")
     with pytest.raises(RuntimeError, match="CXX=no-such-compiler: there is no such command"):
         build_wheel(copy, "wheel", CXX="no-such-compiler")
+
+
+NVCC = """#!/bin/sh
+echo "$@" >>"$0.log"
+case "$*" in *-list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_90\\n'; exit;; esac
+for word; do
+  case "$before" in -o) out=$word;; -MF) echo "$out: " >"$word";; esac
+  case "$word" in -c|-shared) kind=$word;; esac
+  before=$word
+done
+echo "int f;" | cc -fPIC $kind -x c - -o "$out"
+"""
+
+
+@needs_compiler
+@needs_binutils
+def test_with_nvcc(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """One that writes down what it is asked to do, and compiles nothing."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    home = {"BKIND3D_CUDA": "auto", "CUDA_HOME": str(tmp_path)}
+    libraries = [name for name in names_in(build_wheel(source, "with-nvcc", **home)) if name.endswith(".so")]
+    assert sorted(libraries) == ["bkind3d_kernels/_cpu.so", "bkind3d_kernels/_cuda.so"]
+    (compilation, *_) = [
+        line for line in (tmp_path / "bin/nvcc.log").read_text().splitlines() if "soft_argmax3d.cu" in line
+    ]
+    assert re.findall("-gencode=arch=(\\S+)", compilation) == [
+        "compute_80,code=sm_80",
+        "compute_90,code=sm_90",
+        "compute_90,code=compute_90",
+    ]
+    libraries = [name for name in names_in(build_wheel(source, "without-nvcc")) if name.endswith(".so")]
+    assert libraries == ["bkind3d_kernels/_cpu.so"]
+    with pytest.raises(RuntimeError, match="TORCH_CUDA_ARCH_LIST: Ampere: expected numbers"):
+        build_wheel(source, "bad", **home, TORCH_CUDA_ARCH_LIST="8.0;Ampere")
+    with pytest.raises(RuntimeError, match="BKIND3D_CUDA=yes: expected auto, 1 or 0"):
+        build_wheel(source, "bad", BKIND3D_CUDA="yes")
+    with pytest.raises(RuntimeError, match="BKIND3D_CUDA=1, but there is no nvcc"):
+        build_wheel(source, "bad", BKIND3D_CUDA="1", CUDA_HOME="/nowhere")
 
 
 def test_without_a_compiler(source: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -116,10 +116,10 @@ BKIND3D_FN Tile<T> tile_of(T x0, T y0, T x1, T y1, T sigma) {
 }
 
 // No pixel of the tile has a score above `upper` + score_slack / 2, as computed, nor one below `lower` - score_slack /
-// 2.
+// 2. Where far_end is 0, no pixel is beyond an end, as computed.
 template <class V>
 struct Bounds {
-  V upper, lower;
+  V upper, lower, far_end;
 };
 
 template <class V>
@@ -137,7 +137,7 @@ BKIND3D_FN Bounds<V> bounds(Tile<T> t, V ux, V uy, V across, V lo, V hi, V log_w
   const V near_side = max_of(side - radius_across, zero), near_end = max_of(outside - radius_along, zero);
   const V far_side = side + radius_across, far_end = max_of(outside + radius_along, zero);
   return {log_weight - (near_side * near_side + near_end * near_end) * (1 - tolerance<T>),
-          log_weight - (far_side * far_side + far_end * far_end) * (1 + tolerance<T>)};
+          log_weight - (far_side * far_side + far_end * far_end) * (1 + tolerance<T>), far_end};
 }
 
 }  // namespace bkind3d

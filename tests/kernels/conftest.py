@@ -3,14 +3,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from native import emulation
 
 from bkind3d_kernels import backends, library, triton_ops
 
 # Tests of the C++ kernels are skipped where there is no compiler, those of the Triton kernels where there is no Triton;
-# in CI there are both.
+# in CI there are both. The CUDA kernels run as C++ on the CPU where there is g++ (native/cuda_emulation.h).
 if os.environ.get("CI") == "true":
     assert library.reason("_cpu") is None, library.reason("_cpu")
     assert triton_ops.MISSING is None, triton_ops.MISSING
+    assert emulation.MISSING is None, emulation.MISSING
+
+EMULATED = "cuda (emulated)"
 
 
 def runnable(op: str) -> list[str]:
@@ -24,7 +28,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         stem = metafunc.module.__name__.removeprefix("test_")
         ops = [stem] if stem in backends.OPERATIONS else backends.OPERATIONS
         found = [name for name in backends.BACKENDS if all(name in runnable(op) for op in ops)]
-        metafunc.parametrize("backend", found)
+        if emulation.MISSING is None and all(op in emulation.OPERATIONS for op in ops):
+            found.append(EMULATED)
+        metafunc.parametrize("backend", found, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A name for the argument of the operations; "cuda" may be the emulation for as long as the test runs."""
+    if request.param != EMULATED:
+        return request.param
+    for op in emulation.OPERATIONS:
+        monkeypatch.setitem(backends._MODULES, (op, "cuda"), emulation.backend(op))
+    return "cuda"
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 import bkind3d_kernels
 from bkind3d_kernels import BackendUnavailable, VoxelGrid, backends, soft_argmax3d, triton_ops
 
+ROOT = Path(__file__).parents[2]
 GRID = VoxelGrid.cube((0.0, 0.0, 0.0), 1.0, 2)
 LOGITS = torch.zeros(1, 1, 2, 2, 2)
 
@@ -31,6 +32,18 @@ def test_auto_is_the_first_available(op: str) -> None:
     for device in ("cpu", torch.device("cuda", 0)):
         available = [line.backend for line in backends.explain(op, device=device) if line.available]
         assert backends.resolve(op, device=device) == available[0]
+
+
+def test_order_on_cuda_tensors_is_that_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    for (op, _), order in backends.CUDA_ORDERS.items():
+        assert op in backends.OPERATIONS
+        assert sorted(order.backends) == sorted(backends.BACKENDS)
+        assert (ROOT / order.source).exists()
+    other = backends.Order(("triton", "cuda", "cpp", "reference"), "a measurement")
+    monkeypatch.setitem(backends.CUDA_ORDERS, ("unproject", torch.float16), other)
+    explained = backends.explain("unproject", device="cuda", dtype=torch.float16)
+    assert tuple(line.backend for line in explained) == other.backends
+    assert backends.order("unproject", "cpu", torch.float16) != other
 
 
 def test_absent_backend_says_why() -> None:
@@ -145,7 +158,7 @@ def test_info_prints_versions_picks_and_reasons() -> None:
     assert f"torch    {torch.__version__}" in text
     assert "BKIND3D_BACKEND  reference" in text
     for op in backends.OPERATIONS:
-        assert f"{op} on cpu, float32: reference" in text
+        assert f"{op} on cpu, float32: reference (order: docs/benchmarks.md)" in text
         for line in backends.explain(op):
             assert f"{line.backend:<10} {line.reason}" in text
 

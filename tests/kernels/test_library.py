@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def run(code: str, **environment: str) -> str:
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BKIND3D_BACKEND", raising=False)
-    monkeypatch.setattr(library, "_REASONS", {"_cpu": MISSING})
+    monkeypatch.setattr(library, "_REASONS", {"_cpu": MISSING, "_cuda": MISSING})
     monkeypatch.setattr(triton_ops, "INTERPRETED", False)  # as it is outside of tests
 
 
@@ -59,7 +60,7 @@ def test_without_the_library_cpp_raises_and_auto_goes_on(op: str) -> None:
     assert str(caught.value) == f"backend 'cpp' cannot run {op}: {MISSING}"
     assert backends.resolve(op) == "reference"
     assert library.instruction_set() is None
-    assert library.describe() == [f"C++      {MISSING}"]
+    assert library.describe() == [f"C++      {MISSING}", f"CUDA     {MISSING}"]
     with pytest.raises(RuntimeError, match="is not built"), library.use_instruction_set("baseline"):
         pass
 
@@ -86,6 +87,59 @@ f = torch.compile(lambda x: soft_argmax3d(x, grid, backend="cpp"), fullgraph=Tru
 print(f(torch.zeros(1, 1, 4, 4, 4)).tolist())
 """
     assert run(code) == "[[[0.0, 0.0, 0.0]]]\n"
+
+
+# ---- the CUDA kernels ----
+
+
+def test_cuda_needs_a_cuda_build_of_torch_and_the_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "_cuda.so"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    path.write_bytes(b"not even looked at")
+    assert library._load_cuda(path, None) == f"the CUDA kernels need a CUDA build of torch, not {torch.__version__}"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert library._load_cuda(path, MISSING) == f"_cuda.so needs the C++ kernels: {MISSING}"
+    assert str(library._load_cuda(path, None)).startswith(
+        f"_cuda.so cannot be loaded into torch {torch.__version__}: {path}: "
+    )
+    path.unlink()
+    assert str(library._load_cuda(path, None)).startswith(
+        "_cuda.so is not built: it is when bkind3d is installed where"
+    )
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs"),
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)]),
+        ("8.6", [(8, 6), (8, 9)]),
+        ("9.0", [(9, 0)]),
+        ("8.0+PTX", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)]),
+        ("8.0 9.0a+PTX", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)]),
+        ("10.0 12.0", [(10, 0), (12, 0), (12, 1)]),
+    ],
+)
+def test_which_gpus_an_architecture_runs_on(architectures: str, runs: list[tuple[int, int]]) -> None:
+    gpus = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)]
+    assert [gpu for gpu in gpus if library.runs_on(architectures, *gpu)] == runs
+
+
+def test_reasons_of_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_REASONS", {"_cuda": None})
+    monkeypatch.setattr(library, "_ARCHITECTURES", "8.0 9.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert library.cuda_unavailable("cuda", torch.float32) == "there is no CUDA device"
+    assert library.cuda_unavailable("cpu", torch.float32) == "made for CUDA tensors, not cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu = SimpleNamespace(major=8, minor=6)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    assert library.cuda_unavailable("cuda", torch.float32) is None
+    assert library.cuda_unavailable("cuda", torch.int32) == (
+        "torch.int32 is not one of float32, bfloat16, float16, float64"
+    )
+    gpu.major, gpu.minor = 7, 5
+    assert library.cuda_unavailable("cuda", torch.float32) == "_cuda.so was built for 8.0 9.0, and this GPU is 7.5"
 
 
 # ---- instruction sets ----
@@ -156,7 +210,7 @@ print(info.report())
 
 @built
 def test_description() -> None:
-    first, second = library.describe()
+    first, second, *_ = library.describe()
     assert first == f"C++      {Path(library.FOLDER) / '_cpu.so'}"
     variable = os.environ.get("BKIND3D_CPU_ISA") or "unset"
     assert second == f"         instruction set {library.instruction_set()} (BKIND3D_CPU_ISA {variable})"

@@ -1,4 +1,5 @@
-"""``make sanitize``: builds the C++ kernels with sanitizers, beside the installed ones, and runs exercise.py with each.
+"""``make sanitize``: builds the C++ kernels with sanitizers, beside the installed ones, and runs exercise.py with each;
+then the CUDA kernels as C++ (cuda_emulation.h), with exercise_cuda.py.
 
 - address, undefined: AddressSanitizer and UndefinedBehaviorSanitizer, which end the run at the first report;
 - thread: ThreadSanitizer, over OpenMP regions on threads that it can follow (openmp_threads.cpp).
@@ -11,6 +12,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+if __package__:
+    from . import emulation
+else:
+    import emulation  # type: ignore[import-not-found, no-redef]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -40,6 +46,7 @@ def build(name: str) -> Path:
     environment = os.environ | {
         "CXX": CXX,
         "BKIND3D_BUILD": str(FOLDER / name / "native"),
+        "BKIND3D_CUDA": "0",
         "BKIND3D_CXXFLAGS": f"{FLAGS[name]} -O1 -g -fno-omit-frame-pointer",
         "BKIND3D_LDFLAGS": FLAGS[name],
     }
@@ -69,15 +76,19 @@ def fixed_addresses() -> list[str]:
     return []
 
 
+def run(name: str, environment: dict[str, str], script: str, argument: Path) -> None:
+    command = [*fixed_addresses(), sys.executable, str(HERE / script), str(argument)]
+    if code := subprocess.run(command, cwd=ROOT, env=environment).returncode:
+        sys.exit(f"sanitizer {name}: {script} failed with exit status {code}")
+
+
 def main() -> None:
     for name in FLAGS:
         target = build(name)
         environment = os.environ | OPTIONS[name] | {"PYTHONPATH": str(target), "LD_PRELOAD": ":".join(preloaded(name))}
         print(f"sanitizer {name}:", end=" ", flush=True)
-        command = [*fixed_addresses(), sys.executable, str(HERE / "exercise.py"), str(target)]
-        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
-        if code:
-            sys.exit(f"sanitizer {name}: failed with exit status {code}")
+        run(name, environment, "exercise.py", target)
+        run(name, environment, "exercise_cuda.py", emulation.build("emulation.so", name))
 
 
 if __name__ == "__main__":
