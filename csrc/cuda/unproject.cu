@@ -21,7 +21,9 @@ constexpr int64_t max_views = 255;                // counts are bytes
 constexpr unsigned none = ~0u;
 
 // Blocks at once on a multiprocessor: 128 registers for each thread forward, 168 backward.
-constexpr int forward_blocks = 4, backward_blocks = 3;
+template <class S>
+constexpr int forward_blocks = sizeof(S) == 8 ? 2 : 3;
+constexpr int backward_blocks = 2;
 
 // Channels of a lane: 16 bytes of what is read; in the backward pass 16 bytes of what is added.
 template <class S>
@@ -103,8 +105,7 @@ struct Sight {
 
 template <class T>
 __device__ __forceinline__ Sight<T> sight_of(const Problem& p, int sample, const Voxel& voxel, int view) {
-  Sight<T> s;
-  s.seen = false;
+  Sight<T> s = {};  // all of it: what is undefined on one path would hold registers on the others
   const int64_t row = int64_t(sample) * p.views + view;
   if (view >= p.views || !voxel.inside || (p.mask && !p.mask[row])) return s;
   const Homogeneous<T> h = project(static_cast<const T*>(p.q) + row * 12, T(voxel.x), T(voxel.y), T(voxel.z));
@@ -139,8 +140,8 @@ __device__ __forceinline__ Taps<T> taps_of(const Problem& p, const Sight<T>& s) 
   const unsigned y_even = odd_y ? y1 : y0, y_odd = odd_y ? y0 : y1;
   t.offset[0] = y_even + x_even, t.offset[1] = y_even + x_odd;
   t.offset[2] = y_odd + x_even, t.offset[3] = y_odd + x_odd;
-  t.x[0] = s.x.weight[odd_x], t.x[1] = s.x.weight[!odd_x];
-  t.y[0] = s.y.weight[odd_y], t.y[1] = s.y.weight[!odd_y];
+  t.x[0] = odd_x ? s.x.weight[1] : s.x.weight[0], t.x[1] = odd_x ? s.x.weight[0] : s.x.weight[1];
+  t.y[0] = odd_y ? s.y.weight[1] : s.y.weight[0], t.y[1] = odd_y ? s.y.weight[0] : s.y.weight[1];
   return t;
 }
 
@@ -368,7 +369,8 @@ __device__ __forceinline__ unsigned read_taps(const Problem& p, int sample, int 
 }
 
 template <class S, int Width>
-__global__ void __launch_bounds__(threads, forward_blocks) forward_kernel(Problem p, S* volume, unsigned char* counts) {
+__global__ void __launch_bounds__(threads, forward_blocks<S>)
+    forward_kernel(Problem p, S* volume, unsigned char* counts) {
   using T = Arithmetic<S>;
   const Lane lane = lane_of(p);
   const int sample = int(blockIdx.x / p.blocks), steps = p.run_x << p.run_y_log;
@@ -440,24 +442,20 @@ __device__ __forceinline__ double fixed_scale(const Problem& p, unsigned largest
   return ldexp(1.0, 61 - ilogb(voxels) - (int(largest >> 23) - 126));
 }
 
-__device__ __forceinline__ void add_to(double* p, const double (&v)[2]) {
-  atomicAdd(p, v[0]);
-  atomicAdd(p + 1, v[1]);
-}
-
-__device__ __forceinline__ void add_to(float* p, const float (&v)[4]) {
+// One vector reduction where the architecture has it and the pack is one.
+template <class T, int Width>
+__device__ __forceinline__ void add_to(T* p, const T (&v)[Width]) {
 #if !defined(BKIND3D_EMULATED) && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "f"(v[0]), "f"(v[1]),
-               "f"(v[2]), "f"(v[3])
-               : "memory");
-#else
-  for (int i = 0; i < 4; ++i) atomicAdd(p + i, v[i]);
+  if constexpr (sizeof(T) == 4 && Width == 4) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "f"(v[0]),
+                 "f"(v[1]), "f"(v[2]), "f"(v[3])
+                 : "memory");
+  } else
 #endif
-}
-
-template <class T>
-__device__ __forceinline__ void add_to(T* p, const T (&v)[1]) {
-  atomicAdd(p, v[0]);
+  {
+#pragma unroll
+    for (int i = 0; i < Width; ++i) atomicAdd(p + i, v[i]);
+  }
 }
 
 // Sums for the taps of a chunk of views, at the places of their pixels; each is added to its map when another pixel
@@ -466,11 +464,17 @@ template <class T, int Width>
 struct Sums {
   T of[chunk][4][Width];
   unsigned pixel[chunk][4];  // offsets as in Taps
+
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int i = 0; i < 4 * chunk; ++i) pixel[i / 4][i % 4] = none;
+  }
 };
 
-// Where the sums of a lane go: `map` is that of view 0 at its channels, in elements.
+// Where the sums of a lane go: the map of view 0, in elements, and the first of its channels.
 struct Target {
-  int64_t map, map_size;
+  int64_t maps, map_size;
+  unsigned channel;
   double scale;
 };
 
@@ -478,11 +482,12 @@ template <class S, int Width>
 __device__ __forceinline__ void add_sum(const Gradients& out, const Target& to, int view, unsigned pixel,
                                         const Arithmetic<S> (&sum)[Width]) {
   using T = Arithmetic<S>;
-  const int64_t at = to.map + view * to.map_size + pixel / sizeof(S);
+  const int64_t map = to.maps + view * to.map_size;
+  const unsigned at = pixel / unsigned(sizeof(S)) + to.channel;
   if (out.scatter == Scatter::floating) {
-    add_to(static_cast<T*>(out.maps) + at, sum);
+    add_to(static_cast<T*>(out.maps) + map + at, sum);
   } else {
-    auto* p = static_cast<unsigned long long*>(out.maps) + at;
+    auto* p = static_cast<unsigned long long*>(out.maps) + map + at;
 #pragma unroll
     for (int i = 0; i < Width; ++i)
       atomicAdd(p + i, static_cast<unsigned long long>(static_cast<long long>(rint(double(sum[i]) * to.scale))));
@@ -500,17 +505,22 @@ __device__ __forceinline__ void flush(const Gradients& out, const Target& to, in
 }
 
 template <class S, int Width>
-__device__ __forceinline__ void scatter(const Gradients& out, const Target& to, int m, int view,
-                                        const Taps<Arithmetic<S>>& t, const Arithmetic<S> (&w)[4],
-                                        const Arithmetic<S> (&g)[Width], Sums<Arithmetic<S>, Width>& sums) {
+__device__ __forceinline__ void add_taps(const Gradients& out, const Target& to, int m, int view,
+                                         const Taps<Arithmetic<S>>& t, const Arithmetic<S> (&g)[Width],
+                                         Sums<Arithmetic<S>, Width>& sums) {
+  Arithmetic<S> w[4];
+  tap_weights(t, w);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const unsigned pixel = t.offset[s];
-    const bool same = pixel == sums.pixel[m][s];
-    if (!same && sums.pixel[m][s] != none) add_sum<S>(out, to, view, sums.pixel[m][s], sums.of[m][s]);
-    sums.pixel[m][s] = pixel;
+    if (pixel != sums.pixel[m][s]) {
+      if (sums.pixel[m][s] != none) add_sum<S>(out, to, view, sums.pixel[m][s], sums.of[m][s]);
+      sums.pixel[m][s] = pixel;
 #pragma unroll
-    for (int i = 0; i < Width; ++i) sums.of[m][s][i] = (same ? sums.of[m][s][i] : 0) + w[s] * g[i];
+      for (int i = 0; i < Width; ++i) sums.of[m][s][i] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < Width; ++i) sums.of[m][s][i] += w[s] * g[i];
   }
 }
 
@@ -531,53 +541,54 @@ __device__ __forceinline__ T sum_of_group(const Problem& p, const Lane& lane, T 
   return value;
 }
 
-template <class T>
-struct Matrices {
-  TapSums<T>* sums;
-  T own[12];  // of one view, where a lane never has another
-};
-
 // Whether a lane has one item of those that are projected at once, and always the same view.
 __device__ __forceinline__ bool one_view(const Problem& p) { return few_views(p) && p.groups * p.items <= 32; }
 
+// What a warp knows of dL/dQ. With `one_view` a lane's part of it is in shared memory, its elements 32 apart.
 template <class T>
-__device__ __forceinline__ void add_matrix(const Problem& p, const Gradients& out, const Item& item, int64_t row,
-                                           T (&own)[12]) {
-  row = row * out.q_rows + (few_views(p) ? item.step : 0);
-  T* to = static_cast<T*>(out.q) + (row * p.padded_views + item.view) * 12;
-#pragma unroll
-  for (int i = 0; i < 12; ++i) {
-    to[i] += own[i];
-    own[i] = 0;
-  }
+struct Matrices {
+  TapSums<T>* sums;
+  T* part;
+  int64_t row;  // in Gradients::q, of group 0
+};
+
+// A lane's part in memory.
+template <class T>
+__device__ __forceinline__ T* part_of(const Problem& p, const Gradients& out, const Item& item, int64_t row) {
+  row = (row + item.group) * out.q_rows + (few_views(p) ? item.step : 0);
+  return static_cast<T*>(out.q) + (row * p.padded_views + item.view) * 12;
 }
 
-// From the sums of all items to dL/dQ, each by the lane that has projected it; clears the sums. `row` is that of group
-// 0.
+template <class T>
+__device__ __forceinline__ Homogeneous<T> gradient_of(const Sight<T>& sight, const TapSums<T>& sums) {
+  const bool odd_x = first_place(sight.x), odd_y = first_place(sight.y);
+  auto at = [&](bool row, bool column) {
+    const T even = column ? sums.of[1] : sums.of[0], odd = column ? sums.of[3] : sums.of[2];
+    return row ? odd : even;
+  };
+  const PixelGradient<T> pixel =
+      pixel_gradient(sight.x, sight.y, at(odd_y, odd_x), at(odd_y, !odd_x), at(!odd_y, odd_x), at(!odd_y, !odd_x));
+  return homogeneous_gradient(pixel, sight.u, sight.v, sight.depth);
+}
+
+// Adds what the sums of all items give, each by the lane that has projected it; clears the sums.
 template <class T>
 __device__ __forceinline__ void settle(const Problem& p, const Gradients& out, const Brick& brick,
-                                       const Projected<T>& projected, int64_t row, Matrices<T>& matrices) {
+                                       const Projected<T>& projected, const Matrices<T>& matrices) {
   __syncwarp();
   for (int e = int(threadIdx.x % 32); e < p.groups * p.items; e += 32) {
-    TapSums<T>& sums = matrices.sums[e];
-    const T s[4] = {sums.of[0], sums.of[1], sums.of[2], sums.of[3]};
-    sums = {};
+    const TapSums<T> sums = matrices.sums[e];
+    matrices.sums[e] = {};
     const Item item = item_of(p, e, 0, projected.view);
     const Voxel voxel = voxel_of(p, brick, item.group, projected.step + item.step);
     const Sight<T> sight = sight_of<T>(p, brick.sample, voxel, item.view);
-    if (sight.seen) {
-      const bool x = first_place(sight.x), y = first_place(sight.y);
-      auto at = [&](bool row, bool column) {
-        const T lower = column ? s[1] : s[0], upper = column ? s[3] : s[2];
-        return row ? upper : lower;
-      };
-      const Homogeneous<T> g = homogeneous_gradient(
-          pixel_gradient(sight.x, sight.y, at(y, x), at(y, !x), at(!y, x), at(!y, !x)), sight.u, sight.v, sight.depth);
-      const T rows[3] = {g.x, g.y, g.depth}, index[4] = {T(voxel.x), T(voxel.y), T(voxel.z), T(1)};
+    if (!sight.seen) continue;
+    const Homogeneous<T> g = gradient_of(sight, sums);
+    const T rows[3] = {g.x, g.y, g.depth}, index[4] = {T(voxel.x), T(voxel.y), T(voxel.z), T(1)};
+    T* to = one_view(p) ? matrices.part : part_of<T>(p, out, item, matrices.row);
+    const int stride = one_view(p) ? 32 : 1;
 #pragma unroll
-      for (int i = 0; i < 12; ++i) matrices.own[i] += rows[i / 4] * index[i % 4];
-    }
-    if (!one_view(p) && sight.seen) add_matrix(p, out, item, row + item.group, matrices.own);
+    for (int i = 0; i < 12; ++i) to[i * stride] += rows[i / 4] * index[i % 4];
   }
   __syncwarp();
 }
@@ -585,158 +596,217 @@ __device__ __forceinline__ void settle(const Problem& p, const Gradients& out, c
 // ---- the backward kernel ----
 
 template <class S, int Width, class T>
-__device__ __forceinline__ void sample_views(const Problem& p, int sample, int first, const Taps<T>* taps, unsigned own,
-                                             T (&v)[chunk][Width], unsigned& seen) {
-  seen = 0;
+__device__ __forceinline__ unsigned sample_views(const Problem& p, int sample, int first, const Taps<T>* taps,
+                                                 unsigned own, T (&v)[chunk][Width]) {
+  unsigned seen = 0;
 #pragma unroll
   for (int m = 0; m < chunk; ++m) {
     const Taps<T>& t = taps[m * p.groups];
-    const bool sees_it = first + m < p.views && t.offset[0] != none;
+#pragma unroll
+    for (int i = 0; i < Width; ++i) v[m][i] = 0;
+    if (first + m >= p.views || t.offset[0] == none) continue;
+    seen |= 1u << m;
+    const char* map = map_of(p, sample, first + m);
     Pack<S, Width> tap[4];
     T w[4];
-    if (sees_it) {
-      seen |= 1u << m;
-      const char* map = map_of(p, sample, first + m);
 #pragma unroll
-      for (int s = 0; s < 4; ++s) tap[s] = load_map<Pack<S, Width>>(map + (t.offset[s] + own));
-      tap_weights(t, w);
-    }
+    for (int s = 0; s < 4; ++s) tap[s] = load_map<Pack<S, Width>>(map + (t.offset[s] + own));
+    tap_weights(t, w);
 #pragma unroll
-    for (int i = 0; i < Width; ++i) v[m][i] = sees_it ? blend(tap, w, i) : T(0);
+    for (int i = 0; i < Width; ++i) v[m][i] = blend(tap, w, i);
   }
+  return seen;
 }
 
+// A lane at work on a pack of channels of a brick.
+template <class S, int Width>
+struct Worker {
+  using T = Arithmetic<S>;
+  using Samples = T[chunk][Width];  // or their gradients
+  const Problem& p;
+  const Gradients& out;
+  const Lane lane;
+  const Brick brick;
+  const int channel;
+  const T* weights;  // of view 0 and the channel
+  Sums<T, Width> sums;
+  unsigned seen;
+
+  __device__ __forceinline__ bool idle() const { return lane.idle || channel >= p.channels; }
+
+  __device__ __forceinline__ void sample(int first, const Taps<T>* taps, Samples& v) {
+    seen = sample_views<S>(p, brick.sample, first, taps, channel * unsigned(sizeof(S)), v);
+  }
+
+  __device__ __forceinline__ void carry_all(int first, const Samples& v, Carried<T> (&carried)[Width]) const {
+#pragma unroll
+    for (int i = 0; i < Width; ++i) {
+      const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
+      carry(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
+    }
+  }
+
+  __device__ __forceinline__ Pack<S, Width> gradient_at(const Voxel& voxel) const {
+    const int64_t at = ((int64_t(brick.sample) * p.x + voxel.x) * p.y + voxel.y) * p.z + voxel.z;
+    const S* from = static_cast<const S*>(out.volume) + at * p.channels + channel;
+    return load_once(reinterpret_cast<const Pack<S, Width>*>(from));
+  }
+
+  // From samples to their gradients, and dL/dw where it is wanted.
+  __device__ __forceinline__ void share_out(int first, const Pack<S, Width>& g, const Aggregate<T> (&a)[Width],
+                                            int64_t row, Samples& v) const {
+#pragma unroll
+    for (int m = 0; m < chunk; ++m) {
+      if (!(seen >> m & 1)) continue;
+      const int64_t at = int64_t(first + m) * p.channels;
+      if (out.weights) {
+        T* to = static_cast<T*>(out.weights) + row * p.views * p.channels + at + channel;
+#pragma unroll
+        for (int i = 0; i < Width; ++i)
+          to[i] += widen(g.values[i]) * a[i].inverse * (v[m][i] - (p.exclude ? a[i].value : T(0)));
+      }
+#pragma unroll
+      for (int i = 0; i < Width; ++i)
+        v[m][i] = share(p, a[i], widen(g.values[i]), v[m][i], first + m, weights + at + i);
+    }
+  }
+
+  __device__ __forceinline__ unsigned largest(unsigned so_far, const Samples& v) const {
+#pragma unroll
+    for (int i = 0; i < chunk * Width; ++i) {
+      const unsigned bits = __float_as_uint(float(v[i / Width][i % Width])) & 0x7fffffffu;
+      if ((seen >> i / Width & 1) && bits > so_far) so_far = bits;
+    }
+    return so_far;
+  }
+
+  __device__ __forceinline__ void scatter(int first, const Taps<T>* taps, const Target& target, const Samples& v) {
+#pragma unroll
+    for (int m = 0; m < chunk; ++m) {
+      if (!(seen >> m & 1)) continue;
+      add_taps<S>(out, target, m, first + m, taps[m * p.groups], v[m], sums);
+      if (p.views > chunk) flush<S>(out, target, m, first + m, sums);
+    }
+  }
+
+  // All lanes of the warp come.
+  __device__ __forceinline__ void sum_taps(int first, const Taps<T>* taps, const Samples& v, TapSums<T>* to) const {
+#pragma unroll
+    for (int m = 0; m < chunk; ++m) {
+      if (first + m >= p.views) continue;
+      const Taps<T>& t = taps[m * p.groups];
+      const char* map = map_of(p, brick.sample, first + m);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        T sum = 0;
+        if (seen >> m & 1) {
+          const auto tap = load_map<Pack<S, Width>>(map + (t.offset[s] + channel * unsigned(sizeof(S))));
+#pragma unroll
+          for (int i = 0; i < Width; ++i) sum += v[m][i] * widen(tap.values[i]);
+        }
+        sum = sum_of_group(p, lane, sum);
+        if (lane.member == 0 && !lane.idle) to[m * p.groups].of[s] = sum;
+      }
+    }
+  }
+};
+
+// One pack of channels of a brick; returns the largest magnitude of dL/dv where that is what is wanted.
+template <class S, int Width>
+__device__ __forceinline__ unsigned backward_brick(Worker<S, Width>& w, const Target& target,
+                                                   const Matrices<Arithmetic<S>>& matrices,
+                                                   Projected<Arithmetic<S>>& projected, unsigned largest) {
+  using T = Arithmetic<S>;
+  const Problem& p = w.p;
+  const Gradients& out = w.out;
+  const int steps = p.run_x << p.run_y_log;
+  projected.used = p.items;
+  for (int step = 0; step < steps; ++step) {
+    const Voxel voxel = voxel_of(p, w.brick, w.lane.group, step);
+    const bool absent = w.idle() || !voxel.inside;
+    Carried<T> carried[Width];
+    T v[chunk][Width] = {};
+    Pack<S, Width> g = {};
+    if (!absent) g = w.gradient_at(voxel);
+    int count = 0;
+    w.seen = 0;
+    if (!few_views(p)) projected.used = p.items;
+    for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
+      if (projected.used == p.items) project_items(p, w.brick, projected, step, first);
+      if (absent) continue;
+      w.sample(first, projected.taps + projected.used * p.groups + w.lane.group, v);
+      w.carry_all(first, v, carried);
+      count += __popc(w.seen);
+    }
+    Aggregate<T> aggregated[Width] = {};
+    if (!absent) {
+#pragma unroll
+      for (int i = 0; i < Width; ++i) aggregated[i] = aggregate(p, carried[i], count);
+    }
+    projected.used = few_views(p) ? projected.used - p.padded_views : p.items;
+    for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
+      if (projected.used == p.items) project_items(p, w.brick, projected, step, first);
+      const int place = projected.used * p.groups + w.lane.group;
+      const Taps<T>* taps = projected.taps + place;
+      if (!absent) {
+        if (p.views > chunk) w.sample(first, taps, v);
+        w.share_out(first, g, aggregated, matrices.row + w.lane.group, v);
+        if (out.scatter == Scatter::largest) largest = w.largest(largest, v);
+        if (out.scatter >= Scatter::floating) w.scatter(first, taps, target, v);
+      }
+      if (!out.q) continue;
+      w.sum_taps(first, taps, v, matrices.sums + place);
+      const bool last = first + chunk >= p.views && (step + 1 == steps || !few_views(p));
+      if (last || projected.used + chunk == p.items) settle(p, out, w.brick, projected, matrices);
+    }
+  }
+  if (out.scatter >= Scatter::floating) {
+#pragma unroll
+    for (int m = 0; m < chunk; ++m) flush<S>(out, target, m, m, w.sums);
+  }
+  return largest;
+}
+
+// Blocks of a sample take its bricks in turn.
 template <class S, int Width>
 __global__ void __launch_bounds__(threads, backward_blocks) backward_kernel(Problem p, Gradients out) {
   using T = Arithmetic<S>;
   const Lane lane = lane_of(p);
-  const int sample = int(blockIdx.x / p.blocks), steps = p.run_x << p.run_y_log;
+  const int sample = int(blockIdx.x / p.blocks), number = int(threadIdx.x) % 32, items = p.groups * p.items;
   const unsigned block = blockIdx.x - sample * p.blocks;
-  const int64_t row = (int64_t(blockIdx.x) * warps + lane.warp) * p.groups;
-  const int items = p.groups * p.items;
-  Taps<T>* memory = dynamic_shared<Taps<T>>();
-  Projected<T> projected = {memory + lane.warp * items, 0, 0, p.items};
-  Matrices<T> matrices = {reinterpret_cast<TapSums<T>*>(memory + warps * items) + lane.warp * items, {}};
+  auto* taps = dynamic_shared<Taps<T>>();
+  auto* sums = reinterpret_cast<TapSums<T>*>(taps + warps * items);
+  T* parts = reinterpret_cast<T*>(sums + warps * items);
+  Projected<T> projected = {taps + lane.warp * items, 0, 0, p.items};
+  const Matrices<T> matrices = {sums + lane.warp * items, parts + lane.warp * 12 * 32 + number,
+                                (int64_t(blockIdx.x) * warps + lane.warp) * p.groups};
+  if (out.q) {
+    for (int e = number; e < items; e += 32) matrices.sums[e] = {};
+    for (int i = 0; i < 12 && one_view(p); ++i) matrices.part[32 * i] = 0;
+  }
   Target target;
   target.map_size = int64_t(p.height) * p.width * p.channels;
+  target.maps = sample * p.views * target.map_size;
   target.scale = out.scatter == Scatter::fixed ? fixed_scale(p, out.largest[sample]) : 0;
   unsigned largest = 0;
-  if (out.q)
-    for (int e = int(threadIdx.x % 32); e < items; e += 32) matrices.sums[e] = {};
   for (unsigned index = block * warps + lane.warp; index < p.bricks; index += p.blocks * warps) {
     const Brick brick = brick_of(p, sample, index);
     for (int base = 0; base < p.packs; base += p.lanes) {
       const int channel = (base + lane.member) * Width;
-      const unsigned own = channel * unsigned(sizeof(S));
-      const bool idle = lane.idle || channel >= p.channels;
       const T* weights = static_cast<const T*>(p.weights) + int64_t(sample) * p.views * p.channels + channel;
-      target.map = sample * p.views * target.map_size + channel;
-      Sums<T, Width> sums = {};
-#pragma unroll
-      for (int i = 0; i < 4 * chunk; ++i) sums.pixel[i / 4][i % 4] = none;
-      projected.used = p.items;
-      for (int step = 0; step < steps; ++step) {
-        const Voxel voxel = voxel_of(p, brick, lane.group, step);
-        const bool absent = idle || !voxel.inside;
-        T v[chunk][Width];
-        unsigned seen = 0;
-        int count = 0, start = projected.used;
-        Carried<T> carried[Width];
-        for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
-          if (projected.used == p.items || (first == 0 && !few_views(p))) {
-            project_items(p, brick, projected, step, first);
-            start = 0;
-          }
-          if (absent) continue;
-          sample_views<S>(p, sample, first, projected.taps + projected.used * p.groups + lane.group, own, v, seen);
-          count += __popc(seen);
-#pragma unroll
-          for (int i = 0; i < Width; ++i) {
-            const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
-            carry(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
-          }
-        }
-        Aggregate<T> aggregated[Width];
-        T g[Width];
-        if (!absent) {
-          const int64_t at = ((int64_t(sample) * p.x + voxel.x) * p.y + voxel.y) * p.z + voxel.z;
-          const auto pack = load_once(
-              reinterpret_cast<const Pack<S, Width>*>(static_cast<const S*>(out.volume) + at * p.channels + channel));
-#pragma unroll
-          for (int i = 0; i < Width; ++i) {
-            g[i] = widen(pack.values[i]);
-            aggregated[i] = aggregate(p, carried[i], count);
-          }
-        }
-        if (few_views(p)) projected.used = start;
-        for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
-          if (!few_views(p) && first % p.items == 0) project_items(p, brick, projected, step, first);
-          const Taps<T>* taps = projected.taps + projected.used * p.groups + lane.group;
-          if (p.views > chunk && !absent) sample_views<S>(p, sample, first, taps, own, v, seen);
-#pragma unroll
-          for (int m = 0; m < chunk; ++m) {
-            if (first + m >= p.views) break;
-            const Taps<T>& t = taps[m * p.groups];
-            const int view = first + m;
-            T tap_sums[4] = {};
-            if (!absent && (seen >> m & 1)) {
-              T w[4], own_share[Width];
-              tap_weights(t, w);
-#pragma unroll
-              for (int i = 0; i < Width; ++i)
-                own_share[i] = share(p, aggregated[i], g[i], v[m][i], view, weights + int64_t(view) * p.channels + i);
-              if (out.scatter == Scatter::largest) {
-#pragma unroll
-                for (int i = 0; i < Width; ++i) {
-                  const unsigned bits = __float_as_uint(float(own_share[i])) & 0x7fffffffu;
-                  largest = bits > largest ? bits : largest;
-                }
-              } else if (out.scatter != Scatter::none) {
-                scatter<S>(out, target, m, view, t, w, own_share, sums);
-                if (p.views > chunk) flush<S>(out, target, m, view, sums);
-              }
-              if (out.weights) {
-                T* to = static_cast<T*>(out.weights) + ((row + lane.group) * p.views + view) * p.channels + channel;
-#pragma unroll
-                for (int i = 0; i < Width; ++i)
-                  to[i] += g[i] * aggregated[i].inverse * (v[m][i] - (p.exclude ? aggregated[i].value : T(0)));
-              }
-              if (out.q) {
-                const char* map = map_of(p, sample, view);
-#pragma unroll
-                for (int s = 0; s < 4; ++s) {
-                  const auto tap = load_map<Pack<S, Width>>(map + (t.offset[s] + own));
-#pragma unroll
-                  for (int i = 0; i < Width; ++i) tap_sums[s] += own_share[i] * widen(tap.values[i]);
-                }
-              }
-            }
-            if (!out.q) continue;
-#pragma unroll
-            for (int s = 0; s < 4; ++s) {
-              const T sum = sum_of_group(p, lane, tap_sums[s]);
-              if (lane.member == 0 && !lane.idle)
-                matrices.sums[(projected.used + m) * p.groups + lane.group].of[s] = sum;
-            }
-          }
-          if (out.q &&
-              (projected.used + chunk == p.items || (first + chunk >= p.views && (!few_views(p) || step + 1 == steps))))
-            settle(p, out, brick, projected, row, matrices);
-        }
-      }
-      if (out.scatter == Scatter::floating || out.scatter == Scatter::fixed) {
-#pragma unroll
-        for (int m = 0; m < chunk; ++m) flush<S>(out, target, m, m, sums);
-      }
+      Worker<S, Width> worker = {p, out, lane, brick, channel, weights, {}, 0};
+      worker.sums.forget();
+      target.channel = unsigned(channel);
+      largest = backward_brick(worker, target, matrices, projected, largest);
     }
   }
   if (out.scatter == Scatter::largest) {
     largest = __reduce_max_sync(~0u, largest);
-    if (threadIdx.x % 32 == 0) atomicMax(out.largest + sample, largest);
+    if (number == 0) atomicMax(out.largest + sample, largest);
   }
-  if (out.q && one_view(p) && int(threadIdx.x % 32) < items) {
-    const Item item = item_of(p, int(threadIdx.x % 32), 0, 0);
-    add_matrix(p, out, item, row + item.group, matrices.own);
+  if (out.q && one_view(p) && number < items) {
+    T* to = part_of<T>(p, out, item_of(p, number, 0, 0), matrices.row);
+    for (int i = 0; i < 12; ++i) to[i] = matrices.part[32 * i];
   }
 }
 
@@ -992,7 +1062,8 @@ void run_backward(const Call& call, const Tensor& grad_volume, bool deterministi
   }
   const OnDevice device(grad_volume);
   const Launch launch = {int64_t(p.samples) * p.blocks, 1, 1, threads,
-                         int64_t(warps * p.groups * p.items * (sizeof(Taps<T>) + sizeof(TapSums<T>)))};
+                         int64_t(warps * (p.groups * p.items * (sizeof(Taps<T>) + sizeof(TapSums<T>)) +
+                                          (p.groups * p.items <= 32 ? 12 * 32 * sizeof(T) : 0)))};
   if (wants_maps && deterministic) {
     const std::vector<int64_t> size(results.maps.sizes().begin(), results.maps.sizes().end());
     const Tensor fixed = torch::stable::new_zeros(results.maps, size, ScalarType::Long);
