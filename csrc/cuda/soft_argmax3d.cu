@@ -1,22 +1,24 @@
-// 3D soft-argmax in CUDA. u = sum of softmax(logits / temperature) x index, its covariance, its peak, and their
-// gradient.
+// 3D soft-argmax in CUDA: mean, peak and covariance of the voxel index under softmax(logits / temperature).
 //
-// Forward: a block takes a slab of one volume, 32 KB where the voxels lie together. Each thread holds its 128 bytes in
-// registers, 8 loads of 16 bytes on their way at once; finds their largest, exponentiates relative to it and sums about
-// its place, which leaves nothing to cancel; the moments of the threads, then in a second small kernel those of the
-// slabs, are merged as Chan et al. do, in an order that depends on the shape alone: no atomics, the same bits each
-// time. Backward: the same division, one read and one write; the gradient along z is a polynomial of degree 2 times a
-// weight. Other strides, channels-last among them: a block takes up to 32 keypoints side by side, so that reads are of
-// whole sectors; backward turns a tile of 16 KB in shared memory, since the gradient's voxels lie together.
+// Forward: a block takes a slab of one volume, 8,192 voxels where they lie together (2,048 of double). Each thread has
+// its 32 in registers, up to 8 loads of 16 bytes on their way at once; it finds the largest, exponentiates relative to
+// it and sums about its place, so that nothing cancels; the moments of the threads, then in a second small kernel those
+// of the slabs, are merged as Chan et al. do, in an order that depends on the shape alone: no atomics, the same bits
+// each time. Backward: smaller slabs, one read and one write; along z the gradient is a weight times a polynomial.
+// Other strides, channels-last among them: a block takes up to 32 keypoints side by side, so that whole sectors are
+// read; backward turns a tile of 16 KB in shared memory, since the voxels of its result lie together.
 //
-// What bounds it, on paper: bytes. 18 keypoints in 64^3 voxels of float are 18.9 MB a sample: forward 5.6 us at 3.35
-// TB/s (H100), 3.9 us at 4.8 TB/s (H200; 4.4 at 4.3, a measured copy), backward twice that; half formats half of it.
-// About 25 instructions a voxel forward and 15 backward leave float at the memory (an H100 issues 34 in the time of 4
-// bytes) and bfloat16 near both limits; channels-last costs about 20 more, for the place of each voxel. A second
-// launch, about 3 us unless in a CUDA graph, could be saved by the last block that finishes: counters to clear, and
-// order no longer fixed. Occupancy: 256 threads, at most 80 registers, 3 blocks (96 KB on their way) on a
-// multiprocessor; the law of Little asks for about 20 KB. Saved for backward: the logits (an input) and the outputs.
-// Not measured on a GPU yet.
+// What bounds it, on paper. Bytes: the paper's workload, 2 samples of 15 keypoints in 64^3 voxels, is 31.5 MB of float:
+// forward 9.4 us at 3.35 TB/s (H100), 6.6 at 4.8 TB/s (H200; 7.3 at 4.3, a measured copy), backward twice that, half
+// formats half of it. Instructions (sm_90, all of a kernel over the voxels of a thread): forward 32 a voxel of float
+// and 31 of bfloat16, where an H100 issues 34 in the time of 4 bytes; so float is near both limits and bfloat16 takes
+// as long as float; backward 47 and 33, of 68 and 34. Other strides: 130, for 8 voxels a thread and the place of each.
+// The second launch, about 3 us unless in a CUDA graph, could be saved by the last block that finishes: a counter to
+// clear before each call. Clusters could merge slabs in shared memory, from sm_90 on alone.
+// Occupancy: 256 threads, at most 80 registers and 19 KB of shared memory (double: 128 and 24, 2 blocks), 3 blocks on a
+// multiprocessor with 96 KB on their way (48 in bfloat16 and backward, 24 and 12 with other strides), where Little's
+// law asks for about 20 on an H100. Saved for backward: the logits (an input) and the outputs. Not measured on a GPU
+// yet.
 #include "launch.cuh"
 
 #include <algorithm>
@@ -34,13 +36,12 @@ constexpr int most_rows = 32;              // keypoints that a block takes side 
 constexpr int tile_bytes = 16 << 10;       // of backward with other strides
 constexpr int64_t most_voxels = 1u << 31;  // of a volume: places are 32-bit numbers
 
-// Blocks at once on a multiprocessor: 64 registers for each thread forward, 80 backward, 128 in double.
+// Blocks at once on a multiprocessor: 80 registers for each thread, 128 in double. For 4 blocks some would spill.
 template <class S>
-constexpr int forward_blocks = sizeof(S) == 8 ? 2 : 4;
-template <class S>
-constexpr int backward_blocks = sizeof(S) == 8 ? 2 : 3;
+constexpr int blocks_at_once = sizeof(S) == 8 ? 2 : 3;
 
-// Loads of a thread: as many as registers hold beside the sums.
+// Loads of a thread: as many as the registers hold, of each architecture.
+constexpr int backward_loads = 4;
 template <class S, int Width>
 constexpr int loads = Width == 8 || Width == 2 ? 4 : 8;
 
@@ -98,9 +99,9 @@ __device__ __forceinline__ Block block_of(const Problem& p) {
 }
 
 // The voxels of one thread: packs of Width, `step` voxels apart.
-template <class S, int Width>
+template <class S, int Width, int Count>
 struct Voxels {
-  static constexpr int count = loads<S, Width>;
+  static constexpr int count = Count;
   Pack<S, Width> packs[count];
   unsigned first, step;
 
@@ -114,10 +115,10 @@ __device__ __forceinline__ S lowest() {
 }
 
 // `row` of the block, from `first` on; what lies beyond the slab is -inf and weighs nothing.
-template <class S, int Width>
-__device__ __forceinline__ Voxels<S, Width> load(const Problem& p, const Block& block, int row, unsigned first,
-                                                 unsigned step) {
-  Voxels<S, Width> v;
+template <class S, int Width, int Count>
+__device__ __forceinline__ Voxels<S, Width, Count> load(const Problem& p, const Block& block, int row, unsigned first,
+                                                        unsigned step) {
+  Voxels<S, Width, Count> v;
   v.first = first;
   v.step = step;
   const S* source = static_cast<const S*>(p.logits) + block.offset + row * p.layout.joint;
@@ -151,8 +152,8 @@ __device__ __forceinline__ void combine(Moments<A>& a, const Moments<A>& b, A sc
   if (tie) a.argmax = lower;
 }
 
-template <bool Covariance, class S, int Width>
-__device__ __forceinline__ Moments<Arithmetic<S>> thread_moments(const Problem& p, const Voxels<S, Width>& v) {
+template <bool Covariance, class S, int Width, int Count>
+__device__ __forceinline__ Moments<Arithmetic<S>> thread_moments(const Problem& p, const Voxels<S, Width, Count>& v) {
   using T = Arithmetic<S>;
   T largest = -T(__builtin_inf());
   unsigned argmax = v.first;
@@ -212,7 +213,7 @@ __device__ __forceinline__ void combine_groups(Moments<A>& mine, int thread, int
 }
 
 template <bool Covariance, class S, int Width>
-__global__ void __launch_bounds__(threads, forward_blocks<S>)
+__global__ void __launch_bounds__(threads, blocks_at_once<S>)
     forward_kernel(Problem p, Moments<Arithmetic<S>>* partial) {
   using T = Arithmetic<S>;
   const Block block = block_of(p);
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(threads, forward_blocks<S>)
   Moments<T> mine = no_voxels<T>();
   if (row < block.rows && group < groups) {
     const unsigned first = block.first + group * Width;
-    mine = thread_moments<Covariance>(p, load<S, Width>(p, block, row, first, groups * Width));
+    mine = thread_moments<Covariance>(p, load<S, Width, loads<S, Width>>(p, block, row, first, groups * Width));
   }
   combine_groups<Covariance, T, threads>(mine, thread, groups, p.rows.count, T(p.beta * exponential_scale<T>));
   if (group == 0 && row < block.rows) partial[(block.row + row) * p.slabs + block.slab] = mine;
@@ -297,23 +298,25 @@ __device__ __forceinline__ Pack<S, Width> gradient(const Shape& shape, const Vol
   const Place at = place_of(shape, voxel);
   const LineGradient<T> line = line_gradient(g, T(at.x), T(at.y));
   const T start = T(at.z) - g.mean[2], reference = g.maximum;
+  const unsigned peak_at = unsigned(g.argmax) - voxel;
   Pack<S, Width> result;
 #pragma unroll
   for (int i = 0; i < Width; ++i) {
     const T e = exponential(softmax_exponent(widen(logits.values[i]), reference, scale));
     const T own = logit_gradient(e, start + T(i), line);
-    result.values[i] = narrow<S>(voxel + i == g.argmax ? own + g.peak : own);
+    result.values[i] = narrow<S>(unsigned(i) == peak_at ? own + g.peak : own);
   }
   return result;
 }
 
 // Rows whose voxels lie together.
 template <class S, int Width>
-__global__ void __launch_bounds__(threads, backward_blocks<S>)
+__global__ void __launch_bounds__(threads, blocks_at_once<S>)
     backward_kernel(Problem p, Saved<Arithmetic<S>> saved, S* grad) {
   using T = Arithmetic<S>;
   const Block block = block_of(p);
-  const Voxels<S, Width> v = load<S, Width>(p, block, 0, block.first + threadIdx.x * Width, threads * Width);
+  const Voxels<S, Width, backward_loads> v =
+      load<S, Width, backward_loads>(p, block, 0, block.first + threadIdx.x * Width, threads * Width);
   VolumeGradient<T>& g = shared<VolumeGradient<T>>();
   if (threadIdx.x == 0) g = row_gradient(saved, block.row, p.beta);
   __syncthreads();
@@ -334,7 +337,7 @@ struct Tile {
 
 // Any strides: a tile is read with its rows next to each other and written with its voxels next to each other.
 template <class S>
-__global__ void __launch_bounds__(threads, backward_blocks<S>)
+__global__ void __launch_bounds__(threads, blocks_at_once<S>)
     backward_strided_kernel(Problem p, Saved<Arithmetic<S>> saved, S* grad, Divider by_slab) {
   using T = Arithmetic<S>;
   const Block block = block_of(p);
@@ -471,7 +474,7 @@ void run_backward(const Tensor& logits, Problem p, const Saved<Arithmetic<S>>& s
   const int64_t samples = logits.size(0);
   const OnDevice device(logits);
   if (in_packs<S>(p, samples)) {
-    divide(p, threads * loads<S, width> * width);
+    divide(p, threads * backward_loads * width);
     device.launch(backward_kernel<S, width>, {blocks(p, samples), 1, 1, threads, 0}, p, saved, grad);
   } else {
     rows_side_by_side(p);

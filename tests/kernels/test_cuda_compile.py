@@ -30,13 +30,13 @@ class Budget(NamedTuple):
 
 BUDGETS = {
     "soft_argmax3d": {
-        "forward_kernel<(?:true|false), (?!double)": Budget(256, 4),
+        "forward_kernel<(?:true|false), (?!double)": Budget(256, 3),
         "forward_kernel<(?:true|false), double": Budget(256, 2),
         "finish_kernel": Budget(64, 12),
         "backward_kernel<(?!double)": Budget(256, 3),
         "backward_kernel<double": Budget(256, 2),
-        "backward_strided_kernel<(?!double)": Budget(256, 4),
-        "backward_strided_kernel<double": Budget(256, 3),
+        "backward_strided_kernel<(?!double)": Budget(256, 3),
+        "backward_strided_kernel<double": Budget(256, 2),
     }
 }
 

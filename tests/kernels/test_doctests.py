@@ -10,7 +10,7 @@ import bkind3d_kernels
 MODULES = [
     m.name
     for m in pkgutil.walk_packages(bkind3d_kernels.__path__, "bkind3d_kernels.")
-    if not m.name.endswith("._cpu")  # a library of torch, no module of Python
+    if not m.name.endswith(("._cpu", "._cuda"))  # libraries of torch, no modules of Python
 ]
 WITH_EXAMPLES = {"geometry", "backends", "unproject", "soft_argmax3d", "rasterize_edges"}
 DOCS = Path(bkind3d_kernels.__file__).parents[1] / "docs"

@@ -14,8 +14,15 @@
 #if defined(EMULATION_ADDRESS)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#elif defined(EMULATION_THREAD)
+#define ON_ADDRESS(...) __VA_ARGS__
+#else
+#define ON_ADDRESS(...)
+#endif
+#if defined(EMULATION_THREAD)
 #include <sanitizer/tsan_interface.h>
+#define ON_THREAD(...) __VA_ARGS__
+#else
+#define ON_THREAD(...)
 #endif
 
 // Saves the registers that a function keeps and the stack pointer, and goes on where `to` was saved.
@@ -24,20 +31,10 @@ asm(R"(
 .text
 .type emulation_switch, @function
 emulation_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
   movq %rsp, (%rdi)
   movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
   ret
 )");
 
@@ -85,62 +82,28 @@ void* scheduler_pointer;
 [[maybe_unused]] void *scheduler_fake_stack, *scheduler_tsan;
 [[maybe_unused]] const void* scheduler_stack;
 [[maybe_unused]] std::size_t scheduler_stack_bytes;
-char launch_order;
+[[maybe_unused]] char launch_order;
 std::string error;
-
-void order_before([[maybe_unused]] char* sync) {
-#if defined(EMULATION_THREAD)
-  __tsan_release(sync);
-#endif
-}
-
-void order_after([[maybe_unused]] char* sync) {
-#if defined(EMULATION_THREAD)
-  __tsan_acquire(sync);
-#endif
-}
-
-void forbid([[maybe_unused]] char* from, [[maybe_unused]] std::size_t bytes) {
-#if defined(EMULATION_ADDRESS)
-  __asan_poison_memory_region(from, bytes);
-#endif
-}
-
-void allow([[maybe_unused]] char* from, [[maybe_unused]] std::size_t bytes) {
-#if defined(EMULATION_ADDRESS)
-  __asan_unpoison_memory_region(from, bytes);
-#endif
-}
 
 // ---- changing from one stack to another ----
 
 void resume(Fiber& f) {
   fiber = &f;
-#if defined(EMULATION_ADDRESS)
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack, f.stack, stack_bytes);
-#elif defined(EMULATION_THREAD)
-  __tsan_switch_to_fiber(f.tsan, __tsan_switch_to_fiber_no_sync);
-#endif
+  ON_ADDRESS(__sanitizer_start_switch_fiber(&scheduler_fake_stack, f.stack, stack_bytes);)
+  ON_THREAD(__tsan_switch_to_fiber(f.tsan, __tsan_switch_to_fiber_no_sync);)
   emulation_switch(&scheduler_pointer, f.pointer);
-#if defined(EMULATION_ADDRESS)
-  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-#endif
+  ON_ADDRESS(__sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);)
   fiber = nullptr;
 }
 
 void arrive_on_fiber() {
-#if defined(EMULATION_ADDRESS)
-  __sanitizer_finish_switch_fiber(fiber->fake_stack, &scheduler_stack, &scheduler_stack_bytes);
-#endif
+  ON_ADDRESS(__sanitizer_finish_switch_fiber(fiber->fake_stack, &scheduler_stack, &scheduler_stack_bytes);)
 }
 
 void back_to_scheduler() {
   Fiber& f = *fiber;
-#if defined(EMULATION_ADDRESS)
-  __sanitizer_start_switch_fiber(f.done ? nullptr : &f.fake_stack, scheduler_stack, scheduler_stack_bytes);
-#elif defined(EMULATION_THREAD)
-  __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
-#endif
+  ON_ADDRESS(__sanitizer_start_switch_fiber(f.done ? nullptr : &f.fake_stack, scheduler_stack, scheduler_stack_bytes);)
+  ON_THREAD(__tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);)
   emulation_switch(&f.pointer, scheduler_pointer);
   arrive_on_fiber();
 }
@@ -148,7 +111,7 @@ void back_to_scheduler() {
 void body() {
   arrive_on_fiber();
   (*kernel)();
-  order_before(&launch_order);
+  ON_THREAD(__tsan_release(&launch_order);)
   fiber->done = true;
   ++block->progress;
   back_to_scheduler();
@@ -159,9 +122,7 @@ void prepare(Fiber& f) {
   *top = nullptr;
   *--top = reinterpret_cast<void*>(&body);
   f.pointer = top - 6;
-#if defined(EMULATION_THREAD)
-  f.tsan = __tsan_create_fiber(0);
-#endif
+  ON_THREAD(f.tsan = __tsan_create_fiber(0);)
 }
 
 // ---- waiting ----
@@ -175,16 +136,16 @@ void prepare(Fiber& f) {
 }
 
 // The last to arrive lets all go on.
-std::uint64_t wait(Group& group, bool complete, bool orders) {
+std::uint64_t wait(Group& group, bool complete, [[maybe_unused]] bool orders) {
   const std::uint64_t mine = group.generation;
-  if (orders) order_before(&group.order[mine % 2]);
+  ON_THREAD(if (orders) __tsan_release(&group.order[mine % 2]);)
   ++block->progress;
   if (complete) {
     group.arrived = 0;
     ++group.generation;
   }
   while (group.generation == mine) back_to_scheduler();
-  if (orders) order_after(&group.order[mine % 2]);
+  ON_THREAD(if (orders) __tsan_acquire(&group.order[mine % 2]);)
   return mine;
 }
 
@@ -210,8 +171,8 @@ void run_block(Block& b, dim3 grid, dim3 size, dim3 index, std::size_t dynamic_b
   b.memory = static_cast<char*>(memory);
   b.dynamic = b.memory + static_bytes + gap;
   for (std::size_t i = 0; i < shared_bytes; ++i) static_cast<volatile char*>(b.memory)[i] = char(0xff);
-  forbid(b.memory, shared_bytes);
-  allow(b.dynamic, dynamic_bytes);
+  ON_ADDRESS(__asan_poison_memory_region(b.memory, shared_bytes);)
+  ON_ADDRESS(__asan_unpoison_memory_region(b.dynamic, dynamic_bytes);)
   b.warps.resize((count + 31) / 32);
   b.fibers.resize(count);
   for (unsigned i = 0; i < count; ++i) {
@@ -232,10 +193,8 @@ void run_block(Block& b, dim3 grid, dim3 size, dim3 index, std::size_t dynamic_b
   const auto waiting = std::count_if(b.fibers.begin(), b.fibers.end(), [](const Fiber& f) { return !f.done; });
   if (waiting && error.empty())
     error = std::to_string(waiting) + " threads wait at a barrier or shuffle that the others do not reach";
-#if defined(EMULATION_THREAD)
-  for (Fiber& f : b.fibers) __tsan_destroy_fiber(f.tsan);
-#endif
-  allow(b.memory, shared_bytes);
+  ON_THREAD(for (Fiber& f : b.fibers) __tsan_destroy_fiber(f.tsan);)
+  ON_ADDRESS(__asan_unpoison_memory_region(b.memory, shared_bytes);)
   munmap(b.memory, b.memory_bytes);
 }
 
@@ -251,7 +210,7 @@ void* shared(const void* key, std::size_t bytes) {
   const std::size_t place = block->used;
   if (place + bytes > static_bytes) fail("more than 48 KiB of shared memory");
   block->objects.emplace_back(key, place);
-  allow(block->memory + place, bytes);
+  ON_ADDRESS(__asan_unpoison_memory_region(block->memory + place, bytes);)
   block->used = (place + bytes + gap + 15) & ~std::size_t(15);
   return block->memory + place;
 }
@@ -281,9 +240,7 @@ void launch(dim3 grid, dim3 size, std::size_t dynamic_bytes, const std::function
   if (dynamic_bytes > dynamic_most) throw std::runtime_error("emulated launch: too much dynamic shared memory");
   kernel = &function;
   error.clear();
-#if defined(EMULATION_THREAD)
-  scheduler_tsan = __tsan_get_current_fiber();
-#endif
+  ON_THREAD(scheduler_tsan = __tsan_get_current_fiber();)
   const std::uint64_t blocks_in_grid = std::uint64_t(grid.x) * grid.y * grid.z;
   std::list<Block> blocks;  // kept to the end, since nothing before it orders their threads and this one
   for (std::uint64_t i = 0; i < blocks_in_grid && error.empty(); ++i) {
@@ -291,7 +248,7 @@ void launch(dim3 grid, dim3 size, std::size_t dynamic_bytes, const std::function
     const dim3 index(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
     run_block(blocks.emplace_back(), grid, size, index, dynamic_bytes);
   }
-  order_after(&launch_order);
+  ON_THREAD(__tsan_acquire(&launch_order);)
   if (!error.empty()) throw std::runtime_error("emulated launch: " + error);
 }
 
