@@ -15,12 +15,16 @@ namespace {
 constexpr int warps = 4, threads = 32 * warps;
 constexpr int chunk = 4;  // views whose samples are in registers at once
 constexpr int longest_run_x = 4, longest_run_y = 8;
+#if defined(BKIND3D_EMULATED)  // small grids reach every path
+constexpr int64_t enough_warps = 8, most_partial_bytes = 1 << 16;
+#else
 constexpr int64_t enough_warps = 8192;            // of a launch; with fewer the runs are cut
 constexpr int64_t most_partial_bytes = 64 << 20;  // sums of matrices and weights before they are added up
-constexpr int64_t max_views = 255;                // counts are bytes
+#endif
+constexpr int64_t max_views = 255;  // counts are bytes
 constexpr unsigned none = ~0u;
 
-// Blocks at once on a multiprocessor: 128 registers for each thread forward, 168 backward.
+// Blocks at once on a multiprocessor: 168 registers for each thread forward, 255 in double and backward.
 template <class S>
 constexpr int forward_blocks = sizeof(S) == 8 ? 2 : 3;
 constexpr int backward_blocks = 2;
@@ -242,40 +246,61 @@ __device__ __forceinline__ void tap_weights(const Taps<T>& t, T (&w)[4]) {
 
 template <class S, int Width>
 __device__ __forceinline__ Arithmetic<S> blend(const Pack<S, Width> (&tap)[4], const Arithmetic<S> (&w)[4], int i) {
-  return (w[0] * widen(tap[0].values[i]) + w[1] * widen(tap[1].values[i])) +
-         (w[2] * widen(tap[2].values[i]) + w[3] * widen(tap[3].values[i]));
+  Arithmetic<S> v = w[0] * widen(tap[0].values[i]);
+#pragma unroll
+  for (int s = 1; s < 4; ++s) v += w[s] * widen(tap[s].values[i]);
+  return v;
 }
 
 // ---- aggregation over the views, a chunk of them at a time, for each channel ----
+
+// e^x for x <= 0; what is below the smallest normal number is 0, which costs three instructions less than exp2f.
+__device__ __forceinline__ double exponential_of(double x) { return exponential(x); }
+__device__ __forceinline__ float exponential_of(float x) {
+  const float scaled = x * float(exponential_scale<float>);
+#if defined(BKIND3D_EMULATED)
+  return exponential(scaled);
+#else
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(scaled));
+  return e;
+#endif
+}
+
+// What stands for the sample of a view that takes no part: it weighs nothing, and no sample is less.
+template <class T>
+constexpr T lowest = -(sizeof(T) == sizeof(double) ? T(__DBL_MAX__) : T(__FLT_MAX__));
 
 // softmax: the largest sample so far and, relative to it, the sums of exponentials and of exponentials times samples.
 // max: the largest sample so far and its view. Others: sums of weights of seeing views, and of weights times samples.
 template <class T>
 struct Carried {
-  T best = -T(__builtin_inf()), total = 0, sum = 0;
+  T best = lowest<T>, total = 0, sum = 0;
 };
+
+// For the sample of a view that does not see the voxel, or that there is not.
+template <class T>
+__device__ __forceinline__ T unseen_sample(const Problem& p, int view) {
+  const bool compared = p.aggregation == Aggregation::softmax || p.aggregation == Aggregation::max;
+  return compared && (p.exclude || view >= p.views) ? lowest<T> : T(0);
+}
 
 template <class T>
 __device__ __forceinline__ void carry(const Problem& p, Carried<T>& c, const T (&v)[chunk], unsigned seen, int first,
                                       const T* weights) {
-  const unsigned present = p.exclude ? seen : (1u << chunk) - 1;
-  const int views = p.views - first < chunk ? p.views - first : chunk;
   switch (p.aggregation) {
     case Aggregation::softmax: {
-      T best = c.best;
+      const T before = c.best;
 #pragma unroll
-      for (int m = 0; m < chunk; ++m)
-        if (m < views && (present >> m & 1) && v[m] > best) best = v[m];
-      const T scale = T(exponential_scale<T>), reference = best > -T(__builtin_inf()) ? best : T(0);
+      for (int m = 0; m < chunk; ++m) c.best = max_of(c.best, v[m]);
+      const T reference = c.best > lowest<T> ? c.best : T(0);
       if (first > 0) {
-        const T older = exponential((c.best - reference) * scale);
+        const T older = exponential_of(before - reference);
         c.total *= older, c.sum *= older;
       }
-      c.best = best;
 #pragma unroll
       for (int m = 0; m < chunk; ++m) {
-        if (m >= views || !(present >> m & 1)) continue;
-        const T e = exponential((v[m] - reference) * scale);
+        const T e = exponential_of(v[m] - reference);
         c.total += e, c.sum += e * v[m];
       }
       return;
@@ -283,8 +308,8 @@ __device__ __forceinline__ void carry(const Problem& p, Carried<T>& c, const T (
     case Aggregation::max:
 #pragma unroll
       for (int m = 0; m < chunk; ++m) {
-        if (m >= views || !(present >> m & 1) || !(v[m] > c.best || first + m == 0)) continue;
-        c.best = v[m], c.total = T(first + m);
+        const bool larger = v[m] > c.best || first + m == 0;
+        c.best = larger ? v[m] : c.best, c.total = larger ? T(first + m) : c.total;
       }
       return;
     case Aggregation::weighted:
@@ -306,17 +331,35 @@ struct Aggregate {
   T best, inverse, value;  // max: inverse is the view
 };
 
+// 1 / x for x of at least 1, or 0 for 0.
+__device__ __forceinline__ double reciprocal(double x) { return x != 0 ? 1 / x : 0; }
+__device__ __forceinline__ float reciprocal(float x) {
+#if defined(BKIND3D_EMULATED)
+  return x != 0 ? 1 / x : 0;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return x != 0 ? y : 0;
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ Aggregate<T> aggregate(const Problem& p, const Carried<T>& c, int count) {
-  const T total = p.aggregation == Aggregation::mean ? T(!p.exclude ? p.views : count > 0 ? count : 1) : c.total;
-  const T inverse = total != 0 ? 1 / total : T(0);
   switch (p.aggregation) {
-    case Aggregation::max: return {c.best, c.total, p.exclude && count == 0 ? T(0) : c.best};
+    case Aggregation::softmax: {
+      const T inverse = reciprocal(c.total);
+      return {c.best > lowest<T> ? c.best : T(0), inverse, c.sum * inverse};
+    }
+    case Aggregation::max: return {0, c.total, p.exclude && count == 0 ? T(0) : c.best};
+    case Aggregation::weighted: {
+      const T inverse = !p.exclude ? T(1) : c.total != 0 ? 1 / c.total : T(0);
+      return {0, inverse, c.sum * inverse};
+    }
     case Aggregation::sum: return {0, 1, c.sum};
-    case Aggregation::weighted:
-      if (!p.exclude) return {0, 1, c.sum};
-      [[fallthrough]];
-    default: return {c.best > -T(__builtin_inf()) ? c.best : T(0), inverse, c.sum * inverse};
+    default: {
+      const T inverse = reciprocal(T(!p.exclude ? p.views : count > 0 ? count : 1));
+      return {0, inverse, c.sum * inverse};
+    }
   }
 }
 
@@ -324,8 +367,7 @@ __device__ __forceinline__ Aggregate<T> aggregate(const Problem& p, const Carrie
 template <class T>
 __device__ __forceinline__ T share(const Problem& p, const Aggregate<T>& a, T g, T v, int view, const T* weight) {
   switch (p.aggregation) {
-    case Aggregation::softmax:
-      return softmax_gradient(g, exponential((v - a.best) * T(exponential_scale<T>)) * a.inverse, v, a.value);
+    case Aggregation::softmax: return softmax_gradient(g, exponential_of(v - a.best) * a.inverse, v, a.value);
     case Aggregation::max: return a.inverse == T(view) ? g : T(0);
     case Aggregation::weighted: return g * a.inverse * __ldg(weight);
     default: return g * a.inverse;
@@ -396,16 +438,19 @@ __global__ void __launch_bounds__(threads, forward_blocks<S>)
         const Taps<T>* taps = projected.taps + projected.used * p.groups + lane.group;
         const unsigned seen = read_taps(p, sample, first, taps, channel * unsigned(sizeof(S)), held);
         count += __popc(seen);
-        T w[chunk][4];
+        T w[chunk][4], unseen[chunk];
 #pragma unroll
-        for (int m = 0; m < chunk; ++m) tap_weights(taps[m * p.groups], w[m]);
+        for (int m = 0; m < chunk; ++m) {
+          tap_weights(taps[m * p.groups], w[m]);
+          unseen[m] = unseen_sample<T>(p, first + m);
+        }
         const T* weights =
             static_cast<const T*>(p.weights) + (int64_t(sample) * p.views + first) * p.channels + channel;
 #pragma unroll
         for (int i = 0; i < Width; ++i) {
           T v[chunk];
 #pragma unroll
-          for (int m = 0; m < chunk; ++m) v[m] = seen >> m & 1 ? blend(held.taps[m], w[m], i) : T(0);
+          for (int m = 0; m < chunk; ++m) v[m] = seen >> m & 1 ? blend(held.taps[m], w[m], i) : unseen[m];
           carry(p, carried[i], v, seen, first, weights + i);
         }
       }
@@ -439,7 +484,7 @@ struct Gradients {
 // 2^62 / voxels in units of the largest magnitude, as a power of two: no sum can pass 63 bits.
 __device__ __forceinline__ double fixed_scale(const Problem& p, unsigned largest) {
   const double voxels = double(p.x) * p.y * p.z;
-  return ldexp(1.0, 61 - ilogb(voxels) - (int(largest >> 23) - 126));
+  return ldexp(1.0, 61 - ilogb(voxels > 1 ? voxels : 1) - (int(largest >> 23) - 126));
 }
 
 // One vector reduction where the architecture has it and the pack is one.
@@ -603,7 +648,7 @@ __device__ __forceinline__ unsigned sample_views(const Problem& p, int sample, i
   for (int m = 0; m < chunk; ++m) {
     const Taps<T>& t = taps[m * p.groups];
 #pragma unroll
-    for (int i = 0; i < Width; ++i) v[m][i] = 0;
+    for (int i = 0; i < Width; ++i) v[m][i] = unseen_sample<T>(p, first + m);
     if (first + m >= p.views || t.offset[0] == none) continue;
     seen |= 1u << m;
     const char* map = map_of(p, sample, first + m);

@@ -145,7 +145,7 @@ ctypes.CDLL(sys.argv[1])
 for name in ("_cpu", "_cuda"):
     torch.ops.load_library(f"{sys.argv[2]}/{name}.so")
 print(torch.ops.bkind3d.cuda_architectures())
-for name in ("soft_argmax3d", "soft_argmax3d_backward"):
+for name in ("soft_argmax3d", "soft_argmax3d_backward", "unproject", "unproject_backward"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bkind3d::{name}", "CUDA")
 """
 
