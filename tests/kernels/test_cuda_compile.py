@@ -37,7 +37,14 @@ BUDGETS = {
         "backward_kernel<double": Budget(256, 2),
         "backward_strided_kernel<(?!double)": Budget(256, 3),
         "backward_strided_kernel<double": Budget(256, 2),
-    }
+    },
+    "unproject": {
+        "forward_kernel<(?!double)": Budget(128, 3),
+        "forward_kernel<double": Budget(128, 2),
+        "backward_kernel": Budget(128, 2),
+        "sum_rows_kernel": Budget(256, 4),
+        "from_fixed_kernel": Budget(256, 8),
+    },
 }
 
 REPORT = re.compile(
