@@ -23,7 +23,7 @@ OPTIONS = list(itertools.product(["softmax", "mean", "sum", "max", "weighted"], 
 HALVES = (torch.bfloat16, torch.float16)
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 4e-3, torch.float16: 8e-4}
 # (N, M, C, map, volume). Channels: one, no pack, packs of 4 and of 8, a voxel for a whole warp, more than a warp.
-# Views: a chunk, several, more than are projected at once. Maps of one pixel, row, column. Volumes flat in z, in x, long.
+# Views: a chunk, several, more than are projected at once. Maps: pixel, row, column. Volumes flat in z or x, long.
 SHAPES = [
     (2, 4, 3, (9, 8), (6, 5, 7)),
     (1, 1, 1, (1, 1), (3, 2, 3)),
