@@ -47,6 +47,13 @@ BUDGETS = {
         "backward_strided_kernel<(?!double)": Budget(256, 3),
         "backward_strided_kernel<double": Budget(256, 2),
     },
+    "unproject": {
+        "forward_kernel<(?!double)": Budget(128, 3),
+        "forward_kernel<double": Budget(128, 2),
+        "backward_kernel": Budget(128, 2),
+        "sum_rows_kernel": Budget(256, 4),
+        "from_fixed_kernel": Budget(256, 8),
+    },
 }
 
 REPORT = re.compile(
@@ -154,7 +161,7 @@ ctypes.CDLL(sys.argv[1])
 for name in ("_cpu", "_cuda"):
     torch.ops.load_library(f"{sys.argv[2]}/{name}.so")
 print(torch.ops.bkind3d.cuda_architectures())
-for op in ("soft_argmax3d", "rasterize_edges"):
+for op in ("unproject", "soft_argmax3d", "rasterize_edges"):
     for name in (op, f"{op}_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bkind3d::{name}", "CUDA")
 """

@@ -51,7 +51,31 @@ def rasterize_edges_cases() -> Iterator[Callable[[], None]]:
         yield case
 
 
-CASES = {"soft_argmax3d": soft_argmax3d_cases, "rasterize_edges": rasterize_edges_cases}
+def unproject_cases() -> Iterator[Callable[[], None]]:
+    """Groups of one lane and of several, runs, few views and many, each way of adding to the maps."""
+    options = ("softmax", "zero"), ("weighted", "exclude"), ("max", "exclude")
+    shapes = (1, 4, 8, (2, 4, 9)), (1, 5, 3, (1, 2, 3)), (1, 9, 20, (1, 1, 2))
+    for number, ((n, m, c, volume), dtype) in enumerate(itertools.product(shapes, DTYPES)):
+        option = options[number % 3]
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        features = randn(n, m, c, 5, 6).to(dtype).requires_grad_()
+        q = torch.tensor([[0.2, 0.6, 0.3, 0.5], [0.7, 0.1, 0.4, 0.2], [0.0, 0.1, 0.0, 1.0]], dtype=real)
+        q = q.expand(n, m, 3, 4).clone().requires_grad_()
+        weights = randn(n, m, c).to(real).requires_grad_() if option[0] == "weighted" else None
+
+        def case(features=features, q=q, weights=weights, rest=(list(volume), *option), number=number) -> None:
+            torch.use_deterministic_algorithms(number % 2 == 0)
+            backward(torch.ops.bkind3d_emulated.unproject(features, q, None, weights, *rest)[0])
+            torch.use_deterministic_algorithms(False)
+
+        yield case
+
+
+CASES = {
+    "unproject": unproject_cases,
+    "soft_argmax3d": soft_argmax3d_cases,
+    "rasterize_edges": rasterize_edges_cases,
+}
 
 
 def main() -> None:

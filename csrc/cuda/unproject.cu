@@ -1,0 +1,1204 @@
+// Unprojection in CUDA. For every voxel and view: projection, four taps, the aggregate over the views; and its
+// gradient.
+//
+// A voxel has a group of lanes, 16 bytes of channels each (8 lanes for 32 channels of float, 4 of bfloat16), a warp as
+// many voxels along z as fit. It walks over a brick, 8 steps along y and 4 along x. One lane projects for a whole group
+// and leaves offsets and weights in shared memory, 32 voxels and views at once. Views are taken four at a time,
+// unrolled: any number of them with the same code, up to four without a rescaling of the softmax. A lane keeps the four
+// taps of each view in registers, each pixel at a place given by the parity of its row and column: what the next voxel
+// shares stays where it is and is not read again. Backward recomputes all of this, keeps the four taps' gradients at
+// the same places, and adds one to the map (16 bytes by one `red` where the architecture has it) when another pixel
+// takes its place: that is instead of a tile of the map in shared memory, where additions of float are loops.
+// Deterministic: the same twice, first for the largest |dL/dv| of each sample, then in 64-bit fixed point relative to
+// it. dL/dQ: sums over a group's lanes by shuffles, then one lane for each voxel and view; it and dL/dw are summed in
+// parts with one owner each, and the parts by a last kernel, in a fixed order: no atomics. Saved for backward: the
+// inputs alone.
+//
+// What bounds it, on paper, at (N, M, C, map, volume) = (8, 4, 32, 64^2, 64^3). Writing the volume: 268 MB in float, 80
+// us at 3.35 TB/s (H100), 56 at 4.8 (H200; 62 at 4.3, a measured copy); bfloat16 half. Taps: 4.3 GB if each were read
+// from the first-level cache, 145 us at 128 bytes a cycle on 132 multiprocessors; at 0.4 pixels a step about a quarter
+// of them change. Instructions: about 30 a sample of float and 26 of bfloat16 (nvcc's, counted), 268 M samples, 28 T a
+// second: 280 and 240 us. So it is bound by issue, 4 to 5 times the floor of float, and bfloat16 gains little: beyond
+// the goal of twice the floor until the counts fall. Backward: about twice the instructions, and 1 GB of `red` instead
+// of 4.3. Occupancy: 12 warps on a multiprocessor forward (168 registers), 8 backward (255), 16 loads of a lane on
+// their way. Not tried: 2 channels a lane backward (12 warps, more instructions); tensor cores for the blend (weights
+// would be rounded). Not measured on a GPU yet; every number here is an estimate.
+#include "launch.cuh"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../common/unproject.h"
+
+namespace bkind3d {
+namespace {
+
+constexpr int warps = 4, threads = 32 * warps;
+constexpr int chunk = 4;  // views whose samples are in registers at once
+constexpr int longest_run_x = 4, longest_run_y = 8;
+#if defined(BKIND3D_EMULATED)  // small grids reach every path
+constexpr int64_t enough_warps = 8, most_partial_bytes = 1 << 16;
+#else
+constexpr int64_t enough_warps = 8192;            // of a launch; with fewer the runs are cut
+constexpr int64_t most_partial_bytes = 64 << 20;  // sums of matrices and weights before they are added up
+#endif
+constexpr int64_t max_views = 255;  // counts are bytes
+constexpr unsigned none = ~0u;
+
+// Blocks at once on a multiprocessor: 168 registers for each thread forward, 255 in double and backward.
+template <class S>
+constexpr int forward_blocks = sizeof(S) == 8 ? 2 : 3;
+constexpr int backward_blocks = 2;
+
+// Channels of a lane: 16 bytes of what is read; in the backward pass 16 bytes of what is added.
+template <class S>
+constexpr int forward_width = 16 / sizeof(S);
+template <class S>
+constexpr int backward_width = 16 / sizeof(Arithmetic<S>);
+
+enum class Aggregation { softmax, mean, sum, max, weighted };
+
+// What all kernels are given; T is the type of the arithmetic.
+struct Problem {
+  const char* features;
+  int64_t stride_n, stride_m;   // of features, in bytes
+  unsigned stride_y, stride_x;  // likewise; the channels lie together
+  const void* q;                // T (N, M, 12)
+  const bool* mask;             // (N, M) or null
+  const void* weights;          // T (N, M, C), or null without Aggregation::weighted
+  int samples, views, channels, height, width;
+  int x, y, z;
+  Aggregation aggregation;
+  bool exclude;
+
+  // A voxel has a group of lanes, each with a pack of channels, or several one after the other. The groups of a warp
+  // lie along z, and y where that is short. A warp walks over a brick: run_y steps of its groups along y, run_x along
+  // x.
+  int packs, lanes, groups, groups_z;
+  int run_x, run_y_log;
+  unsigned bricks_y, bricks_z, bricks, blocks;  // of a sample
+  int items, padded_views;                      // items: projections of a group that are made at once
+  Divider by_groups = Divider(1), by_views = Divider(1);
+};
+
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+#if defined(BKIND3D_EMULATED)
+  return static_cast<T*>(emulation::dynamic_shared());
+#else
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<T*>(memory);
+#endif
+}
+
+// ---- which voxel ----
+
+struct Brick {
+  int sample, x, y, z;  // of its first voxel
+};
+
+struct Voxel {
+  int x, y, z;
+  bool inside;
+};
+
+__device__ __forceinline__ Brick brick_of(const Problem& p, int sample, unsigned index) {
+  const unsigned line = index / p.bricks_z, column = line / p.bricks_y;
+  const int groups_y = p.groups / p.groups_z;
+  return {sample, int(column) * p.run_x, int(line - column * p.bricks_y) * (groups_y << p.run_y_log),
+          int(index - line * p.bricks_z) * p.groups_z};
+}
+
+// Up and down along y, so that a step is always to a neighbour.
+__device__ __forceinline__ Voxel voxel_of(const Problem& p, const Brick& brick, int group, int step) {
+  const int step_x = step >> p.run_y_log, last = (1 << p.run_y_log) - 1;
+  const int step_y = step_x & 1 ? last - (step & last) : step & last;
+  const int group_y = group / p.groups_z, groups_y = p.groups / p.groups_z;
+  const Voxel v = {brick.x + step_x, brick.y + group_y + step_y * groups_y, brick.z + group - group_y * p.groups_z,
+                   true};
+  return {v.x, v.y, v.z, v.x < p.x && v.y < p.y && v.z < p.z};
+}
+
+// ---- projection: one lane for each voxel and view ----
+
+template <class T>
+struct Sight {
+  bool seen;
+  T u, v, depth;
+  AxisTaps<T> x, y;
+};
+
+template <class T>
+__device__ __forceinline__ Sight<T> sight_of(const Problem& p, int sample, const Voxel& voxel, int view) {
+  Sight<T> s = {};  // all of it: what is undefined on one path would hold registers on the others
+  const int64_t row = int64_t(sample) * p.views + view;
+  if (view >= p.views || !voxel.inside || (p.mask && !p.mask[row])) return s;
+  const Homogeneous<T> h = project(static_cast<const T*>(p.q) + row * 12, T(voxel.x), T(voxel.y), T(voxel.z));
+  s.u = h.x / h.depth, s.v = h.y / h.depth, s.depth = h.depth;
+  s.seen = sees(s.u, s.v, s.depth, T(p.width), T(p.height));
+  s.x = axis_taps(s.u, T(p.width)), s.y = axis_taps(s.v, T(p.height));
+  return s;
+}
+
+// The place of the first tap among two: a pixel's place is whether its index is odd. A tap outside has the other one.
+template <class T>
+__device__ __forceinline__ int first_place(const AxisTaps<T>& taps) {
+  return (taps.inside[0] != 0 ? int(taps.index[0]) : int(taps.index[1]) + 1) & 1;
+}
+
+// A voxel's four taps in one view, each at the place 2 (row odd) + (column odd): a pixel that the next voxel shares has
+// the same place there. Offsets are in bytes; the first is `none` where the view does not see the voxel.
+template <class T>
+struct alignas(16) Taps {
+  unsigned offset[4];
+  T x[2], y[2];  // weights of columns and rows
+};
+
+template <class T>
+__device__ __forceinline__ Taps<T> taps_of(const Problem& p, const Sight<T>& s) {
+  Taps<T> t = {{none, none, none, none}, {}, {}};
+  if (!s.seen) return t;
+  const bool odd_x = first_place(s.x), odd_y = first_place(s.y);
+  const unsigned x0 = unsigned(s.x.index[0]) * p.stride_x, x1 = unsigned(s.x.index[1]) * p.stride_x;
+  const unsigned y0 = unsigned(s.y.index[0]) * p.stride_y, y1 = unsigned(s.y.index[1]) * p.stride_y;
+  const unsigned x_even = odd_x ? x1 : x0, x_odd = odd_x ? x0 : x1;
+  const unsigned y_even = odd_y ? y1 : y0, y_odd = odd_y ? y0 : y1;
+  t.offset[0] = y_even + x_even, t.offset[1] = y_even + x_odd;
+  t.offset[2] = y_odd + x_even, t.offset[3] = y_odd + x_odd;
+  t.x[0] = odd_x ? s.x.weight[1] : s.x.weight[0], t.x[1] = odd_x ? s.x.weight[0] : s.x.weight[1];
+  t.y[0] = odd_y ? s.y.weight[1] : s.y.weight[0], t.y[1] = odd_y ? s.y.weight[0] : s.y.weight[1];
+  return t;
+}
+
+// An item of a group: a step of its run and a view. All views of some steps, or where those are too many some views of
+// one step.
+struct Item {
+  int group, step, view;
+};
+
+// From (step, view) on; `e` counts the groups first.
+__device__ __forceinline__ Item item_of(const Problem& p, int e, int step, int view) {
+  const int item = int(p.by_groups.quotient(e)), later = int(p.by_views.quotient(item));
+  return {e - item * p.groups, step + later, view + item - later * p.padded_views};
+}
+
+__device__ __forceinline__ bool few_views(const Problem& p) { return p.padded_views <= p.items; }
+
+// What a warp has projected: items from (step, view) on, of which `used` have been asked for.
+template <class T>
+struct Projected {
+  Taps<T>* taps;
+  int step, view, used;
+};
+
+template <class T>
+__device__ __forceinline__ void project_items(const Problem& p, const Brick& brick, Projected<T>& projected, int step,
+                                              int view) {
+  projected.step = step, projected.view = view, projected.used = 0;
+  __syncwarp();
+  for (int e = int(threadIdx.x % 32); e < p.groups * p.items; e += 32) {
+    const Item item = item_of(p, e, step, view);
+    const Voxel voxel = voxel_of(p, brick, item.group, item.step);
+    projected.taps[e] = taps_of(p, sight_of<T>(p, brick.sample, voxel, item.view));
+  }
+  __syncwarp();
+}
+
+// ---- a thread ----
+
+struct Lane {
+  int warp, group, member;
+  bool idle;
+};
+
+__device__ __forceinline__ Lane lane_of(const Problem& p) {
+  const int lane = int(threadIdx.x) % 32, group = lane / p.lanes;
+  return {int(threadIdx.x) / 32, group, lane - group * p.lanes, group >= p.groups};
+}
+
+template <class P>
+__device__ __forceinline__ P load_map(const char* at) {
+#if defined(BKIND3D_EMULATED)
+  return *reinterpret_cast<const P*>(at);
+#else
+  P pack;
+  if constexpr (sizeof(P) == 16) {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
+    __builtin_memcpy(&pack, &bits, 16);
+  } else if constexpr (sizeof(P) == 8) {
+    const uint2 bits = __ldg(reinterpret_cast<const uint2*>(at));
+    __builtin_memcpy(&pack, &bits, 8);
+  } else if constexpr (sizeof(P) == 4) {
+    const unsigned bits = __ldg(reinterpret_cast<const unsigned*>(at));
+    __builtin_memcpy(&pack, &bits, 4);
+  } else {
+    const unsigned short bits = __ldg(reinterpret_cast<const unsigned short*>(at));
+    __builtin_memcpy(&pack, &bits, 2);
+  }
+  return pack;
+#endif
+}
+
+// Written once and not read here: first to be replaced in the second-level cache, where the maps are to stay.
+template <class P>
+__device__ __forceinline__ void store_once(P* p, const P& pack) {
+#if defined(BKIND3D_EMULATED)
+  *p = pack;
+#else
+  if constexpr (sizeof(P) == 16) {
+    uint4 bits;
+    __builtin_memcpy(&bits, &pack, 16);
+    __stcs(reinterpret_cast<uint4*>(p), bits);
+  } else {
+    *p = pack;
+  }
+#endif
+}
+
+__device__ __forceinline__ const char* map_of(const Problem& p, int sample, int view) {
+  return p.features + sample * p.stride_n + view * p.stride_m;
+}
+
+template <class T>
+__device__ __forceinline__ void tap_weights(const Taps<T>& t, T (&w)[4]) {
+#pragma unroll
+  for (int s = 0; s < 4; ++s) w[s] = t.y[s / 2] * t.x[s % 2];
+}
+
+template <class S, int Width>
+__device__ __forceinline__ Arithmetic<S> blend(const Pack<S, Width> (&tap)[4], const Arithmetic<S> (&w)[4], int i) {
+  Arithmetic<S> v = w[0] * widen(tap[0].values[i]);
+#pragma unroll
+  for (int s = 1; s < 4; ++s) v += w[s] * widen(tap[s].values[i]);
+  return v;
+}
+
+// ---- aggregation over the views, a chunk of them at a time, for each channel ----
+
+// e^x for x <= 0; what is below the smallest normal number is 0, which costs three instructions less than exp2f.
+__device__ __forceinline__ double exponential_of(double x) { return exponential(x); }
+__device__ __forceinline__ float exponential_of(float x) {
+  const float scaled = x * float(exponential_scale<float>);
+#if defined(BKIND3D_EMULATED)
+  return exponential(scaled);
+#else
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(scaled));
+  return e;
+#endif
+}
+
+// What stands for the sample of a view that takes no part: it weighs nothing, and no sample is less.
+template <class T>
+constexpr T lowest = -(sizeof(T) == sizeof(double) ? T(__DBL_MAX__) : T(__FLT_MAX__));
+
+// softmax: the largest sample so far and, relative to it, the sums of exponentials and of exponentials times samples.
+// max: the largest sample so far and its view. Others: sums of weights of seeing views, and of weights times samples.
+template <class T>
+struct Carried {
+  T best = lowest<T>, total = 0, sum = 0;
+};
+
+// For the sample of a view that does not see the voxel, or that there is not.
+template <class T>
+__device__ __forceinline__ T unseen_sample(const Problem& p, int view) {
+  const bool compared = p.aggregation == Aggregation::softmax || p.aggregation == Aggregation::max;
+  return compared && (p.exclude || view >= p.views) ? lowest<T> : T(0);
+}
+
+template <class T>
+__device__ __forceinline__ void carry(const Problem& p, Carried<T>& c, const T (&v)[chunk], unsigned seen, int first,
+                                      const T* weights) {
+  switch (p.aggregation) {
+    case Aggregation::softmax: {
+      const T before = c.best;
+#pragma unroll
+      for (int m = 0; m < chunk; ++m) c.best = max_of(c.best, v[m]);
+      const T reference = c.best > lowest<T> ? c.best : T(0);
+      if (first > 0) {
+        const T older = exponential_of(before - reference);
+        c.total *= older, c.sum *= older;
+      }
+#pragma unroll
+      for (int m = 0; m < chunk; ++m) {
+        const T e = exponential_of(v[m] - reference);
+        c.total += e, c.sum += e * v[m];
+      }
+      return;
+    }
+    case Aggregation::max:
+#pragma unroll
+      for (int m = 0; m < chunk; ++m) {
+        const bool larger = v[m] > c.best || first + m == 0;
+        c.best = larger ? v[m] : c.best, c.total = larger ? T(first + m) : c.total;
+      }
+      return;
+    case Aggregation::weighted:
+#pragma unroll
+      for (int m = 0; m < chunk; ++m) {
+        if (!(seen >> m & 1)) continue;
+        const T w = __ldg(weights + m * p.channels);
+        c.total += w, c.sum += w * v[m];
+      }
+      return;
+    default:
+#pragma unroll
+      for (int m = 0; m < chunk; ++m) c.sum += v[m];
+  }
+}
+
+template <class T>
+struct Aggregate {
+  T best, inverse, value;  // max: inverse is the view
+};
+
+// 1 / x for x of at least 1, or 0 for 0.
+__device__ __forceinline__ double reciprocal(double x) { return x != 0 ? 1 / x : 0; }
+__device__ __forceinline__ float reciprocal(float x) {
+#if defined(BKIND3D_EMULATED)
+  return x != 0 ? 1 / x : 0;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return x != 0 ? y : 0;
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ Aggregate<T> aggregate(const Problem& p, const Carried<T>& c, int count) {
+  switch (p.aggregation) {
+    case Aggregation::softmax: {
+      const T inverse = reciprocal(c.total);
+      return {c.best > lowest<T> ? c.best : T(0), inverse, c.sum * inverse};
+    }
+    case Aggregation::max: return {0, c.total, p.exclude && count == 0 ? T(0) : c.best};
+    case Aggregation::weighted: {
+      const T inverse = !p.exclude ? T(1) : c.total != 0 ? 1 / c.total : T(0);
+      return {0, inverse, c.sum * inverse};
+    }
+    case Aggregation::sum: return {0, 1, c.sum};
+    default: {
+      const T inverse = reciprocal(T(!p.exclude ? p.views : count > 0 ? count : 1));
+      return {0, inverse, c.sum * inverse};
+    }
+  }
+}
+
+// dL/dv of a view that sees the voxel.
+template <class T>
+__device__ __forceinline__ T share(const Problem& p, const Aggregate<T>& a, T g, T v, int view, const T* weight) {
+  switch (p.aggregation) {
+    case Aggregation::softmax: return softmax_gradient(g, exponential_of(v - a.best) * a.inverse, v, a.value);
+    case Aggregation::max: return a.inverse == T(view) ? g : T(0);
+    case Aggregation::weighted: return g * a.inverse * __ldg(weight);
+    default: return g * a.inverse;
+  }
+}
+
+// ---- forward ----
+
+// Taps of a chunk of views that a lane has read, and which they are.
+template <class S, int Width>
+struct Held {
+  Pack<S, Width> taps[chunk][4];
+  unsigned offset[chunk][4];
+
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int i = 0; i < 4 * chunk; ++i) offset[i / 4][i % 4] = none;
+  }
+};
+
+// Reads of a chunk of views what is not held already; which of them see the voxel, as bits.
+template <class S, int Width, class T>
+__device__ __forceinline__ unsigned read_taps(const Problem& p, int sample, int first, const Taps<T>* taps,
+                                              unsigned own, Held<S, Width>& held) {
+  unsigned seen = 0;
+#pragma unroll
+  for (int m = 0; m < chunk; ++m) {
+    const Taps<T>& t = taps[m * p.groups];
+    if (first + m >= p.views || t.offset[0] == none) continue;
+    seen |= 1u << m;
+    const char* map = map_of(p, sample, first + m);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const unsigned offset = t.offset[s];
+      if (offset == held.offset[m][s]) continue;
+      held.offset[m][s] = offset;
+      held.taps[m][s] = load_map<Pack<S, Width>>(map + (offset + own));
+    }
+  }
+  return seen;
+}
+
+template <class S, int Width>
+__global__ void __launch_bounds__(threads, forward_blocks<S>)
+    forward_kernel(Problem p, S* volume, unsigned char* counts) {
+  using T = Arithmetic<S>;
+  const Lane lane = lane_of(p);
+  const int sample = int(blockIdx.x / p.blocks), steps = p.run_x << p.run_y_log;
+  const unsigned index = (blockIdx.x - sample * p.blocks) * warps + lane.warp;
+  if (index >= p.bricks) return;
+  const Brick brick = brick_of(p, sample, index);
+  Projected<T> projected = {dynamic_shared<Taps<T>>() + lane.warp * p.groups * p.items, 0, 0, p.items};
+  for (int base = 0; base < p.packs; base += p.lanes) {
+    const int channel = (base + lane.member) * Width;
+    const bool idle = lane.idle || channel >= p.channels;
+    Held<S, Width> held;
+    held.forget();
+    projected.used = p.items;
+    for (int step = 0; step < steps; ++step) {
+      const Voxel voxel = voxel_of(p, brick, lane.group, step);
+      Carried<T> carried[Width];
+      int count = 0;
+      if (!few_views(p)) projected.used = p.items;
+      for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
+        if (projected.used == p.items) project_items(p, brick, projected, step, first);
+        if (idle || !voxel.inside) continue;
+        if (p.views > chunk) held.forget();
+        const Taps<T>* taps = projected.taps + projected.used * p.groups + lane.group;
+        const unsigned seen = read_taps(p, sample, first, taps, channel * unsigned(sizeof(S)), held);
+        count += __popc(seen);
+        T w[chunk][4], unseen[chunk];
+#pragma unroll
+        for (int m = 0; m < chunk; ++m) {
+          tap_weights(taps[m * p.groups], w[m]);
+          unseen[m] = unseen_sample<T>(p, first + m);
+        }
+        const T* weights =
+            static_cast<const T*>(p.weights) + (int64_t(sample) * p.views + first) * p.channels + channel;
+#pragma unroll
+        for (int i = 0; i < Width; ++i) {
+          T v[chunk];
+#pragma unroll
+          for (int m = 0; m < chunk; ++m) v[m] = seen >> m & 1 ? blend(held.taps[m], w[m], i) : unseen[m];
+          carry(p, carried[i], v, seen, first, weights + i);
+        }
+      }
+      if (idle || !voxel.inside) continue;
+      Pack<S, Width> out;
+#pragma unroll
+      for (int i = 0; i < Width; ++i) out.values[i] = narrow<S>(aggregate(p, carried[i], count).value);
+      const int64_t at = ((int64_t(sample) * p.x + voxel.x) * p.y + voxel.y) * p.z + voxel.z;
+      store_once(reinterpret_cast<Pack<S, Width>*>(volume + at * p.channels + channel), out);
+      if (channel == 0) counts[at] = static_cast<unsigned char>(count);
+    }
+  }
+}
+
+// ---- backward ----
+
+// What becomes of dL/dv: added to the maps in floating point; the largest magnitude in a sample is found; or added in
+// fixed point relative to that, which no order of the additions changes.
+enum class Scatter { none, floating, largest, fixed };
+
+struct Gradients {
+  const void* volume;  // S (N, X, Y, Z, C)
+  Scatter scatter;
+  void* maps;         // (N, M, H, W, C): T, or 64-bit integers
+  unsigned* largest;  // (N): bits of a float
+  void* q;            // T (N, rows, padded views, 12), rows for every block, warp and group; null where not wanted
+  void* weights;      // T (N, rows, M, C); null where not wanted
+  int q_rows;         // of a group: 1, or as many as steps are projected at once
+};
+
+// 2^62 / voxels in units of the largest magnitude, as a power of two: no sum can pass 63 bits.
+__device__ __forceinline__ double fixed_scale(const Problem& p, unsigned largest) {
+  const double voxels = double(p.x) * p.y * p.z;
+  return ldexp(1.0, 61 - ilogb(voxels > 1 ? voxels : 1) - (int(largest >> 23) - 126));
+}
+
+// One vector reduction where the architecture has it and the pack is one.
+template <class T, int Width>
+__device__ __forceinline__ void add_to(T* p, const T (&v)[Width]) {
+#if !defined(BKIND3D_EMULATED) && __CUDA_ARCH__ >= 900
+  if constexpr (sizeof(T) == 4 && Width == 4) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "f"(v[0]),
+                 "f"(v[1]), "f"(v[2]), "f"(v[3])
+                 : "memory");
+  } else
+#endif
+  {
+#pragma unroll
+    for (int i = 0; i < Width; ++i) atomicAdd(p + i, v[i]);
+  }
+}
+
+// Sums for the taps of a chunk of views, at the places of their pixels; each is added to its map when another pixel
+// takes its place.
+template <class T, int Width>
+struct Sums {
+  T of[chunk][4][Width];
+  unsigned pixel[chunk][4];  // offsets as in Taps
+
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int i = 0; i < 4 * chunk; ++i) pixel[i / 4][i % 4] = none;
+  }
+};
+
+// Where the sums of a lane go: the map of view 0, in elements, and the first of its channels.
+struct Target {
+  int64_t maps, map_size;
+  unsigned channel;
+  double scale;
+};
+
+template <class S, int Width>
+__device__ __forceinline__ void add_sum(const Gradients& out, const Target& to, int view, unsigned pixel,
+                                        const Arithmetic<S> (&sum)[Width]) {
+  using T = Arithmetic<S>;
+  const int64_t map = to.maps + view * to.map_size;
+  const unsigned at = pixel / unsigned(sizeof(S)) + to.channel;
+  if (out.scatter == Scatter::floating) {
+    add_to(static_cast<T*>(out.maps) + map + at, sum);
+  } else {
+    auto* p = static_cast<unsigned long long*>(out.maps) + map + at;
+#pragma unroll
+    for (int i = 0; i < Width; ++i)
+      atomicAdd(p + i, static_cast<unsigned long long>(static_cast<long long>(rint(double(sum[i]) * to.scale))));
+  }
+}
+
+template <class S, int Width>
+__device__ __forceinline__ void flush(const Gradients& out, const Target& to, int m, int view,
+                                      Sums<Arithmetic<S>, Width>& sums) {
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    if (sums.pixel[m][s] != none) add_sum<S>(out, to, view, sums.pixel[m][s], sums.of[m][s]);
+    sums.pixel[m][s] = none;
+  }
+}
+
+template <class S, int Width>
+__device__ __forceinline__ void add_taps(const Gradients& out, const Target& to, int m, int view,
+                                         const Taps<Arithmetic<S>>& t, const Arithmetic<S> (&g)[Width],
+                                         Sums<Arithmetic<S>, Width>& sums) {
+  Arithmetic<S> w[4];
+  tap_weights(t, w);
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const unsigned pixel = t.offset[s];
+    if (pixel != sums.pixel[m][s]) {
+      if (sums.pixel[m][s] != none) add_sum<S>(out, to, view, sums.pixel[m][s], sums.of[m][s]);
+      sums.pixel[m][s] = pixel;
+#pragma unroll
+      for (int i = 0; i < Width; ++i) sums.of[m][s][i] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < Width; ++i) sums.of[m][s][i] += w[s] * g[i];
+  }
+}
+
+// ---- dL/dQ ----
+
+// Sums over channels of gradient times tap, of every item that is projected: from all lanes of a voxel.
+template <class T>
+struct alignas(16) TapSums {
+  T of[4];
+};
+
+template <class T>
+__device__ __forceinline__ T sum_of_group(const Problem& p, const Lane& lane, T value) {
+  for (int step = 16; step > 0; step >>= 1) {
+    const T other = __shfl_down_sync(~0u, value, step);
+    if (lane.member + step < p.lanes) value += other;
+  }
+  return value;
+}
+
+// Whether a lane has one item of those that are projected at once, and always the same view.
+__device__ __forceinline__ bool one_view(const Problem& p) { return few_views(p) && p.groups * p.items <= 32; }
+
+// What a warp knows of dL/dQ. With `one_view` a lane's part of it is in shared memory, its elements 32 apart.
+template <class T>
+struct Matrices {
+  TapSums<T>* sums;
+  T* part;
+  int64_t row;  // in Gradients::q, of group 0
+};
+
+// A lane's part in memory.
+template <class T>
+__device__ __forceinline__ T* part_of(const Problem& p, const Gradients& out, const Item& item, int64_t row) {
+  row = (row + item.group) * out.q_rows + (few_views(p) ? item.step : 0);
+  return static_cast<T*>(out.q) + (row * p.padded_views + item.view) * 12;
+}
+
+template <class T>
+__device__ __forceinline__ Homogeneous<T> gradient_of(const Sight<T>& sight, const TapSums<T>& sums) {
+  const bool odd_x = first_place(sight.x), odd_y = first_place(sight.y);
+  auto at = [&](bool row, bool column) {
+    const T even = column ? sums.of[1] : sums.of[0], odd = column ? sums.of[3] : sums.of[2];
+    return row ? odd : even;
+  };
+  const PixelGradient<T> pixel =
+      pixel_gradient(sight.x, sight.y, at(odd_y, odd_x), at(odd_y, !odd_x), at(!odd_y, odd_x), at(!odd_y, !odd_x));
+  return homogeneous_gradient(pixel, sight.u, sight.v, sight.depth);
+}
+
+// Adds what the sums of all items give, each by the lane that has projected it; clears the sums.
+template <class T>
+__device__ __forceinline__ void settle(const Problem& p, const Gradients& out, const Brick& brick,
+                                       const Projected<T>& projected, const Matrices<T>& matrices) {
+  __syncwarp();
+  for (int e = int(threadIdx.x % 32); e < p.groups * p.items; e += 32) {
+    const TapSums<T> sums = matrices.sums[e];
+    matrices.sums[e] = {};
+    const Item item = item_of(p, e, 0, projected.view);
+    const Voxel voxel = voxel_of(p, brick, item.group, projected.step + item.step);
+    const Sight<T> sight = sight_of<T>(p, brick.sample, voxel, item.view);
+    if (!sight.seen) continue;
+    const Homogeneous<T> g = gradient_of(sight, sums);
+    const T rows[3] = {g.x, g.y, g.depth}, index[4] = {T(voxel.x), T(voxel.y), T(voxel.z), T(1)};
+    T* to = one_view(p) ? matrices.part : part_of<T>(p, out, item, matrices.row);
+    const int stride = one_view(p) ? 32 : 1;
+#pragma unroll
+    for (int i = 0; i < 12; ++i) to[i * stride] += rows[i / 4] * index[i % 4];
+  }
+  __syncwarp();
+}
+
+// ---- the backward kernel ----
+
+template <class S, int Width, class T>
+__device__ __forceinline__ unsigned sample_views(const Problem& p, int sample, int first, const Taps<T>* taps,
+                                                 unsigned own, T (&v)[chunk][Width]) {
+  unsigned seen = 0;
+#pragma unroll
+  for (int m = 0; m < chunk; ++m) {
+    const Taps<T>& t = taps[m * p.groups];
+#pragma unroll
+    for (int i = 0; i < Width; ++i) v[m][i] = unseen_sample<T>(p, first + m);
+    if (first + m >= p.views || t.offset[0] == none) continue;
+    seen |= 1u << m;
+    const char* map = map_of(p, sample, first + m);
+    Pack<S, Width> tap[4];
+    T w[4];
+#pragma unroll
+    for (int s = 0; s < 4; ++s) tap[s] = load_map<Pack<S, Width>>(map + (t.offset[s] + own));
+    tap_weights(t, w);
+#pragma unroll
+    for (int i = 0; i < Width; ++i) v[m][i] = blend(tap, w, i);
+  }
+  return seen;
+}
+
+// A lane at work on a pack of channels of a brick.
+template <class S, int Width>
+struct Worker {
+  using T = Arithmetic<S>;
+  using Samples = T[chunk][Width];  // or their gradients
+  const Problem& p;
+  const Gradients& out;
+  const Lane lane;
+  const Brick brick;
+  const int channel;
+  const T* weights;  // of view 0 and the channel
+  Sums<T, Width> sums;
+  unsigned seen;
+
+  __device__ __forceinline__ bool idle() const { return lane.idle || channel >= p.channels; }
+
+  __device__ __forceinline__ void sample(int first, const Taps<T>* taps, Samples& v) {
+    seen = sample_views<S>(p, brick.sample, first, taps, channel * unsigned(sizeof(S)), v);
+  }
+
+  __device__ __forceinline__ void carry_all(int first, const Samples& v, Carried<T> (&carried)[Width]) const {
+#pragma unroll
+    for (int i = 0; i < Width; ++i) {
+      const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
+      carry(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
+    }
+  }
+
+  __device__ __forceinline__ Pack<S, Width> gradient_at(const Voxel& voxel) const {
+    const int64_t at = ((int64_t(brick.sample) * p.x + voxel.x) * p.y + voxel.y) * p.z + voxel.z;
+    const S* from = static_cast<const S*>(out.volume) + at * p.channels + channel;
+    return load_once(reinterpret_cast<const Pack<S, Width>*>(from));
+  }
+
+  // From samples to their gradients, and dL/dw where it is wanted.
+  __device__ __forceinline__ void share_out(int first, const Pack<S, Width>& g, const Aggregate<T> (&a)[Width],
+                                            int64_t row, Samples& v) const {
+#pragma unroll
+    for (int m = 0; m < chunk; ++m) {
+      if (!(seen >> m & 1)) continue;
+      const int64_t at = int64_t(first + m) * p.channels;
+      if (out.weights) {
+        T* to = static_cast<T*>(out.weights) + row * p.views * p.channels + at + channel;
+#pragma unroll
+        for (int i = 0; i < Width; ++i)
+          to[i] += widen(g.values[i]) * a[i].inverse * (v[m][i] - (p.exclude ? a[i].value : T(0)));
+      }
+#pragma unroll
+      for (int i = 0; i < Width; ++i)
+        v[m][i] = share(p, a[i], widen(g.values[i]), v[m][i], first + m, weights + at + i);
+    }
+  }
+
+  __device__ __forceinline__ unsigned largest(unsigned so_far, const Samples& v) const {
+#pragma unroll
+    for (int i = 0; i < chunk * Width; ++i) {
+      const unsigned bits = __float_as_uint(float(v[i / Width][i % Width])) & 0x7fffffffu;
+      if ((seen >> i / Width & 1) && bits > so_far) so_far = bits;
+    }
+    return so_far;
+  }
+
+  __device__ __forceinline__ void scatter(int first, const Taps<T>* taps, const Target& target, const Samples& v) {
+#pragma unroll
+    for (int m = 0; m < chunk; ++m) {
+      if (!(seen >> m & 1)) continue;
+      add_taps<S>(out, target, m, first + m, taps[m * p.groups], v[m], sums);
+      if (p.views > chunk) flush<S>(out, target, m, first + m, sums);
+    }
+  }
+
+  // All lanes of the warp come.
+  __device__ __forceinline__ void sum_taps(int first, const Taps<T>* taps, const Samples& v, TapSums<T>* to) const {
+#pragma unroll
+    for (int m = 0; m < chunk; ++m) {
+      if (first + m >= p.views) continue;
+      const Taps<T>& t = taps[m * p.groups];
+      const char* map = map_of(p, brick.sample, first + m);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        T sum = 0;
+        if (seen >> m & 1) {
+          const auto tap = load_map<Pack<S, Width>>(map + (t.offset[s] + channel * unsigned(sizeof(S))));
+#pragma unroll
+          for (int i = 0; i < Width; ++i) sum += v[m][i] * widen(tap.values[i]);
+        }
+        sum = sum_of_group(p, lane, sum);
+        if (lane.member == 0 && !lane.idle) to[m * p.groups].of[s] = sum;
+      }
+    }
+  }
+};
+
+// One pack of channels of a brick; returns the largest magnitude of dL/dv where that is what is wanted.
+template <class S, int Width>
+__device__ __forceinline__ unsigned backward_brick(Worker<S, Width>& w, const Target& target,
+                                                   const Matrices<Arithmetic<S>>& matrices,
+                                                   Projected<Arithmetic<S>>& projected, unsigned largest) {
+  using T = Arithmetic<S>;
+  const Problem& p = w.p;
+  const Gradients& out = w.out;
+  const int steps = p.run_x << p.run_y_log;
+  projected.used = p.items;
+  for (int step = 0; step < steps; ++step) {
+    const Voxel voxel = voxel_of(p, w.brick, w.lane.group, step);
+    const bool absent = w.idle() || !voxel.inside;
+    Carried<T> carried[Width];
+    T v[chunk][Width] = {};
+    Pack<S, Width> g = {};
+    if (!absent) g = w.gradient_at(voxel);
+    int count = 0;
+    w.seen = 0;
+    if (!few_views(p)) projected.used = p.items;
+    for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
+      if (projected.used == p.items) project_items(p, w.brick, projected, step, first);
+      if (absent) continue;
+      w.sample(first, projected.taps + projected.used * p.groups + w.lane.group, v);
+      w.carry_all(first, v, carried);
+      count += __popc(w.seen);
+    }
+    Aggregate<T> aggregated[Width] = {};
+    if (!absent) {
+#pragma unroll
+      for (int i = 0; i < Width; ++i) aggregated[i] = aggregate(p, carried[i], count);
+    }
+    projected.used = few_views(p) ? projected.used - p.padded_views : p.items;
+    for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
+      if (projected.used == p.items) project_items(p, w.brick, projected, step, first);
+      const int place = projected.used * p.groups + w.lane.group;
+      const Taps<T>* taps = projected.taps + place;
+      if (!absent) {
+        if (p.views > chunk) w.sample(first, taps, v);
+        w.share_out(first, g, aggregated, matrices.row + w.lane.group, v);
+        if (out.scatter == Scatter::largest) largest = w.largest(largest, v);
+        if (out.scatter >= Scatter::floating) w.scatter(first, taps, target, v);
+      }
+      if (!out.q) continue;
+      w.sum_taps(first, taps, v, matrices.sums + place);
+      const bool last = first + chunk >= p.views && (step + 1 == steps || !few_views(p));
+      if (last || projected.used + chunk == p.items) settle(p, out, w.brick, projected, matrices);
+    }
+  }
+  if (out.scatter >= Scatter::floating) {
+#pragma unroll
+    for (int m = 0; m < chunk; ++m) flush<S>(out, target, m, m, w.sums);
+  }
+  return largest;
+}
+
+// Blocks of a sample take its bricks in turn.
+template <class S, int Width>
+__global__ void __launch_bounds__(threads, backward_blocks) backward_kernel(Problem p, Gradients out) {
+  using T = Arithmetic<S>;
+  const Lane lane = lane_of(p);
+  const int sample = int(blockIdx.x / p.blocks), number = int(threadIdx.x) % 32, items = p.groups * p.items;
+  const unsigned block = blockIdx.x - sample * p.blocks;
+  auto* taps = dynamic_shared<Taps<T>>();
+  auto* sums = reinterpret_cast<TapSums<T>*>(taps + warps * items);
+  T* parts = reinterpret_cast<T*>(sums + warps * items);
+  Projected<T> projected = {taps + lane.warp * items, 0, 0, p.items};
+  const Matrices<T> matrices = {sums + lane.warp * items, parts + lane.warp * 12 * 32 + number,
+                                (int64_t(blockIdx.x) * warps + lane.warp) * p.groups};
+  if (out.q) {
+    for (int e = number; e < items; e += 32) matrices.sums[e] = {};
+    for (int i = 0; i < 12 && one_view(p); ++i) matrices.part[32 * i] = 0;
+  }
+  Target target;
+  target.map_size = int64_t(p.height) * p.width * p.channels;
+  target.maps = sample * p.views * target.map_size;
+  target.scale = out.scatter == Scatter::fixed ? fixed_scale(p, out.largest[sample]) : 0;
+  unsigned largest = 0;
+  for (unsigned index = block * warps + lane.warp; index < p.bricks; index += p.blocks * warps) {
+    const Brick brick = brick_of(p, sample, index);
+    for (int base = 0; base < p.packs; base += p.lanes) {
+      const int channel = (base + lane.member) * Width;
+      const T* weights = static_cast<const T*>(p.weights) + int64_t(sample) * p.views * p.channels + channel;
+      Worker<S, Width> worker = {p, out, lane, brick, channel, weights, {}, 0};
+      worker.sums.forget();
+      target.channel = unsigned(channel);
+      largest = backward_brick(worker, target, matrices, projected, largest);
+    }
+  }
+  if (out.scatter == Scatter::largest) {
+    largest = __reduce_max_sync(~0u, largest);
+    if (number == 0) atomicMax(out.largest + sample, largest);
+  }
+  if (out.q && one_view(p) && number < items) {
+    T* to = part_of<T>(p, out, item_of(p, number, 0, 0), matrices.row);
+    for (int i = 0; i < 12; ++i) to[i] = matrices.part[32 * i];
+  }
+}
+
+// ---- after the backward kernel ----
+
+constexpr int sum_columns = 32, sum_threads = 256;
+
+// Sums over the rows of (N, rows, columns), of the first `wanted` columns, in an order that never changes.
+template <class T>
+__global__ void __launch_bounds__(sum_threads)
+    sum_rows_kernel(const T* from, int64_t rows, int columns, int wanted, T* to) {
+  struct Partial {
+    double of[sum_threads];
+  };
+  Partial& partial = shared<Partial>();
+  const int blocks = (wanted + sum_columns - 1) / sum_columns;
+  const int64_t sample = blockIdx.x / blocks;
+  const int column = int(blockIdx.x - sample * blocks) * sum_columns + int(threadIdx.x) % sum_columns;
+  double sum = 0;
+  if (column < wanted)
+    for (int64_t row = threadIdx.x / sum_columns; row < rows; row += sum_threads / sum_columns)
+      sum += from[(sample * rows + row) * columns + column];
+  partial.of[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x >= sum_columns || column >= wanted) return;
+  for (int i = 1; i < sum_threads / sum_columns; ++i) sum += partial.of[threadIdx.x + i * sum_columns];
+  to[sample * wanted + column] = T(sum);
+}
+
+// From fixed point to the dtype of the features. A gradient that is not finite makes all of its sample NaN.
+template <class S>
+__global__ void __launch_bounds__(sum_threads)
+    from_fixed_kernel(Problem p, const long long* from, const unsigned* largest, int64_t count, S* to) {
+  const int64_t i = int64_t(blockIdx.x) * sum_threads + threadIdx.x;
+  if (i >= count) return;
+  const unsigned bits = largest[i / (count / p.samples)];
+  const double value = double(from[i]) / fixed_scale(p, bits);
+  to[i] = narrow<S>(Arithmetic<S>(bits < 0x7f800000u ? value : __builtin_nan("")));
+}
+
+// ---- host ----
+
+Aggregation parse_aggregation(const std::string& name) {
+  constexpr const char* names[] = {"softmax", "mean", "sum", "max", "weighted"};
+  for (int i = 0; i < 5; ++i)
+    if (name == names[i]) return static_cast<Aggregation>(i);
+  STD_TORCH_CHECK(false, "aggregation '", name, "': expected softmax, mean, sum, max or weighted");
+}
+
+bool parse_exclude(const std::string& name) {
+  STD_TORCH_CHECK(name == "zero" || name == "exclude", "unseen '", name, "': expected zero or exclude");
+  return name == "exclude";
+}
+
+// f(S{}) for the storage type of the features.
+template <class F>
+auto by_type(ScalarType type, F f) {
+  switch (type) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(bfloat16{});
+    case ScalarType::Half: return f(float16{});
+    default: STD_TORCH_CHECK(false, "features: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType arithmetic_of(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+int64_t bytes_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
+
+// Dimension `from` moved to the end.
+Tensor moved_last(Tensor t, int64_t from) {
+  for (; from + 1 < t.dim(); ++from) t = torch::stable::transpose(t, from, from + 1);
+  return t;
+}
+
+// Everything that forward and backward share, and the tensors that the pointers need alive.
+struct Call {
+  Problem p{};
+  Tensor features, q;
+  std::optional<Tensor> mask, weights;
+  ScalarType type, arithmetic;
+};
+
+// Whether packs of `bytes` can be read as they are: channels together, every pixel aligned.
+bool in_packs(const Tensor& last, int64_t bytes, int64_t size) {
+  if (reinterpret_cast<uintptr_t>(last.const_data_ptr()) % bytes) return false;
+  for (int64_t i = 0; i + 1 < last.dim(); ++i)
+    if (last.size(i) > 1 && last.stride(i) * size % bytes) return false;
+  return true;
+}
+
+bool channels_together(const Tensor& last) {
+  return last.stride(last.dim() - 1) == 1 || last.size(last.dim() - 1) == 1;
+}
+
+// How the lanes of a warp share voxels and channels, and the warps the volume.
+void divide(Problem& p, int width) {
+  p.packs = p.channels / width;
+  int passes = 0;
+  do {  // until three quarters of the lanes have work
+    p.lanes = (p.packs + passes) / (passes + 1);
+    ++passes;
+  } while (p.lanes > 32 || 4 * p.packs * int64_t(32 / p.lanes) < 96 * int64_t(passes));
+  const int groups = 32 / p.lanes;
+  p.groups_z = std::max(1, std::min(groups, p.z));
+  const int groups_y = groups / p.groups_z;
+  p.groups = p.groups_z * groups_y;
+  p.padded_views = int(ceil_divide(p.views, chunk)) * chunk;
+  const int room = std::max(chunk, 32 / p.groups / chunk * chunk);
+  p.items = p.padded_views <= room ? room / p.padded_views * p.padded_views : room;
+  p.by_groups = Divider(p.groups), p.by_views = Divider(p.padded_views);
+
+  int run_y = longest_run_y;
+  p.run_x = longest_run_x;
+  auto cut = [&] {
+    p.bricks_z = unsigned(ceil_divide(p.z, p.groups_z)), p.bricks_y = unsigned(ceil_divide(p.y, groups_y * run_y));
+    return p.bricks_z * int64_t(p.bricks_y) * ceil_divide(p.x, p.run_x);
+  };
+  while (run_y > 1 && groups_y * (run_y / 2) >= p.y) run_y /= 2;
+  while (p.run_x > 1 && p.run_x / 2 >= p.x) p.run_x /= 2;
+  while (p.run_x > 1 && cut() * p.samples < enough_warps) p.run_x /= 2;
+  while (run_y > 1 && cut() * p.samples < enough_warps) run_y /= 2;
+  const int64_t bricks = cut();
+  STD_TORCH_CHECK(bricks * p.samples < (int64_t(1) << 31), "shape: too many voxels");
+  p.bricks = unsigned(bricks), p.blocks = unsigned(ceil_divide(bricks, warps));
+  for (p.run_y_log = 0; 1 << p.run_y_log < run_y;) ++p.run_y_log;
+}
+
+Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor>& view_mask,
+             const std::optional<Tensor>& view_weights, const std::vector<int64_t>& shape,
+             const std::string& aggregation, const std::string& unseen, bool dense) {
+  STD_TORCH_CHECK(features.dim() == 5, "features: expected (N, M, C, H, W)");
+  STD_TORCH_CHECK(shape.size() == 3, "shape: expected three integers");
+  Call call;
+  Problem& p = call.p;
+  const int64_t n = features.size(0), m = features.size(1), c = features.size(2);
+  const int64_t h = features.size(3), w = features.size(4), limit = int64_t(1) << 24;  // exact in float
+  STD_TORCH_CHECK(1 <= m && m <= max_views && c > 0 && h > 0 && w > 0,
+                  "features: expected 1 to 255 views and no empty dimension but N");
+  call.type = features.scalar_type();
+  call.arithmetic = arithmetic_of(call.type);
+  const int64_t size = bytes_of(call.type);
+  STD_TORCH_CHECK(n < limit && c < limit && h < limit && w < limit, "features: expected dimensions below 2^24");
+  for (int64_t length : shape) STD_TORCH_CHECK(0 <= length && length < limit, "shape: expected lengths below 2^24");
+  p.samples = int(n), p.views = int(m), p.channels = int(c), p.height = int(h), p.width = int(w);
+  p.x = int(shape[0]), p.y = int(shape[1]), p.z = int(shape[2]);
+  p.aggregation = parse_aggregation(aggregation);
+  p.exclude = parse_exclude(unseen);
+
+  const Tensor maps = moved_last(features, 2);
+  const bool packed = c * size % 16 == 0;
+  const bool as_they_are = channels_together(maps) && (!packed || in_packs(maps, 16, size)) &&
+                           (!dense || (maps.stride(3) == c && maps.stride(2) == w * c));
+  call.features = as_they_are ? maps : torch::stable::contiguous(maps);
+  const Tensor& f = call.features;
+  const int64_t last_byte = ((h - 1) * f.stride(2) + (w - 1) * f.stride(3) + c) * size;
+  STD_TORCH_CHECK(last_byte < none, "features: one map of (C, H, W) is too large for 32-bit offsets");
+  p.features = static_cast<const char*>(f.const_data_ptr());
+  p.stride_n = f.stride(0) * size, p.stride_m = f.stride(1) * size;
+  p.stride_y = unsigned(f.stride(2) * size), p.stride_x = unsigned(f.stride(3) * size);
+  STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == n && q.size(1) == m && q.size(2) == 3 && q.size(3) == 4,
+                  "q: expected (N, M, 3, 4)");
+  call.q = plain("q", q, call.arithmetic, n * m * 12, features);
+  p.q = call.q.const_data_ptr();
+  if (view_mask) {
+    STD_TORCH_CHECK(view_mask->scalar_type() == ScalarType::Bool, "view_mask: expected (N, M) bool");
+    call.mask = plain("view_mask", *view_mask, ScalarType::Bool, n * m, features);
+    p.mask = static_cast<const bool*>(call.mask->const_data_ptr());
+  }
+  STD_TORCH_CHECK(view_weights.has_value() == (p.aggregation == Aggregation::weighted),
+                  "view_weights: expected with aggregation 'weighted' and with no other");
+  if (view_weights) {
+    call.weights = plain("view_weights", *view_weights, call.arithmetic, n * m * c, features);
+    p.weights = call.weights->const_data_ptr();
+  }
+  return call;
+}
+
+template <class S, int Width>
+void run_forward(Problem p, const Tensor& volume, const Tensor& counts) {
+  divide(p, Width);
+  const OnDevice device(volume);
+  device.launch(
+      forward_kernel<S, Width>,
+      {int64_t(p.samples) * p.blocks, 1, 1, threads, int64_t(warps * p.groups * p.items * sizeof(Taps<Arithmetic<S>>))},
+      p, static_cast<S*>(volume.mutable_data_ptr()), static_cast<unsigned char*>(counts.mutable_data_ptr()));
+}
+
+std::tuple<Tensor, Tensor> unproject(Tensor features, Tensor q, std::optional<Tensor> view_mask,
+                                     std::optional<Tensor> view_weights, std::vector<int64_t> shape,
+                                     std::string aggregation, std::string unseen) {
+  const Call call = prepare(features, q, view_mask, view_weights, shape, aggregation, unseen, false);
+  const int64_t n = features.size(0), c = features.size(2);
+  Tensor volume = torch::stable::empty({n, c, shape[0], shape[1], shape[2]}, call.type, std::nullopt, features.device(),
+                                       std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast3d);
+  Tensor counts = torch::stable::new_empty(features, {n, shape[0], shape[1], shape[2]}, ScalarType::Byte);
+  by_type(call.type, [&](auto storage) {
+    using S = decltype(storage);
+    constexpr int width = forward_width<S>;
+    c % width == 0 ? run_forward<S, width>(call.p, volume, counts) : run_forward<S, 1>(call.p, volume, counts);
+  });
+  return {volume, counts};
+}
+
+// What the backward kernel adds up in parts, one for each group of lanes of each block.
+struct Partial {
+  Tensor sums;
+  int64_t rows, columns;
+};
+
+Partial partial_sums(const Call& call, int64_t rows, int64_t columns) {
+  return {torch::stable::new_zeros(call.q, {call.p.samples, rows, columns}, call.arithmetic), rows, columns};
+}
+
+template <class T>
+void add_up(const OnDevice& device, const Partial& partial, const Tensor& to) {
+  const int64_t n = partial.sums.size(0), wanted = n ? to.numel() / n : 0;
+  device.launch(sum_rows_kernel<T>, {n * ceil_divide(wanted, sum_columns), 1, 1, sum_threads, 0},
+                static_cast<const T*>(partial.sums.const_data_ptr()), partial.rows, int(partial.columns), int(wanted),
+                static_cast<T*>(to.mutable_data_ptr()));
+}
+
+// Gradients as they are asked for, empty where not. The maps' have the channels last.
+struct Results {
+  Tensor maps, q, weights;
+};
+
+template <class S, int Width>
+void run_backward(const Call& call, const Tensor& grad_volume, bool deterministic, Results& results) {
+  using T = Arithmetic<S>;
+  Problem p = call.p;
+  divide(p, Width);
+  const bool wants_maps = results.maps.numel() > 0, wants_q = results.q.numel() > 0;
+  const bool wants_weights = results.weights.numel() > 0;
+  Gradients out{};
+  out.volume = grad_volume.const_data_ptr();
+  out.q_rows = std::max(1, p.items / p.padded_views);
+  const int64_t group_columns =
+      (wants_q ? out.q_rows * p.padded_views * 12 : 0) + (wants_weights ? int64_t(p.views) * p.channels : 0);
+  if (group_columns && p.blocks) {
+    const int64_t most = most_partial_bytes / (group_columns * int64_t(sizeof(T)) * warps * p.groups * p.samples);
+    p.blocks = unsigned(std::clamp<int64_t>(most, 1, p.blocks));
+  }
+  const int64_t rows = int64_t(p.blocks) * warps * p.groups;
+  std::optional<Partial> q, weights;
+  if (wants_q) {
+    q = partial_sums(call, rows * out.q_rows, p.padded_views * 12);
+    out.q = q->sums.mutable_data_ptr();
+  }
+  if (wants_weights) {
+    weights = partial_sums(call, rows, int64_t(p.views) * p.channels);
+    out.weights = weights->sums.mutable_data_ptr();
+  }
+  const OnDevice device(grad_volume);
+  const Launch launch = {int64_t(p.samples) * p.blocks, 1, 1, threads,
+                         int64_t(warps * (p.groups * p.items * (sizeof(Taps<T>) + sizeof(TapSums<T>)) +
+                                          (p.groups * p.items <= 32 ? 12 * 32 * sizeof(T) : 0)))};
+  if (wants_maps && deterministic) {
+    const std::vector<int64_t> size(results.maps.sizes().begin(), results.maps.sizes().end());
+    const Tensor fixed = torch::stable::new_zeros(results.maps, size, ScalarType::Long);
+    const Tensor largest = torch::stable::new_zeros(results.maps, {p.samples}, ScalarType::Int);
+    out.maps = fixed.mutable_data_ptr();
+    out.largest = static_cast<unsigned*>(largest.mutable_data_ptr());
+    Gradients first = out;
+    first.scatter = Scatter::largest, first.q = first.weights = nullptr;
+    device.launch(backward_kernel<S, Width>, launch, p, first);
+    out.scatter = Scatter::fixed;
+    device.launch(backward_kernel<S, Width>, launch, p, out);
+    const int64_t count = fixed.numel();
+    device.launch(from_fixed_kernel<S>, {ceil_divide(count, sum_threads), 1, 1, sum_threads, 0}, p,
+                  static_cast<const long long*>(fixed.const_data_ptr()), out.largest, count,
+                  static_cast<S*>(results.maps.mutable_data_ptr()));
+  } else {
+    Tensor sums = results.maps;
+    if (wants_maps) {
+      const std::vector<int64_t> size(results.maps.sizes().begin(), results.maps.sizes().end());
+      sums = torch::stable::new_zeros(results.maps, size, call.arithmetic);
+      out.maps = sums.mutable_data_ptr();
+      out.scatter = Scatter::floating;
+    }
+    device.launch(backward_kernel<S, Width>, launch, p, out);
+    if (wants_maps) results.maps = call.type == call.arithmetic ? sums : torch::stable::to(sums, call.type);
+  }
+  if (q) add_up<T>(device, *q, results.q);
+  if (weights) add_up<T>(device, *weights, results.weights);
+}
+
+std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor features, Tensor q,
+                                                      std::optional<Tensor> view_mask,
+                                                      std::optional<Tensor> view_weights, std::vector<int64_t> shape,
+                                                      std::string aggregation, std::string unseen, bool needs_features,
+                                                      bool needs_q, bool needs_weights, bool deterministic) {
+  const Call call = prepare(features, q, view_mask, view_weights, shape, aggregation, unseen, true);
+  const int64_t n = call.p.samples, m = call.p.views, c = call.p.channels, h = call.p.height, w = call.p.width;
+  STD_TORCH_CHECK(grad_volume.dim() == 5 && grad_volume.size(0) == n && grad_volume.size(1) == c &&
+                      grad_volume.size(2) == shape[0] && grad_volume.size(3) == shape[1] &&
+                      grad_volume.size(4) == shape[2],
+                  "grad_volume: expected (N, C, X, Y, Z)");
+  STD_TORCH_CHECK(grad_volume.device() == features.device(), "grad_volume: expected the device of the features");
+  STD_TORCH_CHECK(!needs_weights || view_weights, "needs_weights: there are no view_weights");
+  if (grad_volume.scalar_type() != call.type) grad_volume = torch::stable::to(grad_volume, call.type);
+  Tensor gradient = moved_last(grad_volume, 1);
+  if (!gradient.is_contiguous()) gradient = torch::stable::contiguous(gradient);
+  if (reinterpret_cast<uintptr_t>(gradient.const_data_ptr()) % 16) gradient = torch::stable::clone(gradient);
+  auto empty = [&](bool wanted, const std::vector<int64_t>& size, ScalarType type) {
+    return torch::stable::new_empty(features, wanted ? size : std::vector<int64_t>{0}, type);
+  };
+  Results results = {empty(needs_features, {n, m, h, w, c}, call.type), empty(needs_q, {n, m, 3, 4}, call.arithmetic),
+                     empty(needs_weights, {n, m, c}, call.arithmetic)};
+  by_type(call.type, [&](auto storage) {
+    using S = decltype(storage);
+    constexpr int width = backward_width<S>;
+    c % width == 0 ? run_backward<S, width>(call, gradient, deterministic, results)
+                   : run_backward<S, 1>(call, gradient, deterministic, results);
+  });
+  if (needs_features) results.maps = torch::stable::transpose(torch::stable::transpose(results.maps, 3, 4), 2, 3);
+  return {results.maps, results.q, results.weights};
+}
+
+}  // namespace
+}  // namespace bkind3d
+
+BKIND3D_KERNELS(m) {
+  m.impl("unproject", TORCH_BOX(&bkind3d::unproject));
+  m.impl("unproject_backward", TORCH_BOX(&bkind3d::unproject_backward));
+}
