@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build/native"
 NVCC = shutil.which("nvcc") or shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
 BINUTILS = shutil.which("nm") and shutil.which("c++filt")
-pytestmark = pytest.mark.skipif(not (NVCC and BINUTILS and sys.platform == "linux"), reason="needs nvcc and binutils")
+RUNS = NVCC and BINUTILS and sys.platform == "linux"
+pytestmark = pytest.mark.skipif(not RUNS, reason="needs nvcc and binutils")
+if os.environ.get("CI") == "true":
+    assert RUNS, "CI compiles the CUDA kernels: nvcc and binutils are needed"
 
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "9.0"
 REGISTERS, SHARED = 65536, 100 * 1024  # of a multiprocessor; the least shared memory is that of sm_86, 89 and 120

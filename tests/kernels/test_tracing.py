@@ -28,7 +28,8 @@ class Chain(nn.Module):
         super().__init__()
         self.unproject = Unproject(aggregation=aggregation, unseen=unseen, return_counts=True, backend=backend)
         self.soft_argmax = SoftArgmax3d(temperature=0.2, return_peak=True, return_covariance=True, backend=backend)
-        self.linear_soft_argmax = LinearSoftArgmax3d(4, 2, backend=backend).requires_grad_(False)
+        linear = "auto" if backend == "cuda" else backend  # it has no CUDA kernels
+        self.linear_soft_argmax = LinearSoftArgmax3d(4, 2, backend=linear).requires_grad_(False)
         self.linear_soft_argmax.weight.copy_(torch.linspace(-3, 3, 8).view(2, 4))
         self.rasterize = EdgeRasterizer([(4, 5), (8, 10)], [1.0, 1.5], backend=backend)
 
