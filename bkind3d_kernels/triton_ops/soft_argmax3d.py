@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import FEATURE_DTYPES, describe
+from ..checks import FEATURE_DTYPES, check_positive, describe
 from ..registration import refuse_tangents
 from . import INTERPRETED, NAMESPACE, Variant, define, on_device, unavailable
 
@@ -425,7 +425,8 @@ def _arithmetic(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _check_logits(logits: Tensor) -> None:
+def _check(logits: Tensor, temperature: float) -> None:
+    check_positive("temperature", temperature)
     if logits.ndim != 5 or 0 in logits.shape[1:] or logits.shape[1] > GRID:
         raise ValueError(
             f"logits {describe(logits)}: expected (N, J, X, Y, Z) with no empty dimension but N and J up to {GRID}"
@@ -435,7 +436,7 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _forward(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, ...]:
-    _check_logits(logits)
+    _check(logits, temperature)
     logits = _coalesced(logits)
     n, joints = logits.shape[:2]
     dtype = _arithmetic(logits)
@@ -494,7 +495,7 @@ def _backward(
     total: Tensor,
     argmax: Tensor,
 ) -> Tensor:
-    _check_logits(logits)
+    _check(logits, temperature)
     logits = _coalesced(logits)
     n, joints = logits.shape[:2]
     dtype = _arithmetic(logits)

@@ -313,8 +313,8 @@ def _aggregate(best, total, sum, count, M, AGGREGATION: tl.constexpr, EXCLUDE: t
         return tl.where(best == float("-inf"), 0.0, best) if EXCLUDE else best
     if AGGREGATION == "mean":
         return sum * _mean_scale(count, M, EXCLUDE, ACC)[:, None]
-    if AGGREGATION == "weighted" and EXCLUDE:
-        return sum * _reciprocal(total)
+    if AGGREGATION == "weighted" and EXCLUDE:  # divided, since the reciprocal of a denormal number is infinite
+        return tl.where(total == 0, 0.0, sum / tl.where(total == 0, 1.0, total))
     return sum
 
 

@@ -378,3 +378,12 @@ def test_bad_arguments_of_the_operator_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kernels, "GRID", 1)
     with pytest.raises(ValueError, match="J up to 1"):
         forward(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, INFINITY, float("nan")])
+def test_temperatures_that_the_operators_refuse(temperature: float) -> None:
+    logits = logits_of(1, 2, 3, 4, 5)
+    with pytest.raises(ValueError, match=r"temperature .*: expected a finite number above 0"):
+        forward(logits, temperature)
+    with pytest.raises(ValueError, match=r"temperature .*: expected a finite number above 0"):
+        backward(random_grads(1, 2, torch.float32), logits, temperature, forward(logits))
