@@ -564,9 +564,10 @@ def _config(
         elements, unrolled = 256, 0
     elif channels % block:  # twice the registers for addresses
         elements, unrolled = elements // 2, 0
+    voxels = min(elements // block, 256)  # 2 a thread: each has its own pixel and taps, however few its channels
     if backward:
-        return Config(1, _tile(elements // block, shape, 4), block, unrolled, 4)
-    return Config(8, _tile(elements // block, shape, 8), block, unrolled, 4)
+        return Config(1, _tile(voxels, shape, 4), block, unrolled, 4)
+    return Config(8, _tile(voxels, shape, 8), block, unrolled, 4)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -816,6 +817,7 @@ def variants() -> Iterator[Variant]:
     yield _variant(f32, 32, "softmax", "zero", False)
     yield _variant(f32, 32, "softmax", "exclude", False, views=6)
     yield _variant(f32, 15, "softmax", "exclude", False)
+    yield _variant(f32, 1, "softmax", "exclude", False)
     yield _variant(f32, 32, "weighted", "exclude", False, programs=2)
     yield _variant(bf16, 32, "softmax", "zero", False)
     yield _variant(f16, 32, "max", "exclude", False)
