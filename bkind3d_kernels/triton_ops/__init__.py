@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from importlib import metadata, util
+from importlib import import_module, util
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ OLDEST = (3, 6)
 def _missing() -> str | None:
     if util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (CUDA builds of torch bring it along)"
-    version = metadata.version("triton")
+    version = import_module("triton").__version__  # distributions that have it go by several names
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return f"Triton {version} is too old: {'.'.join(map(str, OLDEST))} or newer is needed"
     return None
@@ -41,7 +41,9 @@ if MISSING is None:
 
 def unavailable(device: str, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run on this device type and dtype, or None."""
-    if device != "cuda" and not (INTERPRETED and device == "cpu"):
+    if INTERPRETED and device != "cpu":
+        return f"TRITON_INTERPRET is set: interpreted on CPU tensors, not {device}"
+    if not INTERPRETED and device != "cuda":
         return f"made for CUDA tensors, not {device}"
     if device == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"

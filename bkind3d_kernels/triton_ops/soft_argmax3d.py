@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import FEATURE_DTYPES, describe
+from ..checks import FEATURE_DTYPES, check_positive, describe
 from ..registration import refuse_tangents
 from . import INTERPRETED, NAMESPACE, Variant, define, on_device, unavailable
 
@@ -383,7 +383,10 @@ def _tile(logits: Tensor, backward: bool) -> Tile:
     if INTERPRETED:  # the cost is by program and operation
         w, j = min(_power_of_2(plane), 2**14), min(_power_of_2(joints), 32)
         return Tile(w, min(_power_of_2(size_x), 2**19 // (w * j)), j)
-    rows, last = "small" if plane <= 128 else "rows", "few" if joints <= 8 else "last"
+    # Where the compiler does not know of 16 bytes in a line (it asks for multiples of 16 elements) it stores halves one
+    # by one, and then gives each thread all keypoints of a tile with the coefficients of each: 32 would spill.
+    single = backward and logits.element_size() == 2 and plane % 16 != 0
+    rows, last = "small" if plane <= 128 else "rows", "few" if joints <= 8 or single else "last"
     layout = rows if _voxel_stride(logits) == 1 else last
     return device_tile(layout, logits.element_size(), VOXELS[backward, logits.dtype == torch.float64])
 
@@ -425,7 +428,8 @@ def _arithmetic(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _check_logits(logits: Tensor) -> None:
+def _check(logits: Tensor, temperature: float) -> None:
+    check_positive("temperature", temperature)
     if logits.ndim != 5 or 0 in logits.shape[1:] or logits.shape[1] > GRID:
         raise ValueError(
             f"logits {describe(logits)}: expected (N, J, X, Y, Z) with no empty dimension but N and J up to {GRID}"
@@ -435,7 +439,7 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _forward(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, ...]:
-    _check_logits(logits)
+    _check(logits, temperature)
     logits = _coalesced(logits)
     n, joints = logits.shape[:2]
     dtype = _arithmetic(logits)
@@ -494,7 +498,7 @@ def _backward(
     total: Tensor,
     argmax: Tensor,
 ) -> Tensor:
-    _check_logits(logits)
+    _check(logits, temperature)
     logits = _coalesced(logits)
     n, joints = logits.shape[:2]
     dtype = _arithmetic(logits)
@@ -537,17 +541,19 @@ def run(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, T
 # ---- ahead of time ----
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-# Type, layout, covariance, whether offsets are 64 bits wide, programs of forward and of backward in a multiprocessor.
+# Type, layout, covariance, whether offsets are 64 bits wide, whether planes and strides are multiples of 16, programs
+# of forward and of backward in a multiprocessor.
 CASES = (
-    ("fp32", "rows", False, False, 5, 5),
-    ("fp32", "rows", True, False, 4, 4),
-    ("bf16", "rows", False, False, 4, 5),
-    ("fp16", "rows", True, False, 4, 4),
-    ("fp64", "rows", True, False, 4, 3),
-    ("fp32", "small", True, True, 3, 3),
-    ("fp32", "last", False, False, 4, 4),
-    ("bf16", "last", True, True, 3, 2),
-    ("fp64", "few", True, False, 3, 2),
+    ("fp32", "rows", False, False, True, 5, 5),
+    ("fp32", "rows", True, False, True, 4, 4),
+    ("bf16", "rows", False, False, True, 4, 5),
+    ("fp16", "rows", True, False, True, 4, 4),
+    ("fp64", "rows", True, False, True, 4, 3),
+    ("fp32", "small", True, True, True, 3, 3),
+    ("fp32", "last", False, False, True, 4, 4),
+    ("bf16", "last", True, True, True, 3, 2),
+    ("fp64", "few", True, False, True, 3, 2),
+    ("bf16", "few", True, False, False, 2, 2),
 )
 INTEGERS = (
     *("size_x", "plane", "size_z", "joints", "stride_n", "stride_j", "stride_v"),
@@ -557,7 +563,9 @@ ALIGNED = ("plane", "stride_n", "stride_j")  # divisible by 16
 PER_VOLUME = ("sums", "mean", "peak", "covariance", "maxima", "totals", "grad_mean", "grad_peak", "grad_covariance")
 
 
-def _variant(kernel: Any, name: str, dtype: str, constants: dict[str, Any], programs: int) -> Variant:
+def _variant(
+    kernel: Any, name: str, dtype: str, constants: dict[str, Any], programs: int, even: bool = True
+) -> Variant:
     accumulator = "fp64" if dtype == "fp64" else "fp32"
     types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(PER_VOLUME, f"*{accumulator}")
     types |= dict.fromkeys(("logits", "grad"), f"*{dtype}") | dict.fromkeys(("argmax", "argmaxes"), "*i64")
@@ -565,15 +573,15 @@ def _variant(kernel: Any, name: str, dtype: str, constants: dict[str, Any], prog
     aligned = tuple(
         argument
         for argument in kernel.arg_names
-        if argument not in constants and (argument in ALIGNED or types.get(argument, "").startswith("*"))
+        if argument not in constants and ((argument in ALIGNED and even) or types.get(argument, "").startswith("*"))
     )
     return Variant(name, kernel, types, constants, aligned, programs=programs)
 
 
 def variants() -> Iterator[Variant]:
     """Every kernel as it is compiled for the volumes of the paper (30 keypoints), and in other layouts and types."""
-    for dtype, layout, covariance, wide, forward, backward in CASES:
-        name = f"{dtype} {layout}{' covariance' * covariance}{' int64' * wide}"
+    for dtype, layout, covariance, wide, even, forward, backward in CASES:
+        name = f"{dtype} {layout}{' covariance' * covariance}{' int64' * wide}{' odd planes' * (not even)}"
         shared = {
             "COVARIANCE": covariance,
             "ACC": tl.float64 if dtype == "fp64" else tl.float32,
@@ -586,7 +594,7 @@ def variants() -> Iterator[Variant]:
             constants = shared | {"W": tile.w, "X": tile.x, "J": tile.joints}
             if kernel is _gradient and not covariance:
                 constants |= {"grad_covariance": None, "covariance": None}
-            yield _variant(kernel, name, dtype, constants, programs)
+            yield _variant(kernel, name, dtype, constants, programs, even)
     for dtype in ("fp32", "fp64"):
         constants = {"COVARIANCE": True, "INDEX": tl.int32, "R": 1, "T": MERGED}
         yield _variant(_merge, f"{dtype} covariance", dtype, constants, 2)

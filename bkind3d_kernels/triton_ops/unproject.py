@@ -22,7 +22,7 @@ for each tile, or 1.07 GB of per-view volumes (0.5 ms, and beyond the memory all
 voxels add as often, and only thin out collisions, 256 additions to a pixel; a product of weights and dL/dv per brick on
 the tensor cores has an eighth of the atomics, but 60 times the multiplications, thrice for float32's precision.
 
-Designed for 3 programs of 4 warps a multiprocessor (2 for float64, view weights, dL/dQ and fixed point), no spills.
+Designed for 3 programs of 4 warps a multiprocessor (2 for view weights, dL/dQ and fixed point), no spills.
 """
 
 from __future__ import annotations
@@ -313,8 +313,8 @@ def _aggregate(best, total, sum, count, M, AGGREGATION: tl.constexpr, EXCLUDE: t
         return tl.where(best == float("-inf"), 0.0, best) if EXCLUDE else best
     if AGGREGATION == "mean":
         return sum * _mean_scale(count, M, EXCLUDE, ACC)[:, None]
-    if AGGREGATION == "weighted" and EXCLUDE:
-        return sum * _reciprocal(total)
+    if AGGREGATION == "weighted" and EXCLUDE:  # divided, since the reciprocal of a denormal number is infinite
+        return tl.where(total == 0, 0.0, sum / tl.where(total == 0, 1.0, total))
     return sum
 
 
@@ -560,11 +560,14 @@ def _config(
         return Config(1, _tile(min(4096, math.prod(_powers_of_2(shape))), shape, 16), min(width, 128), unrolled, 1)
     block = min(width, 128 // itemsize)  # a cache line
     elements = 2048 if unrolled and not backward else 1024  # 16 or 8 a thread
-    if itemsize == 8 or channels % block:  # twice the registers each, for numbers or for addresses
+    if itemsize == 8:  # twice the registers for each number: 2 a thread
+        elements, unrolled = 256, 0
+    elif channels % block:  # twice the registers for addresses
         elements, unrolled = elements // 2, 0
+    voxels = min(elements // block, 256)  # 2 a thread: each has its own pixel and taps, however few its channels
     if backward:
-        return Config(1, _tile(elements // block, shape, 4), block, unrolled, 4)
-    return Config(8, _tile(elements // block, shape, 8), block, unrolled, 4)
+        return Config(1, _tile(voxels, shape, 4), block, unrolled, 4)
+    return Config(8, _tile(voxels, shape, 8), block, unrolled, 4)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -814,10 +817,12 @@ def variants() -> Iterator[Variant]:
     yield _variant(f32, 32, "softmax", "zero", False)
     yield _variant(f32, 32, "softmax", "exclude", False, views=6)
     yield _variant(f32, 15, "softmax", "exclude", False)
+    yield _variant(f32, 1, "softmax", "exclude", False)
     yield _variant(f32, 32, "weighted", "exclude", False, programs=2)
     yield _variant(bf16, 32, "softmax", "zero", False)
     yield _variant(f16, 32, "max", "exclude", False)
-    yield _variant(f64, 32, "softmax", "zero", False, programs=2)
+    yield _variant(f64, 32, "softmax", "zero", False)
+    yield _variant(f64, 15, "softmax", "exclude", False)
     maps, matrices = ("grad_features",), ("grad_features", "grad_q")
     yield _variant(f32, 32, "softmax", "zero", True, *maps)
     yield _variant(f32, 32, "softmax", "zero", True, *matrices, programs=2)
@@ -826,6 +831,7 @@ def variants() -> Iterator[Variant]:
     yield _variant(f32, 32, "weighted", "exclude", True, *matrices, "grad_weights")
     yield _variant(bf16, 32, "softmax", "zero", True, *matrices, programs=2)
     yield _variant(f16, 32, "mean", "exclude", True, *maps)
-    yield _variant(f64, 32, "softmax", "zero", True, *matrices, programs=2)
+    yield _variant(f64, 32, "softmax", "zero", True, *matrices)
+    yield _variant(f64, 15, "softmax", "exclude", True, *matrices, "poison", "scales", programs=2)
     yield _variant(f32, 32, "softmax", "zero", True, "bounds")
     yield _variant(f32, 32, "softmax", "zero", True, *matrices, "poison", "scales", programs=2)

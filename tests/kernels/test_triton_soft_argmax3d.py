@@ -378,3 +378,23 @@ def test_bad_arguments_of_the_operator_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kernels, "GRID", 1)
     with pytest.raises(ValueError, match="J up to 1"):
         forward(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, INFINITY, float("nan")])
+def test_temperatures_that_the_operators_refuse(temperature: float) -> None:
+    logits = logits_of(1, 2, 3, 4, 5)
+    with pytest.raises(ValueError, match=r"temperature .*: expected a finite number above 0"):
+        forward(logits, temperature)
+    with pytest.raises(ValueError, match=r"temperature .*: expected a finite number above 0"):
+        backward(random_grads(1, 2, torch.float32), logits, temperature, forward(logits))
+
+
+@pytest.mark.parametrize(("side", "backward_", "joints"), [(15, True, 8), (16, True, 32), (15, False, 32)])
+def test_halves_stored_one_by_one_have_few_keypoints(
+    side: int, backward_: bool, joints: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile of 32 keypoints of planes of odd size spilled kilobytes a thread."""
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    logits = last(torch.empty(1, 30, 8, side, side, dtype=torch.bfloat16, device="meta"))
+    assert kernels._tile(logits, backward_).joints == joints
+    assert kernels._tile(logits.float(), backward_).joints == 32
