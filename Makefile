@@ -71,7 +71,7 @@ sanitize: $(STAMP)
 # Left out: the reference's second derivatives are those of grid_sample, which came with a later torch.
 check-oldest-torch: $(STAMP)
 	test -x $(OLDEST)/venv/bin/python || $(PYTHON) -m venv $(OLDEST)/venv
-	$(OLDEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_TORCH) numpy pytest hypothesis mpmath
+	$(OLDEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_TORCH) "numpy<2.4" ninja pytest hypothesis mpmath
 	rm -rf $(OLDEST)/wheel
 	$(RUN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w $(OLDEST)/wheel .
 	$(OLDEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(OLDEST)/wheel/*.whl
