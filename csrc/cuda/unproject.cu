@@ -198,7 +198,19 @@ __device__ __forceinline__ int first_place(const AxisTaps<T>& taps) {
   return (taps.inside[0] != 0 ? int(taps.index[0]) : int(taps.index[1]) + 1) & 1;
 }
 
-// A voxel's four taps in one view. Offsets are in packs; the first is `none` where the view does not see the voxel.
+// What stands for the sample of a view that takes no part: it weighs nothing, and no sample is less.
+template <class T>
+constexpr T lowest = -(sizeof(T) == sizeof(double) ? T(__DBL_MAX__) : T(__FLT_MAX__));
+
+// For the sample of a view that does not see the voxel, or that there is not.
+template <class T>
+__device__ __forceinline__ T unseen_sample(const Problem& p, int view) {
+  const bool compared = p.aggregation == Aggregation::softmax || p.aggregation == Aggregation::max;
+  return compared && (p.exclude || view >= p.views) ? lowest<T> : T(0);
+}
+
+// A voxel's four taps in one view. Offsets are in packs. Where the view does not see the voxel the first is `none`, and
+// the first weight what stands for the sample.
 template <class T>
 struct alignas(16) Taps {
   unsigned offset[4];
@@ -213,8 +225,8 @@ __device__ __forceinline__ Taps<T> taps_of(const Problem& p, const Sight<T>& s) 
   const int x = int(floor_x), y = int(floor_y);
   const T right = x + 1 < p.width ? s.u - floor_x : T(0), left = x >= 0 ? 1 - (s.u - floor_x) : T(0);
   const T below = y + 1 < p.height ? s.v - floor_y : T(0), above = y >= 0 ? 1 - (s.v - floor_y) : T(0);
-  const unsigned x0 = unsigned(max(x, 0)) * p.stride_x, x1 = unsigned(min(x + 1, p.width - 1)) * p.stride_x;
-  const unsigned y0 = unsigned(max(y, 0)) * p.stride_y, y1 = unsigned(min(y + 1, p.height - 1)) * p.stride_y;
+  const unsigned x0 = unsigned(max_of(x, 0)) * p.stride_x, x1 = unsigned(min_of(x + 1, p.width - 1)) * p.stride_x;
+  const unsigned y0 = unsigned(max_of(y, 0)) * p.stride_y, y1 = unsigned(min_of(y + 1, p.height - 1)) * p.stride_y;
   Taps<T> t;
   const bool odd_x = Placed && (x & 1), odd_y = Placed && (y & 1);
   const unsigned xs[2] = {odd_x ? x1 : x0, odd_x ? x0 : x1}, ys[2] = {odd_y ? y1 : y0, odd_y ? y0 : y1};
@@ -265,7 +277,7 @@ __device__ __forceinline__ Taps<T> project_item(const Problem& p, const Brick& b
     const Sight<T> sight = sight_of<T>(p, brick.sample, voxel, view);
     if (sight.seen) return taps_of<Placed>(p, sight);
   }
-  return {{none}, {}};
+  return {{none}, {unseen_sample<T>(p, view)}};
 }
 
 // Single: no lane has more than one item.
@@ -353,11 +365,27 @@ __device__ __forceinline__ const char* map_of(const Problem& p, int sample, int 
   return p.features + sample * p.stride_n + view * p.stride_m;
 }
 
+// One element, by one instruction: nvcc's own way to the second of two bfloat16 takes two.
+template <class S, int Width>
+__device__ __forceinline__ Arithmetic<S> element(const Pack<S, Width>& pack, int i) {
+  return widen(pack.values[i]);
+}
+template <int Width>
+__device__ __forceinline__ float element(const Pack<bfloat16, Width>& pack, int i) {
+  if constexpr (Width % 2 == 0) {
+    unsigned pair;
+    __builtin_memcpy(&pair, pack.values + i / 2 * 2, 4);
+    return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+  } else {
+    return widen(pack.values[i]);
+  }
+}
+
 template <class S, int Width>
 __device__ __forceinline__ Arithmetic<S> blend(const Pack<S, Width> (&tap)[4], const Arithmetic<S> (&w)[4], int i) {
-  Arithmetic<S> v = w[0] * widen(tap[0].values[i]);
+  Arithmetic<S> v = w[0] * element(tap[0], i);
 #pragma unroll
-  for (int s = 1; s < 4; ++s) v += w[s] * widen(tap[s].values[i]);
+  for (int s = 1; s < 4; ++s) v += w[s] * element(tap[s], i);
   return v;
 }
 
@@ -373,10 +401,6 @@ __device__ __forceinline__ T exponential_of(T x, T scaled) {
 __device__ __forceinline__ float larger_of(float a, float b) { return fmaxf(a, b); }  // the other of a NaN
 __device__ __forceinline__ double larger_of(double a, double b) { return fmax(a, b); }
 
-// What stands for the sample of a view that takes no part: it weighs nothing, and no sample is less.
-template <class T>
-constexpr T lowest = -(sizeof(T) == sizeof(double) ? T(__DBL_MAX__) : T(__FLT_MAX__));
-
 // Where no view takes part all of them are further below this than the exponential reaches.
 template <class T>
 __device__ __forceinline__ T scaled_of(T best) {
@@ -387,14 +411,12 @@ __device__ __forceinline__ T scaled_of(T best) {
 // max: the largest sample so far and its view. Others: sums of weights of seeing views, and of weights times samples.
 template <class T>
 struct Carried {
-  T best = lowest<T>, total = 0, sum = 0;
+  T best, total, sum;
 };
 
-// For the sample of a view that does not see the voxel, or that there is not.
-template <bool Softmax, class T>
-__device__ __forceinline__ T unseen_sample(const Problem& p, int view) {
-  const bool compared = Softmax || p.aggregation == Aggregation::softmax || p.aggregation == Aggregation::max;
-  return compared && (p.exclude || view >= p.views) ? lowest<T> : T(0);
+template <class T>
+__device__ __forceinline__ Carried<T> nothing_carried() {
+  return {lowest<T>, 0, 0};
 }
 
 template <bool First, class T>
@@ -554,16 +576,16 @@ __global__ void __launch_bounds__(threads, forward_blocks<S>)
         for (int m = 0; m < chunk; ++m) {
           const Taps<T> t = taps[m * p.groups];
           const bool sees = t.offset[0] != none;
-          const T unseen = unseen_sample<Softmax, T>(p, first + m);
           sample_view<S>(Small ? maps[m] : maps[m] + first * p.stride_m, t, sees, v[m]);
 #pragma unroll
-          for (int i = 0; i < Width; ++i) v[m][i] = sees ? v[m][i] : unseen;
+          for (int i = 0; i < Width; ++i) v[m][i] = sees ? v[m][i] : t.weight[0];
           if (!Softmax) seen |= unsigned(sees) << m;
           count += sees;
         }
 #pragma unroll
         for (int i = 0; i < Width; ++i) {
           const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
+          if (!Softmax && first == 0) carried[i] = nothing_carried<T>();
           if (!Softmax) carry(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
           else if (Small || first == 0) carry_softmax<true>(carried[i], at);
           else carry_softmax<false>(carried[i], at);
@@ -780,7 +802,7 @@ struct Worker {
     for (int m = 0; m < chunk; ++m) {
       const Taps<T>& t = taps[m * p.groups];
 #pragma unroll
-      for (int i = 0; i < Width; ++i) v[m][i] = unseen_sample<false, T>(p, first + m);
+      for (int i = 0; i < Width; ++i) v[m][i] = t.weight[0];
       if (t.offset[0] == none) continue;
       sample_view<S>(map_of(p, brick.sample, first + m) + channel * sizeof(S), t, true, v[m]);
       seen |= 1u << m;
@@ -791,6 +813,7 @@ struct Worker {
 #pragma unroll
     for (int i = 0; i < Width; ++i) {
       const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
+      if (first == 0) carried[i] = nothing_carried<T>();
       carry(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
     }
   }
@@ -851,7 +874,7 @@ struct Worker {
         if (seen >> m & 1) {
           const auto tap = load_map(reinterpret_cast<const Pack<S, Width>*>(map) + t.offset[s], true);
 #pragma unroll
-          for (int i = 0; i < Width; ++i) sum += v[m][i] * widen(tap.values[i]);
+          for (int i = 0; i < Width; ++i) sum += v[m][i] * element(tap, i);
         }
         sum = sum_of_group(p, lane, sum);
         if (lane.member == 0 && !lane.idle) to[m * p.groups].of[s] = sum;
