@@ -48,9 +48,12 @@ constexpr int64_t most_partial_bytes = 64 << 20;  // sums of matrices and weight
 constexpr int64_t max_views = 255;  // counts are bytes
 constexpr unsigned none = ~0u;
 
-// Blocks at once on a multiprocessor: 168 registers for each thread forward, 255 in double and backward.
-template <class S>
-constexpr int forward_blocks = sizeof(S) == 8 ? 2 : 3;
+// Blocks at once on a multiprocessor: 168 registers for each thread forward, 128 in the kernel of few views, 255 in
+// double and backward.
+template <class S, bool Small>
+constexpr int forward_blocks = sizeof(S) == 8 ? 2
+                               : Small        ? 4
+                                              : 3;
 constexpr int backward_blocks = 2;
 
 // Channels of a lane: 16 bytes of what is read; in the backward pass 16 bytes of what is added.
@@ -159,7 +162,9 @@ struct alignas(16) Matrix {
 };
 
 // a / c and b / c.
-__device__ __forceinline__ void divide_both(double a, double b, double c, double& u, double& v) { u = a / c, v = b / c; }
+__device__ __forceinline__ void divide_both(double a, double b, double c, double& u, double& v) {
+  u = a / c, v = b / c;
+}
 __device__ __forceinline__ void divide_both(float a, float b, float c, float& u, float& v) {
 #if defined(BKIND3D_EMULATED)
   u = a / c, v = b / c;
@@ -529,15 +534,17 @@ __device__ __forceinline__ void sample_view(const char* map, const Taps<T>& t, b
 template <class V>
 __device__ __forceinline__ V kept(V v) {
 #if !defined(BKIND3D_EMULATED)
-  if constexpr (sizeof(V) == 8) asm("" : "+l"(v));
-  else asm("" : "+r"(v));
+  if constexpr (sizeof(V) == 8)
+    asm("" : "+l"(v));
+  else
+    asm("" : "+r"(v));
 #endif
   return v;
 }
 
 // Softmax: the aggregation, known to the compiler. Small: at most `chunk` views, and no lane has two items.
 template <class S, int Width, bool Softmax, bool Small>
-__global__ void __launch_bounds__(threads, forward_blocks<S>)
+__global__ void __launch_bounds__(threads, forward_blocks<S, Small>)
     forward_kernel(Problem p, S* volume, unsigned char* counts) {
   using T = Arithmetic<S>;
   const Lane lane = lane_of(p);
@@ -586,9 +593,12 @@ __global__ void __launch_bounds__(threads, forward_blocks<S>)
         for (int i = 0; i < Width; ++i) {
           const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
           if (!Softmax && first == 0) carried[i] = nothing_carried<T>();
-          if (!Softmax) carry(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
-          else if (Small || first == 0) carry_softmax<true>(carried[i], at);
-          else carry_softmax<false>(carried[i], at);
+          if (!Softmax)
+            carry(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
+          else if (Small || first == 0)
+            carry_softmax<true>(carried[i], at);
+          else
+            carry_softmax<false>(carried[i], at);
         }
       }
       if (absent) continue;
