@@ -48,12 +48,12 @@ constexpr int64_t most_partial_bytes = 64 << 20;  // sums of matrices and weight
 constexpr int64_t max_views = 255;  // counts are bytes
 constexpr unsigned none = ~0u;
 
-// Blocks at once on a multiprocessor: 168 registers for each thread forward, 128 in the kernel of few views, 255 in
-// double and backward.
-template <class S, bool Small>
-constexpr int forward_blocks = sizeof(S) == 8 ? 2
-                               : Small        ? 4
-                                              : 3;
+// Blocks at once on a multiprocessor: 128 registers for each thread in float with few views, else 168 forward, 255 in
+// double, in half formats without softmax, and backward.
+template <class S, bool Softmax, bool Small>
+constexpr int forward_blocks = sizeof(S) == 8   ? 2
+                               : sizeof(S) == 2 ? (Softmax ? 3 : 2)
+                                                : (Small ? 4 : 3);
 constexpr int backward_blocks = 2;
 
 // Channels of a lane: 16 bytes of what is read; in the backward pass 16 bytes of what is added.
@@ -419,11 +419,6 @@ struct Carried {
   T best, total, sum;
 };
 
-template <class T>
-__device__ __forceinline__ Carried<T> nothing_carried() {
-  return {lowest<T>, 0, 0};
-}
-
 template <bool First, class T>
 __device__ __forceinline__ void carry_softmax(Carried<T>& c, const T (&v)[chunk]) {
   T best = larger_of(larger_of(v[0], v[1]), larger_of(v[2], v[3]));
@@ -441,10 +436,10 @@ __device__ __forceinline__ void carry_softmax(Carried<T>& c, const T (&v)[chunk]
 }
 
 template <class T>
-__device__ __forceinline__ void carry(const Problem& p, Carried<T>& c, const T (&v)[chunk], unsigned seen, int first,
-                                      const T* weights) {
+__device__ __forceinline__ void carry_other(const Problem& p, Carried<T>& c, const T (&v)[chunk], unsigned seen,
+                                            int first, const T* weights) {
+  if (first == 0) c = {lowest<T>, 0, 0};
   switch (p.aggregation) {
-    case Aggregation::softmax: return first == 0 ? carry_softmax<true>(c, v) : carry_softmax<false>(c, v);
     case Aggregation::max:
 #pragma unroll
       for (int m = 0; m < chunk; ++m) {
@@ -486,13 +481,12 @@ __device__ __forceinline__ float reciprocal(float x) {
 template <class T>
 __device__ __forceinline__ Aggregate<T> aggregate_softmax(const Carried<T>& c) {
   const T inverse = reciprocal(larger_of(c.total, T(1e-30)));
-  return {scaled_of(c.best), inverse, c.sum * inverse};
+  return {scaled_of(c.best), inverse, c.sum * inverse + T(0)};  // no -0
 }
 
 template <class T>
-__device__ __forceinline__ Aggregate<T> aggregate(const Problem& p, const Carried<T>& c, int count) {
+__device__ __forceinline__ Aggregate<T> aggregate_other(const Problem& p, const Carried<T>& c, int count) {
   switch (p.aggregation) {
-    case Aggregation::softmax: return aggregate_softmax(c);
     case Aggregation::max: return {0, c.total, p.exclude && count == 0 ? T(0) : c.best};
     case Aggregation::weighted: {
       const T inverse = !p.exclude ? T(1) : c.total != 0 ? 1 / c.total : T(0);
@@ -544,7 +538,7 @@ __device__ __forceinline__ V kept(V v) {
 
 // Softmax: the aggregation, known to the compiler. Small: at most `chunk` views, and no lane has two items.
 template <class S, int Width, bool Softmax, bool Small>
-__global__ void __launch_bounds__(threads, forward_blocks<S, Small>)
+__global__ void __launch_bounds__(threads, forward_blocks<S, Softmax, Small>)
     forward_kernel(Problem p, S* volume, unsigned char* counts) {
   using T = Arithmetic<S>;
   const Lane lane = lane_of(p);
@@ -561,9 +555,9 @@ __global__ void __launch_bounds__(threads, forward_blocks<S, Small>)
   for (int base = 0; base < p.packs; base += p.lanes) {
     const int channel = kept((base + lane.member) * Width);
     const int end_y = kept(lane.idle || channel >= p.channels || start.z >= p.z ? 0 : p.y);
-    const char* maps[chunk];
+    const char* maps[Small ? chunk : 1];
 #pragma unroll
-    for (int m = 0; m < chunk; ++m) maps[m] = kept(map_of(p, sample, m) + channel * sizeof(S));
+    for (int m = 0; m < (Small ? chunk : 1); ++m) maps[m] = kept(map_of(p, sample, m) + channel * sizeof(S));
     const T* weights = static_cast<const T*>(p.weights) + int64_t(sample) * p.views * p.channels + channel;
     char* const to = kept(reinterpret_cast<char*>(volume + sample * voxels_of(p) * p.channels + channel));
     projected.used = p.items;
@@ -583,7 +577,7 @@ __global__ void __launch_bounds__(threads, forward_blocks<S, Small>)
         for (int m = 0; m < chunk; ++m) {
           const Taps<T> t = taps[m * p.groups];
           const bool sees = t.offset[0] != none;
-          sample_view<S>(Small ? maps[m] : maps[m] + first * p.stride_m, t, sees, v[m]);
+          sample_view<S>(Small ? maps[m] : maps[0] + (first + m) * p.stride_m, t, sees, v[m]);
 #pragma unroll
           for (int i = 0; i < Width; ++i) v[m][i] = sees ? v[m][i] : t.weight[0];
           if (!Softmax) seen |= unsigned(sees) << m;
@@ -592,9 +586,8 @@ __global__ void __launch_bounds__(threads, forward_blocks<S, Small>)
 #pragma unroll
         for (int i = 0; i < Width; ++i) {
           const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
-          if (!Softmax && first == 0) carried[i] = nothing_carried<T>();
           if (!Softmax)
-            carry(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
+            carry_other(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
           else if (Small || first == 0)
             carry_softmax<true>(carried[i], at);
           else
@@ -605,7 +598,8 @@ __global__ void __launch_bounds__(threads, forward_blocks<S, Small>)
       Pack<S, Width> out;
 #pragma unroll
       for (int i = 0; i < Width; ++i)
-        out.values[i] = narrow<S>((Softmax ? aggregate_softmax(carried[i]) : aggregate(p, carried[i], count)).value);
+        out.values[i] =
+            narrow<S>((Softmax ? aggregate_softmax(carried[i]) : aggregate_other(p, carried[i], count)).value);
       const unsigned at = at_start + unsigned(step.x * p.y + step.y * p.groups_y) * unsigned(p.z);
       store_once(reinterpret_cast<Pack<S, Width>*>(to + uint64_t(at) * pixel), out);
       if (channel == 0) store_once(counts + at, static_cast<unsigned char>(count));
@@ -823,8 +817,12 @@ struct Worker {
 #pragma unroll
     for (int i = 0; i < Width; ++i) {
       const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
-      if (first == 0) carried[i] = nothing_carried<T>();
-      carry(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
+      if (p.aggregation != Aggregation::softmax)
+        carry_other(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
+      else if (first == 0)
+        carry_softmax<true>(carried[i], at);
+      else
+        carry_softmax<false>(carried[i], at);
     }
   }
 
@@ -923,7 +921,10 @@ __device__ __forceinline__ unsigned backward_brick(Worker<S, Width>& w, const Ta
     Aggregate<T> aggregated[Width] = {};
     if (!absent) {
 #pragma unroll
-      for (int i = 0; i < Width; ++i) aggregated[i] = aggregate(p, carried[i], count);
+      for (int i = 0; i < Width; ++i) {
+        const bool softmax = p.aggregation == Aggregation::softmax;
+        aggregated[i] = softmax ? aggregate_softmax(carried[i]) : aggregate_other(p, carried[i], count);
+      }
     }
     projected.used = few_views(p) ? projected.used - p.padded_views : p.items;
     for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
