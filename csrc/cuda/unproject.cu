@@ -419,18 +419,20 @@ struct Carried {
   T best, total, sum;
 };
 
-template <bool First, class T>
-__device__ __forceinline__ void carry_softmax(Carried<T>& c, const T (&v)[chunk]) {
+template <class T>
+__device__ __forceinline__ void carry_softmax(Carried<T>& c, const T (&v)[chunk], bool begins) {
   T best = larger_of(larger_of(v[0], v[1]), larger_of(v[2], v[3]));
-  if (!First) best = larger_of(best, c.best);
+  if (!begins) best = larger_of(best, c.best);
   const T scaled = scaled_of(best);
-  const T older = First ? T(0) : exponential_of(c.best, scaled);
-  T total = First ? T(0) : c.total * older, sum = First ? T(0) : c.sum * older;
+  T total = exponential_of(v[0], scaled), sum = total * v[0];
+  if (!begins) {
+    const T older = exponential_of(c.best, scaled);
+    total += c.total * older, sum += c.sum * older;
+  }
 #pragma unroll
-  for (int m = 0; m < chunk; ++m) {
+  for (int m = 1; m < chunk; ++m) {
     const T e = exponential_of(v[m], scaled);
-    total = First && m == 0 ? e : total + e;
-    sum = First && m == 0 ? e * v[m] : sum + e * v[m];
+    total += e, sum += e * v[m];
   }
   c = {best, total, sum};
 }
@@ -458,6 +460,21 @@ __device__ __forceinline__ void carry_other(const Problem& p, Carried<T>& c, con
     default:
 #pragma unroll
       for (int m = 0; m < chunk; ++m) c.sum += v[m];
+  }
+}
+
+// A chunk of views, of which `first` is the first, for every channel of a lane. `softmax` is for the compiler.
+template <int Width, class T>
+__device__ __forceinline__ void carry(const Problem& p, bool softmax, Carried<T> (&c)[Width],
+                                      const T (&v)[chunk][Width], unsigned seen, int first, const T* weights) {
+#pragma unroll
+  for (int i = 0; i < Width; ++i) {
+    const T of[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
+    if (softmax) {
+      carry_softmax(c[i], of, first == 0);
+    } else {
+      carry_other(p, c[i], of, seen, first, weights + i);
+    }
   }
 }
 
@@ -500,6 +517,11 @@ __device__ __forceinline__ Aggregate<T> aggregate_other(const Problem& p, const 
   }
 }
 
+template <class T>
+__device__ __forceinline__ Aggregate<T> aggregate(const Problem& p, bool softmax, const Carried<T>& c, int count) {
+  return softmax ? aggregate_softmax(c) : aggregate_other(p, c, count);
+}
+
 // dL/dv of a view that sees the voxel.
 template <class T>
 __device__ __forceinline__ T share(const Problem& p, const Aggregate<T>& a, T g, T v, int view, const T* weight) {
@@ -522,6 +544,24 @@ __device__ __forceinline__ void sample_view(const char* map, const Taps<T>& t, b
   for (int s = 0; s < 4; ++s) tap[s] = load_map(reinterpret_cast<const P*>(map) + t.offset[s], sees);
 #pragma unroll
   for (int i = 0; i < Width; ++i) v[i] = blend(tap, t.weight, i);
+}
+
+// Those of a chunk of views, all read before the first is needed. Of `maps`, with Small, there is one for each view,
+// else that of view 0 alone. Which views see the voxel, as bits.
+template <class S, int Width, bool Small, class T>
+__device__ __forceinline__ unsigned sample_views(const Problem& p, const char* const* maps, int first,
+                                                 const Taps<T>* taps, T (&v)[chunk][Width]) {
+  unsigned seen = 0;
+#pragma unroll
+  for (int m = 0; m < chunk; ++m) {
+    const Taps<T> t = taps[m * p.groups];
+    const bool sees = t.offset[0] != none;
+    sample_view<S>(Small ? maps[m] : maps[0] + (first + m) * p.stride_m, t, sees, v[m]);
+#pragma unroll
+    for (int i = 0; i < Width; ++i) v[m][i] = sees ? v[m][i] : t.weight[0];
+    seen |= unsigned(sees) << m;
+  }
+  return seen;
 }
 
 // A value that is kept, and not made again from what it was made of.
@@ -572,34 +612,14 @@ __global__ void __launch_bounds__(threads, forward_blocks<S, Softmax, Small>)
         if (absent) continue;
         const Taps<T>* taps = projected.taps + projected.used * p.groups + lane.group;
         T v[chunk][Width];
-        unsigned seen = 0;
-#pragma unroll
-        for (int m = 0; m < chunk; ++m) {
-          const Taps<T> t = taps[m * p.groups];
-          const bool sees = t.offset[0] != none;
-          sample_view<S>(Small ? maps[m] : maps[0] + (first + m) * p.stride_m, t, sees, v[m]);
-#pragma unroll
-          for (int i = 0; i < Width; ++i) v[m][i] = sees ? v[m][i] : t.weight[0];
-          if (!Softmax) seen |= unsigned(sees) << m;
-          count += sees;
-        }
-#pragma unroll
-        for (int i = 0; i < Width; ++i) {
-          const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
-          if (!Softmax)
-            carry_other(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
-          else if (Small || first == 0)
-            carry_softmax<true>(carried[i], at);
-          else
-            carry_softmax<false>(carried[i], at);
-        }
+        const unsigned seen = sample_views<S, Width, Small>(p, maps, first, taps, v);
+        carry(p, Softmax, carried, v, seen, first, weights + int64_t(first) * p.channels);
+        count += __popc(seen);
       }
       if (absent) continue;
       Pack<S, Width> out;
 #pragma unroll
-      for (int i = 0; i < Width; ++i)
-        out.values[i] =
-            narrow<S>((Softmax ? aggregate_softmax(carried[i]) : aggregate_other(p, carried[i], count)).value);
+      for (int i = 0; i < Width; ++i) out.values[i] = narrow<S>(aggregate(p, Softmax, carried[i], count).value);
       const unsigned at = at_start + unsigned(step.x * p.y + step.y * p.groups_y) * unsigned(p.z);
       store_once(reinterpret_cast<Pack<S, Width>*>(to + uint64_t(at) * pixel), out);
       if (channel == 0) store_once(counts + at, static_cast<unsigned char>(count));
@@ -813,19 +833,6 @@ struct Worker {
     }
   }
 
-  __device__ __forceinline__ void carry_all(int first, const Samples& v, Carried<T> (&carried)[Width]) const {
-#pragma unroll
-    for (int i = 0; i < Width; ++i) {
-      const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
-      if (p.aggregation != Aggregation::softmax)
-        carry_other(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
-      else if (first == 0)
-        carry_softmax<true>(carried[i], at);
-      else
-        carry_softmax<false>(carried[i], at);
-    }
-  }
-
   __device__ __forceinline__ Pack<S, Width> gradient_at(const Voxel& voxel) const {
     const int64_t at = brick.sample * voxels_of(p) + index_of(p, voxel);
     const S* from = static_cast<const S*>(out.volume) + at * p.channels + channel;
@@ -899,6 +906,7 @@ __device__ __forceinline__ unsigned backward_brick(Worker<S, Width>& w, const Ta
   using T = Arithmetic<S>;
   const Problem& p = w.p;
   const Gradients& out = w.out;
+  const bool softmax = p.aggregation == Aggregation::softmax;
   const int steps = p.run_x << p.run_y_log;
   projected.used = p.items;
   for (int step = 0; step < steps; ++step) {
@@ -915,16 +923,13 @@ __device__ __forceinline__ unsigned backward_brick(Worker<S, Width>& w, const Ta
       if (projected.used == p.items) project_items<true, false>(p, w.brick, w.own, projected, step, first);
       if (absent) continue;
       w.sample(first, projected.taps + projected.used * p.groups + w.lane.group, v);
-      w.carry_all(first, v, carried);
+      carry(p, softmax, carried, v, w.seen, first, w.weights + int64_t(first) * p.channels);
       count += __popc(w.seen);
     }
     Aggregate<T> aggregated[Width] = {};
     if (!absent) {
 #pragma unroll
-      for (int i = 0; i < Width; ++i) {
-        const bool softmax = p.aggregation == Aggregation::softmax;
-        aggregated[i] = softmax ? aggregate_softmax(carried[i]) : aggregate_other(p, carried[i], count);
-      }
+      for (int i = 0; i < Width; ++i) aggregated[i] = aggregate(p, softmax, carried[i], count);
     }
     projected.used = few_views(p) ? projected.used - p.padded_views : p.items;
     for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
