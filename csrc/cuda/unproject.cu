@@ -2,27 +2,29 @@
 // gradient.
 //
 // A voxel has a group of lanes, 16 bytes of channels each (8 lanes for 32 channels of float, 4 of bfloat16), a warp as
-// many voxels along z as fit. It walks over a brick, 8 steps along y and 4 along x. One lane projects for a whole group
-// and leaves offsets and weights in shared memory, 32 voxels and views at once. Views are taken four at a time,
-// unrolled: any number of them with the same code, up to four without a rescaling of the softmax. A lane keeps the four
-// taps of each view in registers, each pixel at a place given by the parity of its row and column: what the next voxel
-// shares stays where it is and is not read again. Backward recomputes all of this, keeps the four taps' gradients at
-// the same places, and adds one to the map (16 bytes by one `red` where the architecture has it) when another pixel
-// takes its place: that is instead of a tile of the map in shared memory, where additions of float are loops.
-// Deterministic: the same twice, first for the largest |dL/dv| of each sample, then in 64-bit fixed point relative to
-// it. dL/dQ: sums over a group's lanes by shuffles, then one lane for each voxel and view; it and dL/dw are summed in
-// parts with one owner each, and the parts by a last kernel, in a fixed order: no atomics. Saved for backward: the
-// inputs alone.
+// many voxels along z as fit. It walks over a brick, 8 steps along y and 4 along x, so that neighbours find their taps
+// in the first-level cache. One lane projects for a whole group and leaves offsets and weights in shared memory, 32
+// voxels and views at once. Views are taken four at a time, unrolled: any number of them with the same code; softmax
+// over at most four has a kernel of its own. Backward recomputes all of this, keeps the four taps' gradients of each
+// view in registers, each pixel at a place given by the parity of its row and column (what the next voxel shares stays
+// where it is), and adds one to the map (16 bytes by one `red` where the architecture has it) when another pixel takes
+// its place: that is instead of a tile of the map in shared memory, where additions of float are loops. Deterministic:
+// the same twice, first for the largest |dL/dv| of each sample, then in 64-bit fixed point relative to it. dL/dQ: sums
+// over a group's lanes by shuffles, then one lane for each voxel and view; it and dL/dw are summed in parts with one
+// owner each, and the parts by a last kernel, in a fixed order: no atomics. Saved for backward: the inputs alone.
 //
 // What bounds it, on paper, at (N, M, C, map, volume) = (8, 4, 32, 64^2, 64^3). Writing the volume: 268 MB in float, 80
-// us at 3.35 TB/s (H100), 56 at 4.8 (H200; 62 at 4.3, a measured copy); bfloat16 half. Taps: 4.3 GB if each were read
-// from the first-level cache, 145 us at 128 bytes a cycle on 132 multiprocessors; at 0.4 pixels a step about a quarter
-// of them change. Instructions: about 30 a sample of float and 26 of bfloat16 (nvcc's, counted), 268 M samples, 28 T a
-// second: 280 and 240 us. So it is bound by issue, 4 to 5 times the floor of float, and bfloat16 gains little: beyond
-// the goal of twice the floor until the counts fall. Backward: about twice the instructions, and 1 GB of `red` instead
-// of 4.3. Occupancy: 12 warps on a multiprocessor forward (168 registers), 8 backward (255), 16 loads of a lane on
-// their way. Not tried: 2 channels a lane backward (12 warps, more instructions); tensor cores for the blend (weights
-// would be rounded). Not measured on a GPU yet; every number here is an estimate.
+// us at 3.35 TB/s (H100), 56 at 4.8 (H200; 62 at 4.3, a measured copy); bfloat16 half. Taps: 4.3 GB from the
+// first-level cache, 145 us at 128 bytes a cycle on 132 multiprocessors, bfloat16 half, and beside 16 such reads of a
+// lane 8 from shared memory. Exponentials: 75 us at 16 a cycle. Instructions (sm_90, counted in nvcc's code along the
+// path that softmax takes): 19.7 a sample of float, of which blending is 10, softmax 5, projection 3; of bfloat16 20.7,
+// of which 4 make floats of it; 268 M samples, 28 T a second: 190 and 200 us. So it is bound by issue, the cache close
+// behind in float: 3 times the floor. Forward, too, had the taps in registers at places by parity, a quarter of them
+// read at each step: with what decided that, and the aggregation chosen in the loop, it took more than 40 a sample.
+// Backward: about twice that, 1 GB of `red` instead of 4.3. Occupancy: 16 warps on a multiprocessor forward (128
+// registers; in half formats, and with more than four views, 12), 8 backward (255), 16 loads of a lane on their way.
+// Not tried: 2 channels a lane backward (12 warps, more instructions); tensor cores for the blend (weights would be
+// rounded). Not measured on a GPU yet; every number here is an estimate.
 #include "launch.cuh"
 
 #include <algorithm>
