@@ -914,7 +914,7 @@ __device__ __forceinline__ unsigned backward_brick(Worker<S, Width>& w, const Ta
   for (int step = 0; step < steps; ++step) {
     const Voxel voxel = voxel_of(p, w.brick, w.place, step);
     const bool absent = w.idle() || !voxel.inside;
-    Carried<T> carried[Width];
+    Carried<T> carried[Width] = {};
     T v[chunk][Width] = {};
     Pack<S, Width> g = {};
     if (!absent) g = w.gradient_at(voxel);
