@@ -35,6 +35,10 @@
 
 #include "../common/unproject.h"
 
+#if defined(BKIND3D_EMULATED)  // g++ does not see that there is a view, whose samples begin what is carried
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace bkind3d {
 namespace {
 
