@@ -2,27 +2,29 @@
 // gradient.
 //
 // A voxel has a group of lanes, 16 bytes of channels each (8 lanes for 32 channels of float, 4 of bfloat16), a warp as
-// many voxels along z as fit. It walks over a brick, 8 steps along y and 4 along x. One lane projects for a whole group
-// and leaves offsets and weights in shared memory, 32 voxels and views at once. Views are taken four at a time,
-// unrolled: any number of them with the same code, up to four without a rescaling of the softmax. A lane keeps the four
-// taps of each view in registers, each pixel at a place given by the parity of its row and column: what the next voxel
-// shares stays where it is and is not read again. Backward recomputes all of this, keeps the four taps' gradients at
-// the same places, and adds one to the map (16 bytes by one `red` where the architecture has it) when another pixel
-// takes its place: that is instead of a tile of the map in shared memory, where additions of float are loops.
-// Deterministic: the same twice, first for the largest |dL/dv| of each sample, then in 64-bit fixed point relative to
-// it. dL/dQ: sums over a group's lanes by shuffles, then one lane for each voxel and view; it and dL/dw are summed in
-// parts with one owner each, and the parts by a last kernel, in a fixed order: no atomics. Saved for backward: the
-// inputs alone.
+// many voxels along z as fit. It walks over a brick, 8 steps along y and 4 along x, so that neighbours find their taps
+// in the first-level cache. One lane projects for a whole group and leaves offsets and weights in shared memory, 32
+// voxels and views at once. Views are taken four at a time, unrolled: any number of them with the same code; softmax
+// over at most four has a kernel of its own. Backward recomputes all of this, keeps the four taps' gradients of each
+// view in registers, each pixel at a place given by the parity of its row and column (what the next voxel shares stays
+// where it is), and adds one to the map (16 bytes by one `red` where the architecture has it) when another pixel takes
+// its place: that is instead of a tile of the map in shared memory, where additions of float are loops. Deterministic:
+// the same twice, first for the largest |dL/dv| of each sample, then in 64-bit fixed point relative to it. dL/dQ: sums
+// over a group's lanes by shuffles, then one lane for each voxel and view; it and dL/dw are summed in parts with one
+// owner each, and the parts by a last kernel, in a fixed order: no atomics. Saved for backward: the inputs alone.
 //
 // What bounds it, on paper, at (N, M, C, map, volume) = (8, 4, 32, 64^2, 64^3). Writing the volume: 268 MB in float, 80
-// us at 3.35 TB/s (H100), 56 at 4.8 (H200; 62 at 4.3, a measured copy); bfloat16 half. Taps: 4.3 GB if each were read
-// from the first-level cache, 145 us at 128 bytes a cycle on 132 multiprocessors; at 0.4 pixels a step about a quarter
-// of them change. Instructions: about 30 a sample of float and 26 of bfloat16 (nvcc's, counted), 268 M samples, 28 T a
-// second: 280 and 240 us. So it is bound by issue, 4 to 5 times the floor of float, and bfloat16 gains little: beyond
-// the goal of twice the floor until the counts fall. Backward: about twice the instructions, and 1 GB of `red` instead
-// of 4.3. Occupancy: 12 warps on a multiprocessor forward (168 registers), 8 backward (255), 16 loads of a lane on
-// their way. Not tried: 2 channels a lane backward (12 warps, more instructions); tensor cores for the blend (weights
-// would be rounded). Not measured on a GPU yet; every number here is an estimate.
+// us at 3.35 TB/s (H100), 56 at 4.8 (H200; 62 at 4.3, a measured copy); bfloat16 half. Taps: 4.3 GB from the
+// first-level cache, 145 us at 128 bytes a cycle on 132 multiprocessors, bfloat16 half, and beside 16 such reads of a
+// lane 8 from shared memory. Exponentials: 75 us at 16 a cycle. Instructions (sm_90, counted in nvcc's code along the
+// path that softmax takes): 19.7 a sample of float, of which blending is 10, softmax 5, projection 3; of bfloat16 20.7,
+// of which 4 make floats of it; 268 M samples, 28 T a second: 190 and 200 us. So it is bound by issue, the cache close
+// behind in float: 3 times the floor. Forward, too, had the taps in registers at places by parity, a quarter of them
+// read at each step: with what decided that, and the aggregation chosen in the loop, it took more than 40 a sample.
+// Backward: about twice that, 1 GB of `red` instead of 4.3. Occupancy: 16 warps on a multiprocessor forward (128
+// registers; in half formats, and with more than four views, 12), 8 backward (255), 16 loads of a lane on their way.
+// Not tried: 2 channels a lane backward (12 warps, more instructions); tensor cores for the blend (weights would be
+// rounded). Not measured on a GPU yet; every number here is an estimate.
 #include "launch.cuh"
 
 #include <algorithm>
@@ -32,6 +34,10 @@
 #include <vector>
 
 #include "../common/unproject.h"
+
+#if defined(BKIND3D_EMULATED)  // g++ does not see that there is a view, whose samples begin what is carried
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 namespace bkind3d {
 namespace {
@@ -48,9 +54,12 @@ constexpr int64_t most_partial_bytes = 64 << 20;  // sums of matrices and weight
 constexpr int64_t max_views = 255;  // counts are bytes
 constexpr unsigned none = ~0u;
 
-// Blocks at once on a multiprocessor: 168 registers for each thread forward, 255 in double and backward.
-template <class S>
-constexpr int forward_blocks = sizeof(S) == 8 ? 2 : 3;
+// Blocks at once on a multiprocessor: 128 registers for each thread in float with few views, else 168 forward, 255 in
+// double, in half formats without softmax, and backward.
+template <class S, bool Softmax, bool Small>
+constexpr int forward_blocks = sizeof(S) == 8   ? 2
+                               : sizeof(S) == 2 ? (Softmax ? 3 : 2)
+                                                : (Small ? 4 : 3);
 constexpr int backward_blocks = 2;
 
 // Channels of a lane: 16 bytes of what is read; in the backward pass 16 bytes of what is added.
@@ -65,7 +74,7 @@ enum class Aggregation { softmax, mean, sum, max, weighted };
 struct Problem {
   const char* features;
   int64_t stride_n, stride_m;   // of features, in bytes
-  unsigned stride_y, stride_x;  // likewise; the channels lie together
+  unsigned stride_y, stride_x;  // in a lane's packs of channels, which lie together
   const void* q;                // T (N, M, 12)
   const bool* mask;             // (N, M) or null
   const void* weights;          // T (N, M, C), or null without Aggregation::weighted
@@ -77,11 +86,11 @@ struct Problem {
   // A voxel has a group of lanes, each with a pack of channels, or several one after the other. The groups of a warp
   // lie along z, and y where that is short. A warp walks over a brick: run_y steps of its groups along y, run_x along
   // x.
-  int packs, lanes, groups, groups_z;
+  int packs, lanes, groups, groups_y, groups_z;
   int run_x, run_y_log;
   unsigned bricks_y, bricks_z, bricks, blocks;  // of a sample
   int items, padded_views;                      // items: projections of a group that are made at once
-  Divider by_groups = Divider(1), by_views = Divider(1);
+  Divider by_groups = Divider(1), by_groups_z = Divider(1), by_views = Divider(1);
 };
 
 template <class T>
@@ -107,20 +116,42 @@ struct Voxel {
 
 __device__ __forceinline__ Brick brick_of(const Problem& p, int sample, unsigned index) {
   const unsigned line = index / p.bricks_z, column = line / p.bricks_y;
-  const int groups_y = p.groups / p.groups_z;
-  return {sample, int(column) * p.run_x, int(line - column * p.bricks_y) * (groups_y << p.run_y_log),
+  return {sample, int(column) * p.run_x, int(line - column * p.bricks_y) * (p.groups_y << p.run_y_log),
           int(index - line * p.bricks_z) * p.groups_z};
 }
 
-// Up and down along y, so that a step is always to a neighbour.
-__device__ __forceinline__ Voxel voxel_of(const Problem& p, const Brick& brick, int group, int step) {
-  const int step_x = step >> p.run_y_log, last = (1 << p.run_y_log) - 1;
-  const int step_y = step_x & 1 ? last - (step & last) : step & last;
-  const int group_y = group / p.groups_z, groups_y = p.groups / p.groups_z;
-  const Voxel v = {brick.x + step_x, brick.y + group_y + step_y * groups_y, brick.z + group - group_y * p.groups_z,
-                   true};
-  return {v.x, v.y, v.z, v.x < p.x && v.y < p.y && v.z < p.z};
+// Of a group among those of its warp.
+struct Place {
+  int y, z;
+};
+
+__device__ __forceinline__ Place place_of(const Problem& p, int group) {
+  const int y = int(p.by_groups_z.quotient(group));
+  return {y, group - y * p.groups_z};
 }
+
+// Of a walk, in groups along y: up and down, so that the next is always a neighbour.
+struct Step {
+  int x, y;
+};
+
+__device__ __forceinline__ Step step_of(const Problem& p, int step) {
+  const int x = step >> p.run_y_log;
+  return {x, (step ^ -(x & 1)) & ((1 << p.run_y_log) - 1)};
+}
+
+__device__ __forceinline__ Voxel voxel_of(const Problem& p, const Brick& brick, const Place& place, int number) {
+  const Step step = step_of(p, number);
+  const int x = brick.x + step.x, y = brick.y + place.y + step.y * p.groups_y, z = brick.z + place.z;
+  return {x, y, z, x < p.x && y < p.y && z < p.z};
+}
+
+// In its sample.
+__device__ __forceinline__ unsigned index_of(const Problem& p, const Voxel& voxel) {
+  return (unsigned(voxel.x) * unsigned(p.y) + unsigned(voxel.y)) * unsigned(p.z) + unsigned(voxel.z);
+}
+
+__device__ __forceinline__ int64_t voxels_of(const Problem& p) { return int64_t(p.x) * p.y * p.z; }
 
 // ---- projection: one lane for each voxel and view ----
 
@@ -132,12 +163,41 @@ struct Sight {
 };
 
 template <class T>
+struct alignas(16) Matrix {
+  T q[12];
+};
+
+// a / c and b / c.
+__device__ __forceinline__ void divide_both(double a, double b, double c, double& u, double& v) {
+  u = a / c, v = b / c;
+}
+__device__ __forceinline__ void divide_both(float a, float b, float c, float& u, float& v) {
+#if defined(BKIND3D_EMULATED)
+  u = a / c, v = b / c;
+#else  // a reciprocal and one step of Newton's for each: within 1 ulp where 1 / c is a normal number
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(c));
+  u = a * inverse, v = b * inverse;
+  u += inverse * (a - u * c), v += inverse * (b - v * c);
+#endif
+}
+
+// Sample and view.
+__device__ __forceinline__ unsigned row_of(const Problem& p, int sample, int view) {
+  return unsigned(sample) * unsigned(p.views) + unsigned(view);
+}
+
+__device__ __forceinline__ bool may_see(const Problem& p, int sample, const Voxel& voxel, int view) {
+  return view < p.views && voxel.inside && (!p.mask || p.mask[row_of(p, sample, view)]);
+}
+
+template <class T>
 __device__ __forceinline__ Sight<T> sight_of(const Problem& p, int sample, const Voxel& voxel, int view) {
-  Sight<T> s = {};  // all of it: what is undefined on one path would hold registers on the others
-  const int64_t row = int64_t(sample) * p.views + view;
-  if (view >= p.views || !voxel.inside || (p.mask && !p.mask[row])) return s;
-  const Homogeneous<T> h = project(static_cast<const T*>(p.q) + row * 12, T(voxel.x), T(voxel.y), T(voxel.z));
-  s.u = h.x / h.depth, s.v = h.y / h.depth, s.depth = h.depth;
+  const Matrix<T> matrix = static_cast<const Matrix<T>*>(p.q)[row_of(p, sample, view)];
+  const Homogeneous<T> h = project(matrix.q, T(voxel.x), T(voxel.y), T(voxel.z));
+  Sight<T> s;
+  divide_both(h.x, h.y, h.depth, s.u, s.v);
+  s.depth = h.depth;
   s.seen = sees(s.u, s.v, s.depth, T(p.width), T(p.height));
   s.x = axis_taps(s.u, T(p.width)), s.y = axis_taps(s.v, T(p.height));
   return s;
@@ -149,27 +209,41 @@ __device__ __forceinline__ int first_place(const AxisTaps<T>& taps) {
   return (taps.inside[0] != 0 ? int(taps.index[0]) : int(taps.index[1]) + 1) & 1;
 }
 
-// A voxel's four taps in one view, each at the place 2 (row odd) + (column odd): a pixel that the next voxel shares has
-// the same place there. Offsets are in bytes; the first is `none` where the view does not see the voxel.
+// What stands for the sample of a view that takes no part: it weighs nothing, and no sample is less.
+template <class T>
+constexpr T lowest = -(sizeof(T) == sizeof(double) ? T(__DBL_MAX__) : T(__FLT_MAX__));
+
+// For the sample of a view that does not see the voxel, or that there is not.
+template <class T>
+__device__ __forceinline__ T unseen_sample(const Problem& p, int view) {
+  const bool compared = p.aggregation == Aggregation::softmax || p.aggregation == Aggregation::max;
+  return compared && (p.exclude || view >= p.views) ? lowest<T> : T(0);
+}
+
+// A voxel's four taps in one view. Offsets are in packs. Where the view does not see the voxel the first is `none`, and
+// the first weight what stands for the sample.
 template <class T>
 struct alignas(16) Taps {
   unsigned offset[4];
-  T x[2], y[2];  // weights of columns and rows
+  T weight[4];
 };
 
-template <class T>
+// Placed: each tap at the place 2 (row odd) + (column odd), so that a pixel that the next voxel shares has the same
+// place there.
+template <bool Placed, class T>
 __device__ __forceinline__ Taps<T> taps_of(const Problem& p, const Sight<T>& s) {
-  Taps<T> t = {{none, none, none, none}, {}, {}};
-  if (!s.seen) return t;
-  const bool odd_x = first_place(s.x), odd_y = first_place(s.y);
-  const unsigned x0 = unsigned(s.x.index[0]) * p.stride_x, x1 = unsigned(s.x.index[1]) * p.stride_x;
-  const unsigned y0 = unsigned(s.y.index[0]) * p.stride_y, y1 = unsigned(s.y.index[1]) * p.stride_y;
-  const unsigned x_even = odd_x ? x1 : x0, x_odd = odd_x ? x0 : x1;
-  const unsigned y_even = odd_y ? y1 : y0, y_odd = odd_y ? y0 : y1;
-  t.offset[0] = y_even + x_even, t.offset[1] = y_even + x_odd;
-  t.offset[2] = y_odd + x_even, t.offset[3] = y_odd + x_odd;
-  t.x[0] = odd_x ? s.x.weight[1] : s.x.weight[0], t.x[1] = odd_x ? s.x.weight[0] : s.x.weight[1];
-  t.y[0] = odd_y ? s.y.weight[1] : s.y.weight[0], t.y[1] = odd_y ? s.y.weight[0] : s.y.weight[1];
+  const T floor_x = floor_of(s.u), floor_y = floor_of(s.v);
+  const int x = int(floor_x), y = int(floor_y);
+  const T right = x + 1 < p.width ? s.u - floor_x : T(0), left = x >= 0 ? 1 - (s.u - floor_x) : T(0);
+  const T below = y + 1 < p.height ? s.v - floor_y : T(0), above = y >= 0 ? 1 - (s.v - floor_y) : T(0);
+  const unsigned x0 = unsigned(max_of(x, 0)) * p.stride_x, x1 = unsigned(min_of(x + 1, p.width - 1)) * p.stride_x;
+  const unsigned y0 = unsigned(max_of(y, 0)) * p.stride_y, y1 = unsigned(min_of(y + 1, p.height - 1)) * p.stride_y;
+  Taps<T> t;
+  const bool odd_x = Placed && (x & 1), odd_y = Placed && (y & 1);
+  const unsigned xs[2] = {odd_x ? x1 : x0, odd_x ? x0 : x1}, ys[2] = {odd_y ? y1 : y0, odd_y ? y0 : y1};
+  const T wx[2] = {odd_x ? right : left, odd_x ? left : right}, wy[2] = {odd_y ? below : above, odd_y ? above : below};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) t.offset[i] = ys[i / 2] + xs[i % 2], t.weight[i] = wy[i / 2] * wx[i % 2];
   return t;
 }
 
@@ -179,10 +253,10 @@ struct Item {
   int group, step, view;
 };
 
-// From (step, view) on; `e` counts the groups first.
-__device__ __forceinline__ Item item_of(const Problem& p, int e, int step, int view) {
-  const int item = int(p.by_groups.quotient(e)), later = int(p.by_views.quotient(item));
-  return {e - item * p.groups, step + later, view + item - later * p.padded_views};
+// From step 0 and view 0 on; `e` counts the groups first.
+__device__ __forceinline__ Item item_of(const Problem& p, int e) {
+  const int item = int(p.by_groups.quotient(e)), step = int(p.by_views.quotient(item));
+  return {e - item * p.groups, step, item - step * p.padded_views};
 }
 
 __device__ __forceinline__ bool few_views(const Problem& p) { return p.padded_views <= p.items; }
@@ -194,15 +268,40 @@ struct Projected {
   int step, view, used;
 };
 
-template <class T>
-__device__ __forceinline__ void project_items(const Problem& p, const Brick& brick, Projected<T>& projected, int step,
-                                              int view) {
+// `own` is the first item of the lane, and where its group is: the same for the whole walk.
+struct Own {
+  Item item;
+  Place place;
+};
+
+__device__ __forceinline__ Own own_of(const Problem& p) {
+  const Item item = item_of(p, int(threadIdx.x % 32));
+  return {item, place_of(p, item.group)};
+}
+
+template <bool Placed, class T>
+__device__ __forceinline__ Taps<T> project_item(const Problem& p, const Brick& brick, const Own& at, int step,
+                                                int view) {
+  const Voxel voxel = voxel_of(p, brick, at.place, step + at.item.step);
+  view += at.item.view;
+  if (may_see(p, brick.sample, voxel, view)) {
+    const Sight<T> sight = sight_of<T>(p, brick.sample, voxel, view);
+    if (sight.seen) return taps_of<Placed>(p, sight);
+  }
+  return {{none}, {unseen_sample<T>(p, view)}};
+}
+
+// Single: no lane has more than one item.
+template <bool Placed, bool Single, class T>
+__device__ __forceinline__ void project_items(const Problem& p, const Brick& brick, const Own& own,
+                                              Projected<T>& projected, int step, int view) {
   projected.step = step, projected.view = view, projected.used = 0;
   __syncwarp();
-  for (int e = int(threadIdx.x % 32); e < p.groups * p.items; e += 32) {
-    const Item item = item_of(p, e, step, view);
-    const Voxel voxel = voxel_of(p, brick, item.group, item.step);
-    projected.taps[e] = taps_of(p, sight_of<T>(p, brick.sample, voxel, item.view));
+  const int first = int(threadIdx.x % 32), items = p.groups * p.items;
+  if (first < items) projected.taps[first] = project_item<Placed, T>(p, brick, own, step, view);
+  for (int e = first + 32; !Single && e < items; e += 32) {
+    const Item item = item_of(p, e);
+    projected.taps[e] = project_item<Placed, T>(p, brick, {item, place_of(p, item.group)}, step, view);
   }
   __syncwarp();
 }
@@ -219,23 +318,36 @@ __device__ __forceinline__ Lane lane_of(const Problem& p) {
   return {int(threadIdx.x) / 32, group, lane - group * p.lanes, group >= p.groups};
 }
 
+// What lies at `at` if `wanted`, by one instruction and no branch; else anything.
 template <class P>
-__device__ __forceinline__ P load_map(const char* at) {
+__device__ __forceinline__ P load_map(const P* at, bool wanted) {
 #if defined(BKIND3D_EMULATED)
-  return *reinterpret_cast<const P*>(at);
+  return wanted ? *at : P{};
 #else
   P pack;
   if constexpr (sizeof(P) == 16) {
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
+    uint4 bits;
+    asm("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+        : "l"(at), "r"(unsigned(wanted)));
     __builtin_memcpy(&pack, &bits, 16);
   } else if constexpr (sizeof(P) == 8) {
-    const uint2 bits = __ldg(reinterpret_cast<const uint2*>(at));
+    uint2 bits;
+    asm("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2]; }"
+        : "=r"(bits.x), "=r"(bits.y)
+        : "l"(at), "r"(unsigned(wanted)));
     __builtin_memcpy(&pack, &bits, 8);
   } else if constexpr (sizeof(P) == 4) {
-    const unsigned bits = __ldg(reinterpret_cast<const unsigned*>(at));
+    unsigned bits;
+    asm("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u32 %0, [%1]; }"
+        : "=r"(bits)
+        : "l"(at), "r"(unsigned(wanted)));
     __builtin_memcpy(&pack, &bits, 4);
   } else {
-    const unsigned short bits = __ldg(reinterpret_cast<const unsigned short*>(at));
+    unsigned short bits;
+    asm("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u16 %0, [%1]; }"
+        : "=h"(bits)
+        : "l"(at), "r"(unsigned(wanted)));
     __builtin_memcpy(&pack, &bits, 2);
   }
   return pack;
@@ -252,6 +364,8 @@ __device__ __forceinline__ void store_once(P* p, const P& pack) {
     uint4 bits;
     __builtin_memcpy(&bits, &pack, 16);
     __stcs(reinterpret_cast<uint4*>(p), bits);
+  } else if constexpr (sizeof(P) == 1) {
+    __stcs(p, pack);
   } else {
     *p = pack;
   }
@@ -262,73 +376,78 @@ __device__ __forceinline__ const char* map_of(const Problem& p, int sample, int 
   return p.features + sample * p.stride_n + view * p.stride_m;
 }
 
-template <class T>
-__device__ __forceinline__ void tap_weights(const Taps<T>& t, T (&w)[4]) {
-#pragma unroll
-  for (int s = 0; s < 4; ++s) w[s] = t.y[s / 2] * t.x[s % 2];
+// One element, by one instruction: nvcc's own way to the second of two bfloat16 takes two.
+template <class S, int Width>
+__device__ __forceinline__ Arithmetic<S> element(const Pack<S, Width>& pack, int i) {
+  return widen(pack.values[i]);
+}
+template <int Width>
+__device__ __forceinline__ float element(const Pack<bfloat16, Width>& pack, int i) {
+  if constexpr (Width % 2 == 0) {
+    unsigned pair;
+    __builtin_memcpy(&pair, pack.values + i / 2 * 2, 4);
+    return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+  } else {
+    return widen(pack.values[i]);
+  }
 }
 
 template <class S, int Width>
 __device__ __forceinline__ Arithmetic<S> blend(const Pack<S, Width> (&tap)[4], const Arithmetic<S> (&w)[4], int i) {
-  Arithmetic<S> v = w[0] * widen(tap[0].values[i]);
+  Arithmetic<S> v = w[0] * element(tap[0], i);
 #pragma unroll
-  for (int s = 1; s < 4; ++s) v += w[s] * widen(tap[s].values[i]);
+  for (int s = 1; s < 4; ++s) v += w[s] * element(tap[s], i);
   return v;
 }
 
 // ---- aggregation over the views, a chunk of them at a time, for each channel ----
 
-// e^x for x <= 0; what is below the smallest normal number is 0, which costs three instructions less than exp2f.
-__device__ __forceinline__ double exponential_of(double x) { return exponential(x); }
-__device__ __forceinline__ float exponential_of(float x) {
-  const float scaled = x * float(exponential_scale<float>);
-#if defined(BKIND3D_EMULATED)
-  return exponential(scaled);
-#else
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(scaled));
-  return e;
-#endif
+// Softmax is relative to the largest sample: `scaled`, in units of the exponential's argument, so that e^(x - largest)
+// is one multiplication and addition and one exponential. Its rounding is a factor that all views share.
+template <class T>
+__device__ __forceinline__ T exponential_of(T x, T scaled) {
+  return exponential(x * T(exponential_scale<T>) - scaled);
 }
 
-// What stands for the sample of a view that takes no part: it weighs nothing, and no sample is less.
+__device__ __forceinline__ float larger_of(float a, float b) { return fmaxf(a, b); }  // the other of a NaN
+__device__ __forceinline__ double larger_of(double a, double b) { return fmax(a, b); }
+
+// Where no view takes part all of them are further below this than the exponential reaches.
 template <class T>
-constexpr T lowest = -(sizeof(T) == sizeof(double) ? T(__DBL_MAX__) : T(__FLT_MAX__));
+__device__ __forceinline__ T scaled_of(T best) {
+  return larger_of(best * T(exponential_scale<T>), lowest<T> * T(0.999));
+}
 
 // softmax: the largest sample so far and, relative to it, the sums of exponentials and of exponentials times samples.
 // max: the largest sample so far and its view. Others: sums of weights of seeing views, and of weights times samples.
 template <class T>
 struct Carried {
-  T best = lowest<T>, total = 0, sum = 0;
+  T best, total, sum;
 };
 
-// For the sample of a view that does not see the voxel, or that there is not.
 template <class T>
-__device__ __forceinline__ T unseen_sample(const Problem& p, int view) {
-  const bool compared = p.aggregation == Aggregation::softmax || p.aggregation == Aggregation::max;
-  return compared && (p.exclude || view >= p.views) ? lowest<T> : T(0);
+__device__ __forceinline__ void carry_softmax(Carried<T>& c, const T (&v)[chunk], bool begins) {
+  T best = larger_of(larger_of(v[0], v[1]), larger_of(v[2], v[3]));
+  if (!begins) best = larger_of(best, c.best);
+  const T scaled = scaled_of(best);
+  T total = exponential_of(v[0], scaled), sum = total * v[0];
+  if (!begins) {
+    const T older = exponential_of(c.best, scaled);
+    total += c.total * older, sum += c.sum * older;
+  }
+#pragma unroll
+  for (int m = 1; m < chunk; ++m) {
+    const T e = exponential_of(v[m], scaled);
+    total += e, sum += e * v[m];
+  }
+  c = {best, total, sum};
 }
 
 template <class T>
-__device__ __forceinline__ void carry(const Problem& p, Carried<T>& c, const T (&v)[chunk], unsigned seen, int first,
-                                      const T* weights) {
+__device__ __forceinline__ void carry_other(const Problem& p, Carried<T>& c, const T (&v)[chunk], unsigned seen,
+                                            int first, const T* weights) {
+  if (first == 0) c = {lowest<T>, 0, 0};
   switch (p.aggregation) {
-    case Aggregation::softmax: {
-      const T before = c.best;
-#pragma unroll
-      for (int m = 0; m < chunk; ++m) c.best = max_of(c.best, v[m]);
-      const T reference = c.best > lowest<T> ? c.best : T(0);
-      if (first > 0) {
-        const T older = exponential_of(before - reference);
-        c.total *= older, c.sum *= older;
-      }
-#pragma unroll
-      for (int m = 0; m < chunk; ++m) {
-        const T e = exponential_of(v[m] - reference);
-        c.total += e, c.sum += e * v[m];
-      }
-      return;
-    }
     case Aggregation::max:
 #pragma unroll
       for (int m = 0; m < chunk; ++m) {
@@ -350,30 +469,47 @@ __device__ __forceinline__ void carry(const Problem& p, Carried<T>& c, const T (
   }
 }
 
-template <class T>
-struct Aggregate {
-  T best, inverse, value;  // max: inverse is the view
-};
-
-// 1 / x for x of at least 1, or 0 for 0.
-__device__ __forceinline__ double reciprocal(double x) { return x != 0 ? 1 / x : 0; }
-__device__ __forceinline__ float reciprocal(float x) {
-#if defined(BKIND3D_EMULATED)
-  return x != 0 ? 1 / x : 0;
-#else
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return x != 0 ? y : 0;
-#endif
+// A chunk of views, of which `first` is the first, for every channel of a lane. `softmax` is for the compiler.
+template <int Width, class T>
+__device__ __forceinline__ void carry(const Problem& p, bool softmax, Carried<T> (&c)[Width],
+                                      const T (&v)[chunk][Width], unsigned seen, int first, const T* weights) {
+#pragma unroll
+  for (int i = 0; i < Width; ++i) {
+    const T of[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
+    if (softmax) {
+      carry_softmax(c[i], of, first == 0);
+    } else {
+      carry_other(p, c[i], of, seen, first, weights + i);
+    }
+  }
 }
 
 template <class T>
-__device__ __forceinline__ Aggregate<T> aggregate(const Problem& p, const Carried<T>& c, int count) {
+struct Aggregate {
+  T scaled, inverse, value;  // softmax: scaled largest sample; max: inverse is the view
+};
+
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+__device__ __forceinline__ float reciprocal(float x) {
+#if defined(BKIND3D_EMULATED)
+  return 1 / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// Where no view takes part the sum is 0, and the total.
+template <class T>
+__device__ __forceinline__ Aggregate<T> aggregate_softmax(const Carried<T>& c) {
+  const T inverse = reciprocal(larger_of(c.total, T(1e-30)));
+  return {scaled_of(c.best), inverse, c.sum * inverse + T(0)};  // no -0
+}
+
+template <class T>
+__device__ __forceinline__ Aggregate<T> aggregate_other(const Problem& p, const Carried<T>& c, int count) {
   switch (p.aggregation) {
-    case Aggregation::softmax: {
-      const T inverse = reciprocal(c.total);
-      return {c.best > lowest<T> ? c.best : T(0), inverse, c.sum * inverse};
-    }
     case Aggregation::max: return {0, c.total, p.exclude && count == 0 ? T(0) : c.best};
     case Aggregation::weighted: {
       const T inverse = !p.exclude ? T(1) : c.total != 0 ? 1 / c.total : T(0);
@@ -387,11 +523,16 @@ __device__ __forceinline__ Aggregate<T> aggregate(const Problem& p, const Carrie
   }
 }
 
+template <class T>
+__device__ __forceinline__ Aggregate<T> aggregate(const Problem& p, bool softmax, const Carried<T>& c, int count) {
+  return softmax ? aggregate_softmax(c) : aggregate_other(p, c, count);
+}
+
 // dL/dv of a view that sees the voxel.
 template <class T>
 __device__ __forceinline__ T share(const Problem& p, const Aggregate<T>& a, T g, T v, int view, const T* weight) {
   switch (p.aggregation) {
-    case Aggregation::softmax: return softmax_gradient(g, exponential_of(v - a.best) * a.inverse, v, a.value);
+    case Aggregation::softmax: return softmax_gradient(g, exponential_of(v, a.scaled) * a.inverse, v, a.value);
     case Aggregation::max: return a.inverse == T(view) ? g : T(0);
     case Aggregation::weighted: return g * a.inverse * __ldg(weight);
     default: return g * a.inverse;
@@ -400,91 +541,94 @@ __device__ __forceinline__ T share(const Problem& p, const Aggregate<T>& a, T g,
 
 // ---- forward ----
 
-// Taps of a chunk of views that a lane has read, and which they are.
-template <class S, int Width>
-struct Held {
-  Pack<S, Width> taps[chunk][4];
-  unsigned offset[chunk][4];
-
-  __device__ __forceinline__ void forget() {
-#pragma unroll
-    for (int i = 0; i < 4 * chunk; ++i) offset[i / 4][i % 4] = none;
-  }
-};
-
-// Reads of a chunk of views what is not held already; which of them see the voxel, as bits.
+// Samples of one view that sees the voxel, or whatever if it does not.
 template <class S, int Width, class T>
-__device__ __forceinline__ unsigned read_taps(const Problem& p, int sample, int first, const Taps<T>* taps,
-                                              unsigned own, Held<S, Width>& held) {
+__device__ __forceinline__ void sample_view(const char* map, const Taps<T>& t, bool sees, T (&v)[Width]) {
+  using P = Pack<S, Width>;
+  P tap[4];
+#pragma unroll
+  for (int s = 0; s < 4; ++s) tap[s] = load_map(reinterpret_cast<const P*>(map) + t.offset[s], sees);
+#pragma unroll
+  for (int i = 0; i < Width; ++i) v[i] = blend(tap, t.weight, i);
+}
+
+// Those of a chunk of views, all read before the first is needed. Of `maps`, with Small, there is one for each view,
+// else that of view 0 alone. Which views see the voxel, as bits.
+template <class S, int Width, bool Small, class T>
+__device__ __forceinline__ unsigned sample_views(const Problem& p, const char* const* maps, int first,
+                                                 const Taps<T>* taps, T (&v)[chunk][Width]) {
   unsigned seen = 0;
 #pragma unroll
   for (int m = 0; m < chunk; ++m) {
-    const Taps<T>& t = taps[m * p.groups];
-    if (first + m >= p.views || t.offset[0] == none) continue;
-    seen |= 1u << m;
-    const char* map = map_of(p, sample, first + m);
+    const Taps<T> t = taps[m * p.groups];
+    const bool sees = t.offset[0] != none;
+    sample_view<S>(Small ? maps[m] : maps[0] + (first + m) * p.stride_m, t, sees, v[m]);
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const unsigned offset = t.offset[s];
-      if (offset == held.offset[m][s]) continue;
-      held.offset[m][s] = offset;
-      held.taps[m][s] = load_map<Pack<S, Width>>(map + (offset + own));
-    }
+    for (int i = 0; i < Width; ++i) v[m][i] = sees ? v[m][i] : t.weight[0];
+    seen |= unsigned(sees) << m;
   }
   return seen;
 }
 
-template <class S, int Width>
-__global__ void __launch_bounds__(threads, forward_blocks<S>)
+// A value that is kept, and not made again from what it was made of.
+template <class V>
+__device__ __forceinline__ V kept(V v) {
+#if !defined(BKIND3D_EMULATED)
+  if constexpr (sizeof(V) == 8)
+    asm("" : "+l"(v));
+  else
+    asm("" : "+r"(v));
+#endif
+  return v;
+}
+
+// Softmax: the aggregation, known to the compiler. Small: at most `chunk` views, and no lane has two items.
+template <class S, int Width, bool Softmax, bool Small>
+__global__ void __launch_bounds__(threads, forward_blocks<S, Softmax, Small>)
     forward_kernel(Problem p, S* volume, unsigned char* counts) {
   using T = Arithmetic<S>;
   const Lane lane = lane_of(p);
+  const Own own = own_of(p);
+  const Place place = place_of(p, lane.group);
   const int sample = int(blockIdx.x / p.blocks), steps = p.run_x << p.run_y_log;
   const unsigned index = (blockIdx.x - sample * p.blocks) * warps + lane.warp;
   if (index >= p.bricks) return;
   const Brick brick = brick_of(p, sample, index);
+  const Voxel start = {brick.x, brick.y + place.y, brick.z + place.z, true};
+  const unsigned pixel = unsigned(p.channels) * unsigned(sizeof(S)), at_start = kept(index_of(p, start));
+  counts += sample * voxels_of(p);
   Projected<T> projected = {dynamic_shared<Taps<T>>() + lane.warp * p.groups * p.items, 0, 0, p.items};
   for (int base = 0; base < p.packs; base += p.lanes) {
-    const int channel = (base + lane.member) * Width;
-    const bool idle = lane.idle || channel >= p.channels;
-    Held<S, Width> held;
-    held.forget();
+    const int channel = kept((base + lane.member) * Width);
+    const int end_y = kept(lane.idle || channel >= p.channels || start.z >= p.z ? 0 : p.y);
+    const char* maps[Small ? chunk : 1];
+#pragma unroll
+    for (int m = 0; m < (Small ? chunk : 1); ++m) maps[m] = kept(map_of(p, sample, m) + channel * sizeof(S));
+    const T* weights = static_cast<const T*>(p.weights) + int64_t(sample) * p.views * p.channels + channel;
+    char* const to = kept(reinterpret_cast<char*>(volume + sample * voxels_of(p) * p.channels + channel));
     projected.used = p.items;
-    for (int step = 0; step < steps; ++step) {
-      const Voxel voxel = voxel_of(p, brick, lane.group, step);
+    for (int number = 0; number < steps; ++number) {
+      const Step step = step_of(p, number);
+      const bool absent = start.x + step.x >= p.x || start.y + step.y * p.groups_y >= end_y;
       Carried<T> carried[Width];
       int count = 0;
-      if (!few_views(p)) projected.used = p.items;
-      for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
-        if (projected.used == p.items) project_items(p, brick, projected, step, first);
-        if (idle || !voxel.inside) continue;
-        if (p.views > chunk) held.forget();
+      if (!Small && !few_views(p)) projected.used = p.items;
+      for (int first = 0; first < (Small ? 1 : p.views); first += chunk, projected.used += chunk) {
+        if (projected.used == p.items) project_items<false, Small>(p, brick, own, projected, number, first);
+        if (absent) continue;
         const Taps<T>* taps = projected.taps + projected.used * p.groups + lane.group;
-        const unsigned seen = read_taps(p, sample, first, taps, channel * unsigned(sizeof(S)), held);
+        T v[chunk][Width];
+        const unsigned seen = sample_views<S, Width, Small>(p, maps, first, taps, v);
+        carry(p, Softmax, carried, v, seen, first, weights + int64_t(first) * p.channels);
         count += __popc(seen);
-        T w[chunk][4], unseen[chunk];
-#pragma unroll
-        for (int m = 0; m < chunk; ++m) {
-          tap_weights(taps[m * p.groups], w[m]);
-          unseen[m] = unseen_sample<T>(p, first + m);
-        }
-        const T* weights =
-            static_cast<const T*>(p.weights) + (int64_t(sample) * p.views + first) * p.channels + channel;
-#pragma unroll
-        for (int i = 0; i < Width; ++i) {
-          T v[chunk];
-#pragma unroll
-          for (int m = 0; m < chunk; ++m) v[m] = seen >> m & 1 ? blend(held.taps[m], w[m], i) : unseen[m];
-          carry(p, carried[i], v, seen, first, weights + i);
-        }
       }
-      if (idle || !voxel.inside) continue;
+      if (absent) continue;
       Pack<S, Width> out;
 #pragma unroll
-      for (int i = 0; i < Width; ++i) out.values[i] = narrow<S>(aggregate(p, carried[i], count).value);
-      const int64_t at = ((int64_t(sample) * p.x + voxel.x) * p.y + voxel.y) * p.z + voxel.z;
-      store_once(reinterpret_cast<Pack<S, Width>*>(volume + at * p.channels + channel), out);
-      if (channel == 0) counts[at] = static_cast<unsigned char>(count);
+      for (int i = 0; i < Width; ++i) out.values[i] = narrow<S>(aggregate(p, Softmax, carried[i], count).value);
+      const unsigned at = at_start + unsigned(step.x * p.y + step.y * p.groups_y) * unsigned(p.z);
+      store_once(reinterpret_cast<Pack<S, Width>*>(to + uint64_t(at) * pixel), out);
+      if (channel == 0) store_once(counts + at, static_cast<unsigned char>(count));
     }
   }
 }
@@ -552,7 +696,7 @@ __device__ __forceinline__ void add_sum(const Gradients& out, const Target& to, 
                                         const Arithmetic<S> (&sum)[Width]) {
   using T = Arithmetic<S>;
   const int64_t map = to.maps + view * to.map_size;
-  const unsigned at = pixel / unsigned(sizeof(S)) + to.channel;
+  const unsigned at = pixel * Width + to.channel;
   if (out.scatter == Scatter::floating) {
     add_to(static_cast<T*>(out.maps) + map + at, sum);
   } else {
@@ -577,8 +721,6 @@ template <class S, int Width>
 __device__ __forceinline__ void add_taps(const Gradients& out, const Target& to, int m, int view,
                                          const Taps<Arithmetic<S>>& t, const Arithmetic<S> (&g)[Width],
                                          Sums<Arithmetic<S>, Width>& sums) {
-  Arithmetic<S> w[4];
-  tap_weights(t, w);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const unsigned pixel = t.offset[s];
@@ -589,7 +731,7 @@ __device__ __forceinline__ void add_taps(const Gradients& out, const Target& to,
       for (int i = 0; i < Width; ++i) sums.of[m][s][i] = 0;
     }
 #pragma unroll
-    for (int i = 0; i < Width; ++i) sums.of[m][s][i] += w[s] * g[i];
+    for (int i = 0; i < Width; ++i) sums.of[m][s][i] += t.weight[s] * g[i];
   }
 }
 
@@ -648,8 +790,10 @@ __device__ __forceinline__ void settle(const Problem& p, const Gradients& out, c
   for (int e = int(threadIdx.x % 32); e < p.groups * p.items; e += 32) {
     const TapSums<T> sums = matrices.sums[e];
     matrices.sums[e] = {};
-    const Item item = item_of(p, e, 0, projected.view);
-    const Voxel voxel = voxel_of(p, brick, item.group, projected.step + item.step);
+    Item item = item_of(p, e);
+    item.view += projected.view;
+    const Voxel voxel = voxel_of(p, brick, place_of(p, item.group), projected.step + item.step);
+    if (!may_see(p, brick.sample, voxel, item.view)) continue;
     const Sight<T> sight = sight_of<T>(p, brick.sample, voxel, item.view);
     if (!sight.seen) continue;
     const Homogeneous<T> g = gradient_of(sight, sums);
@@ -664,29 +808,6 @@ __device__ __forceinline__ void settle(const Problem& p, const Gradients& out, c
 
 // ---- the backward kernel ----
 
-template <class S, int Width, class T>
-__device__ __forceinline__ unsigned sample_views(const Problem& p, int sample, int first, const Taps<T>* taps,
-                                                 unsigned own, T (&v)[chunk][Width]) {
-  unsigned seen = 0;
-#pragma unroll
-  for (int m = 0; m < chunk; ++m) {
-    const Taps<T>& t = taps[m * p.groups];
-#pragma unroll
-    for (int i = 0; i < Width; ++i) v[m][i] = unseen_sample<T>(p, first + m);
-    if (first + m >= p.views || t.offset[0] == none) continue;
-    seen |= 1u << m;
-    const char* map = map_of(p, sample, first + m);
-    Pack<S, Width> tap[4];
-    T w[4];
-#pragma unroll
-    for (int s = 0; s < 4; ++s) tap[s] = load_map<Pack<S, Width>>(map + (t.offset[s] + own));
-    tap_weights(t, w);
-#pragma unroll
-    for (int i = 0; i < Width; ++i) v[m][i] = blend(tap, w, i);
-  }
-  return seen;
-}
-
 // A lane at work on a pack of channels of a brick.
 template <class S, int Width>
 struct Worker {
@@ -696,6 +817,8 @@ struct Worker {
   const Gradients& out;
   const Lane lane;
   const Brick brick;
+  const Own own;
+  const Place place;
   const int channel;
   const T* weights;  // of view 0 and the channel
   Sums<T, Width> sums;
@@ -704,19 +827,20 @@ struct Worker {
   __device__ __forceinline__ bool idle() const { return lane.idle || channel >= p.channels; }
 
   __device__ __forceinline__ void sample(int first, const Taps<T>* taps, Samples& v) {
-    seen = sample_views<S>(p, brick.sample, first, taps, channel * unsigned(sizeof(S)), v);
-  }
-
-  __device__ __forceinline__ void carry_all(int first, const Samples& v, Carried<T> (&carried)[Width]) const {
+    seen = 0;
 #pragma unroll
-    for (int i = 0; i < Width; ++i) {
-      const T at[chunk] = {v[0][i], v[1][i], v[2][i], v[3][i]};
-      carry(p, carried[i], at, seen, first, weights + int64_t(first) * p.channels + i);
+    for (int m = 0; m < chunk; ++m) {
+      const Taps<T>& t = taps[m * p.groups];
+#pragma unroll
+      for (int i = 0; i < Width; ++i) v[m][i] = t.weight[0];
+      if (t.offset[0] == none) continue;
+      sample_view<S>(map_of(p, brick.sample, first + m) + channel * sizeof(S), t, true, v[m]);
+      seen |= 1u << m;
     }
   }
 
   __device__ __forceinline__ Pack<S, Width> gradient_at(const Voxel& voxel) const {
-    const int64_t at = ((int64_t(brick.sample) * p.x + voxel.x) * p.y + voxel.y) * p.z + voxel.z;
+    const int64_t at = brick.sample * voxels_of(p) + index_of(p, voxel);
     const S* from = static_cast<const S*>(out.volume) + at * p.channels + channel;
     return load_once(reinterpret_cast<const Pack<S, Width>*>(from));
   }
@@ -764,14 +888,14 @@ struct Worker {
     for (int m = 0; m < chunk; ++m) {
       if (first + m >= p.views) continue;
       const Taps<T>& t = taps[m * p.groups];
-      const char* map = map_of(p, brick.sample, first + m);
+      const char* map = map_of(p, brick.sample, first + m) + channel * sizeof(S);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         T sum = 0;
         if (seen >> m & 1) {
-          const auto tap = load_map<Pack<S, Width>>(map + (t.offset[s] + channel * unsigned(sizeof(S))));
+          const auto tap = load_map(reinterpret_cast<const Pack<S, Width>*>(map) + t.offset[s], true);
 #pragma unroll
-          for (int i = 0; i < Width; ++i) sum += v[m][i] * widen(tap.values[i]);
+          for (int i = 0; i < Width; ++i) sum += v[m][i] * element(tap, i);
         }
         sum = sum_of_group(p, lane, sum);
         if (lane.member == 0 && !lane.idle) to[m * p.groups].of[s] = sum;
@@ -788,12 +912,13 @@ __device__ __forceinline__ unsigned backward_brick(Worker<S, Width>& w, const Ta
   using T = Arithmetic<S>;
   const Problem& p = w.p;
   const Gradients& out = w.out;
+  const bool softmax = p.aggregation == Aggregation::softmax;
   const int steps = p.run_x << p.run_y_log;
   projected.used = p.items;
   for (int step = 0; step < steps; ++step) {
-    const Voxel voxel = voxel_of(p, w.brick, w.lane.group, step);
+    const Voxel voxel = voxel_of(p, w.brick, w.place, step);
     const bool absent = w.idle() || !voxel.inside;
-    Carried<T> carried[Width];
+    Carried<T> carried[Width] = {};
     T v[chunk][Width] = {};
     Pack<S, Width> g = {};
     if (!absent) g = w.gradient_at(voxel);
@@ -801,20 +926,20 @@ __device__ __forceinline__ unsigned backward_brick(Worker<S, Width>& w, const Ta
     w.seen = 0;
     if (!few_views(p)) projected.used = p.items;
     for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
-      if (projected.used == p.items) project_items(p, w.brick, projected, step, first);
+      if (projected.used == p.items) project_items<true, false>(p, w.brick, w.own, projected, step, first);
       if (absent) continue;
       w.sample(first, projected.taps + projected.used * p.groups + w.lane.group, v);
-      w.carry_all(first, v, carried);
+      carry(p, softmax, carried, v, w.seen, first, w.weights + int64_t(first) * p.channels);
       count += __popc(w.seen);
     }
     Aggregate<T> aggregated[Width] = {};
     if (!absent) {
 #pragma unroll
-      for (int i = 0; i < Width; ++i) aggregated[i] = aggregate(p, carried[i], count);
+      for (int i = 0; i < Width; ++i) aggregated[i] = aggregate(p, softmax, carried[i], count);
     }
     projected.used = few_views(p) ? projected.used - p.padded_views : p.items;
     for (int first = 0; first < p.views; first += chunk, projected.used += chunk) {
-      if (projected.used == p.items) project_items(p, w.brick, projected, step, first);
+      if (projected.used == p.items) project_items<true, false>(p, w.brick, w.own, projected, step, first);
       const int place = projected.used * p.groups + w.lane.group;
       const Taps<T>* taps = projected.taps + place;
       if (!absent) {
@@ -841,6 +966,8 @@ template <class S, int Width>
 __global__ void __launch_bounds__(threads, backward_blocks) backward_kernel(Problem p, Gradients out) {
   using T = Arithmetic<S>;
   const Lane lane = lane_of(p);
+  const Own own = own_of(p);
+  const Place place = place_of(p, lane.group);
   const int sample = int(blockIdx.x / p.blocks), number = int(threadIdx.x) % 32, items = p.groups * p.items;
   const unsigned block = blockIdx.x - sample * p.blocks;
   auto* taps = dynamic_shared<Taps<T>>();
@@ -863,7 +990,7 @@ __global__ void __launch_bounds__(threads, backward_blocks) backward_kernel(Prob
     for (int base = 0; base < p.packs; base += p.lanes) {
       const int channel = (base + lane.member) * Width;
       const T* weights = static_cast<const T*>(p.weights) + int64_t(sample) * p.views * p.channels + channel;
-      Worker<S, Width> worker = {p, out, lane, brick, channel, weights, {}, 0};
+      Worker<S, Width> worker = {p, out, lane, brick, own, place, channel, weights, {}, 0};
       worker.sums.forget();
       target.channel = unsigned(channel);
       largest = backward_brick(worker, target, matrices, projected, largest);
@@ -874,7 +1001,7 @@ __global__ void __launch_bounds__(threads, backward_blocks) backward_kernel(Prob
     if (number == 0) atomicMax(out.largest + sample, largest);
   }
   if (out.q && one_view(p) && number < items) {
-    T* to = part_of<T>(p, out, item_of(p, number, 0, 0), matrices.row);
+    T* to = part_of<T>(p, out, own.item, matrices.row);
     for (int i = 0; i < 12; ++i) to[i] = matrices.part[32 * i];
   }
 }
@@ -974,6 +1101,7 @@ bool channels_together(const Tensor& last) {
 // How the lanes of a warp share voxels and channels, and the warps the volume.
 void divide(Problem& p, int width) {
   p.packs = p.channels / width;
+  p.stride_y /= width, p.stride_x /= width;
   int passes = 0;
   do {  // until three quarters of the lanes have work
     p.lanes = (p.packs + passes) / (passes + 1);
@@ -981,20 +1109,20 @@ void divide(Problem& p, int width) {
   } while (p.lanes > 32 || 4 * p.packs * int64_t(32 / p.lanes) < 96 * int64_t(passes));
   const int groups = 32 / p.lanes;
   p.groups_z = std::max(1, std::min(groups, p.z));
-  const int groups_y = groups / p.groups_z;
-  p.groups = p.groups_z * groups_y;
+  p.groups_y = groups / p.groups_z;
+  p.groups = p.groups_z * p.groups_y;
   p.padded_views = int(ceil_divide(p.views, chunk)) * chunk;
   const int room = std::max(chunk, 32 / p.groups / chunk * chunk);
   p.items = p.padded_views <= room ? room / p.padded_views * p.padded_views : room;
-  p.by_groups = Divider(p.groups), p.by_views = Divider(p.padded_views);
+  p.by_groups = Divider(p.groups), p.by_groups_z = Divider(p.groups_z), p.by_views = Divider(p.padded_views);
 
   int run_y = longest_run_y;
   p.run_x = longest_run_x;
   auto cut = [&] {
-    p.bricks_z = unsigned(ceil_divide(p.z, p.groups_z)), p.bricks_y = unsigned(ceil_divide(p.y, groups_y * run_y));
+    p.bricks_z = unsigned(ceil_divide(p.z, p.groups_z)), p.bricks_y = unsigned(ceil_divide(p.y, p.groups_y * run_y));
     return p.bricks_z * int64_t(p.bricks_y) * ceil_divide(p.x, p.run_x);
   };
-  while (run_y > 1 && groups_y * (run_y / 2) >= p.y) run_y /= 2;
+  while (run_y > 1 && p.groups_y * (run_y / 2) >= p.y) run_y /= 2;
   while (p.run_x > 1 && p.run_x / 2 >= p.x) p.run_x /= 2;
   while (p.run_x > 1 && cut() * p.samples < enough_warps) p.run_x /= 2;
   while (run_y > 1 && cut() * p.samples < enough_warps) run_y /= 2;
@@ -1020,6 +1148,8 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
   const int64_t size = bytes_of(call.type);
   STD_TORCH_CHECK(n < limit && c < limit && h < limit && w < limit, "features: expected dimensions below 2^24");
   for (int64_t length : shape) STD_TORCH_CHECK(0 <= length && length < limit, "shape: expected lengths below 2^24");
+  STD_TORCH_CHECK(shape[0] * shape[1] < (int64_t(1) << 31) && shape[0] * shape[1] * shape[2] < (int64_t(1) << 31),
+                  "shape: too many voxels");
   p.samples = int(n), p.views = int(m), p.channels = int(c), p.height = int(h), p.width = int(w);
   p.x = int(shape[0]), p.y = int(shape[1]), p.z = int(shape[2]);
   p.aggregation = parse_aggregation(aggregation);
@@ -1035,10 +1165,11 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
   STD_TORCH_CHECK(last_byte < none, "features: one map of (C, H, W) is too large for 32-bit offsets");
   p.features = static_cast<const char*>(f.const_data_ptr());
   p.stride_n = f.stride(0) * size, p.stride_m = f.stride(1) * size;
-  p.stride_y = unsigned(f.stride(2) * size), p.stride_x = unsigned(f.stride(3) * size);
+  p.stride_y = unsigned(f.stride(2)), p.stride_x = unsigned(f.stride(3));
   STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == n && q.size(1) == m && q.size(2) == 3 && q.size(3) == 4,
                   "q: expected (N, M, 3, 4)");
   call.q = plain("q", q, call.arithmetic, n * m * 12, features);
+  if (reinterpret_cast<uintptr_t>(call.q.const_data_ptr()) % 16) call.q = torch::stable::clone(call.q);
   p.q = call.q.const_data_ptr();
   if (view_mask) {
     STD_TORCH_CHECK(view_mask->scalar_type() == ScalarType::Bool, "view_mask: expected (N, M) bool");
@@ -1057,9 +1188,13 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
 template <class S, int Width>
 void run_forward(Problem p, const Tensor& volume, const Tensor& counts) {
   divide(p, Width);
+  const bool softmax = p.aggregation == Aggregation::softmax, small = p.views <= chunk && p.groups * p.items <= 32;
+  const auto kernel = !softmax ? forward_kernel<S, Width, false, false>
+                      : small  ? forward_kernel<S, Width, true, true>
+                               : forward_kernel<S, Width, true, false>;
   const OnDevice device(volume);
   device.launch(
-      forward_kernel<S, Width>,
+      kernel,
       {int64_t(p.samples) * p.blocks, 1, 1, threads, int64_t(warps * p.groups * p.items * sizeof(Taps<Arithmetic<S>>))},
       p, static_cast<S*>(volume.mutable_data_ptr()), static_cast<unsigned char*>(counts.mutable_data_ptr()));
 }

@@ -51,7 +51,10 @@ BUDGETS = {
         "backward_strided_kernel<double": Budget(256, 2),
     },
     "unproject": {
-        "forward_kernel<(?!double)": Budget(128, 3),
+        r"forward_kernel<float, \d, true, true": Budget(128, 4),
+        r"forward_kernel<float, \d, \w+, false": Budget(128, 3),
+        r"forward_kernel<b?float16, \d, true": Budget(128, 3),
+        r"forward_kernel<b?float16, \d, false": Budget(128, 2),
         "forward_kernel<double": Budget(128, 2),
         "backward_kernel": Budget(128, 2),
         "sum_rows_kernel": Budget(256, 4),

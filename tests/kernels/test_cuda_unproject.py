@@ -277,6 +277,30 @@ def test_opcheck(layout: str, options: tuple[str, str]) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("unseen", ["zero", "exclude"])
+def test_views_that_see_after_a_chunk_that_does_not(dtype: torch.dtype, unseen: str) -> None:
+    features, projections, grid, _, _ = inputs(1, 6, 4, (9, 8), (4, 3, 5), dtype=dtype, seed=7)
+    features[:, :4] = torch.inf  # of no view that sees
+    mask = torch.tensor([[False] * 4 + [True] * 2])
+    typed, grid = (features.to(dtype), projections.to(dtype)), grid.to(dtype=dtype)
+    got, expected = (
+        unproject(*typed, grid, view_mask=mask, unseen=unseen, backend=backend) for backend in ("cuda", "reference")
+    )
+    assert expected.isfinite().all()
+    assert expected.count_nonzero() > 0
+    torch.testing.assert_close(got, expected)
+
+
+def test_projections_may_begin_at_any_address() -> None:
+    features, q = torch.randn(1, 2, 4, 5, 6), torch.randn(25)
+    rest = None, None, [3, 4, 5], "softmax", "zero"
+    anywhere, aligned = q[1:].view(1, 2, 3, 4), q[1:].clone().view(1, 2, 3, 4)
+    assert anywhere.data_ptr() % 16 == 4
+    operator = torch.ops.bkind3d_emulated.unproject
+    assert operator(features, anywhere, *rest)[0].equal(operator(features, aligned, *rest)[0])
+
+
 def test_bad_arguments_of_the_operator_are_refused() -> None:
     features, q = torch.zeros(1, 2, 4, 3, 3), torch.zeros(1, 2, 3, 4)
     good = dict(features=features, q=q, mask=None, weights=None, shape=[2, 2, 2], aggregation="sum", unseen="zero")
@@ -291,6 +315,7 @@ def test_bad_arguments_of_the_operator_are_refused() -> None:
         ({"aggregation": "weighted", "weights": torch.ones(1, 2)}, "view_weights: expected 8 elements"),
         ({"shape": [2, 2]}, "shape: expected three integers"),
         ({"shape": [2, -2, 2]}, "shape: expected lengths below"),
+        ({"shape": [2**11, 2**11, 2**9]}, "shape: too many voxels"),
         ({"aggregation": "median"}, "aggregation 'median': expected"),
         ({"unseen": "nan"}, "unseen 'nan': expected"),
     ]:
