@@ -107,6 +107,7 @@ def _bars(plt: Any, rows: list[Row], columns: int) -> tuple[Any, Any, list[str],
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.12g}")
+        axes.xaxis.set_minor_formatter("")  # the bars have their numbers; within one decade these would overlap
         axes.tick_params(axis="y", length=0)
         axes.grid(True, axis="x", which="major", alpha=0.25)
         axes.set_axisbelow(True)
