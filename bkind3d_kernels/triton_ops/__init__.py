@@ -6,6 +6,7 @@ thousands of times slower than any other backend.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -62,6 +63,11 @@ def define(op: str, forward: Callable[..., Any], backward: Callable[..., Any]) -
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Around each launch: Triton launches on the current device, which need not be the tensor's."""
     return nullcontext() if INTERPRETED else torch.cuda.device(tensor.device)
+
+
+def double_bits(value: float) -> int:
+    """The bits of a double, as an integer argument: Triton rounds a floating one to float."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ CPU (another launch, and N·E·tiles numbers to write). Not measured on a GPU ye
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ from torch import Tensor
 
 from ..geometry import GEOMETRY_DTYPES
 from ..registration import INT16_EDGES, refuse_tangents
-from . import INTERPRETED, Variant, define, on_device
+from . import INTERPRETED, Variant, define, double_bits, on_device
 from . import unavailable as _unavailable
 
 __all__ = ["run", "unavailable"]
@@ -660,7 +659,7 @@ def _parts(samples: int, sizes: list[int], sigmas: list[float]) -> Iterator[_Par
         shapes = list(zip(sizes[::2], sizes[1::2]))[maps]
         end = start + samples * sum(h * w for h, w in shapes)
         packed = tuple(_encode(h << 32 | w) for h, w in shapes)
-        bits = tuple(_encode(struct.unpack("q", struct.pack("d", sigma))[0]) for sigma in sigmas[maps])
+        bits = tuple(_encode(double_bits(sigma)) for sigma in sigmas[maps])
         yield _Part(maps, shapes, packed, bits, slice(start, end))
         start = end
 

@@ -27,7 +27,6 @@ logit (wrong for large logits at low temperatures).
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -38,7 +37,7 @@ from torch import Tensor
 
 from ..checks import FEATURE_DTYPES, check_positive, describe
 from ..registration import refuse_tangents
-from . import INTERPRETED, NAMESPACE, Variant, define, on_device, unavailable
+from . import INTERPRETED, NAMESPACE, Variant, define, double_bits, on_device, unavailable
 
 __all__ = ["run", "unavailable"]
 
@@ -347,10 +346,6 @@ def _gradient(
 # ---- launches ----
 
 
-def _bits(value: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", value))[0]
-
-
 def _voxel_stride(logits: Tensor) -> int | None:
     """From one voxel to the next in memory, if it is the same all over a volume."""
     step, voxels = None, 1
@@ -405,7 +400,7 @@ def _over_tiles(logits: Tensor, temperature: float, covariance: bool, backward: 
     of_plane, of_x = triton.cdiv(plane, tile.w), triton.cdiv(size_x, tile.x)
     beyond = of_x * tile.x * plane + of_plane * tile.w  # offsets of masked voxels are computed too
     arguments = {
-        "scale": _bits(1 / (temperature * math.log(2))),
+        "scale": double_bits(1 / (temperature * math.log(2))),
         "size_x": size_x,
         "plane": plane,
         "size_z": size_z,
@@ -524,7 +519,7 @@ def _backward(
     with on_device(logits):
         for first in range(0, n, GRID):
             grid = tiles, groups, min(n - first, GRID)
-            _gradient[grid](*tensors, beta=_bits(1 / temperature), first_n=first, **arguments)
+            _gradient[grid](*tensors, beta=double_bits(1 / temperature), first_n=first, **arguments)
     return grad
 
 
