@@ -94,7 +94,8 @@ class Project:
 class Truth:
     """True joints of a recording, for evaluation only: points3d (T, K, 3) in the project's units, NaN where unknown.
 
-    `note` says in one sentence how far they can be trusted, where that needs saying.
+    `note` says in one sentence how far they can be trusted, where that needs saying. Where the behaviour is known,
+    `behaviour` (T,) holds for each frame a place in the list `behaviours`, -1 where it is not.
     """
 
     points3d: np.ndarray
@@ -102,6 +103,8 @@ class Truth:
     edges: np.ndarray  # (E, 2) int
     fps: float
     note: str = ""
+    behaviour: np.ndarray | None = None
+    behaviours: list[str] = field(default_factory=list)
 
 
 def load_project(path: Path | str) -> Project:
@@ -177,7 +180,8 @@ def save_project(project: Project, path: Path | str) -> None:
 
 
 def save_truth(path: Path | str, truth: Truth, units: str) -> None:
-    """Write the true joints of a recording: npz with points3d, names, edges, fps, units and note."""
+    """Write the true joints of a recording: npz with points3d, names, edges, fps, units, note, and behaviour if known."""
+    known = {} if truth.behaviour is None else {"behaviour": truth.behaviour, "behaviours": np.array(truth.behaviours)}
     np.savez_compressed(
         path,
         points3d=truth.points3d,
@@ -186,6 +190,7 @@ def save_truth(path: Path | str, truth: Truth, units: str) -> None:
         fps=truth.fps,
         units=units,
         note=truth.note,
+        **known,
     )
 
 
@@ -203,6 +208,8 @@ def load_truth(recording: Recording, project: Project) -> Truth:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("points3d", "names", "edges", "fps", "units")}
             note = str(file["note"]) if "note" in file else ""
+            behaviour = file["behaviour"].astype(np.int64) if "behaviour" in file else None
+            behaviours = [str(name) for name in file["behaviours"]] if behaviour is not None else []
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not an npz file of arrays ({error})") from None
     except KeyError as error:
@@ -213,8 +220,19 @@ def load_truth(recording: Recording, project: Project) -> Truth:
     units = str(arrays["units"])
     if units != project.units:
         raise InputError(f"{path}: its units are {units!r}, the project's are {project.units!r}; convert one of them")
-    edges = arrays["edges"].astype(np.int64).reshape(-1, 2)
-    return Truth(points3d=points.astype(np.float64), names=names, edges=edges, fps=float(arrays["fps"]), note=note)
+    if behaviour is not None and (
+        behaviour.shape != points.shape[:1] or not ((behaviour >= -1) & (behaviour < len(behaviours))).all()
+    ):
+        raise InputError(f"{path}: behaviour must be one place in 'behaviours' (or -1) for each of {len(points)} frames")
+    return Truth(
+        points3d=points.astype(np.float64),
+        names=names,
+        edges=arrays["edges"].astype(np.int64).reshape(-1, 2),
+        fps=float(arrays["fps"]),
+        note=note,
+        behaviour=behaviour,
+        behaviours=behaviours,
+    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
