@@ -180,7 +180,7 @@ def save_project(project: Project, path: Path | str) -> None:
 
 
 def save_truth(path: Path | str, truth: Truth, units: str) -> None:
-    """Write the true joints of a recording: npz with points3d, names, edges, fps, units, note, and behaviour if known."""
+    """Write the true joints of a recording: npz with points3d, names, edges, fps, units, note, behaviour."""
     known = {} if truth.behaviour is None else {"behaviour": truth.behaviour, "behaviours": np.array(truth.behaviours)}
     np.savez_compressed(
         path,
@@ -223,7 +223,7 @@ def load_truth(recording: Recording, project: Project) -> Truth:
     if behaviour is not None and (
         behaviour.shape != points.shape[:1] or not ((behaviour >= -1) & (behaviour < len(behaviours))).all()
     ):
-        raise InputError(f"{path}: behaviour must be one place in 'behaviours' (or -1) for each of {len(points)} frames")
+        raise InputError(f"{path}: behaviour must be a place in 'behaviours', or -1, for each of {len(points)} frames")
     return Truth(
         points3d=points.astype(np.float64),
         names=names,
