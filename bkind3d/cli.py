@@ -17,6 +17,7 @@ from bkind3d.data import load_project
 from bkind3d.demo import demo
 from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
+from bkind3d.paper import paper
 from bkind3d.predict import predict
 from bkind3d.probe import format_table
 from bkind3d.report import build_report
@@ -124,6 +125,7 @@ VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "predict": (run_predict, "3D keypoints of every frame"),
     "evaluate": (run_evaluate, "regress annotated joints from the keypoints"),
     "report": (run_report, "one offline HTML page about a run"),
+    "paper": (paper, "the paper's tables on a subject of one's own choice"),
 }
 # Switches, given by their name alone.
 FLAGS = {

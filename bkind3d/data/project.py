@@ -77,6 +77,14 @@ class Project:
         """The volume of the project file, or the one proposed from the cameras' common view where it names none."""
         return self.volume or propose_volume(self.cameras, self.up)
 
+    def files(self) -> list[Path]:
+        """Every file that the project names: calibration, videos, truth."""
+        named = [self.calibration]
+        for recording in self.recordings:
+            named += recording.videos.values()
+            named += [] if recording.truth is None else [recording.truth]
+        return named
+
     def recording(self, name: str) -> Recording:
         """The recording of that name.
 

@@ -1,0 +1,123 @@
+"""The subjects that come with the package: where their videos come from, and settings that two CPU cores can train.
+
+`bkind3d demo` shows one of them, `bkind3d paper` compares methods on one of them. The paper's sizes are the defaults of
+`bkind3d train`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
+from bkind3d.data.human import human_project
+from bkind3d.data.simulate import simulate_rig
+from bkind3d.errors import InputError
+
+
+@dataclass(frozen=True)
+class Film:
+    """What may be chosen of a subject's videos; what is left out is the subject's own.
+
+    Args:
+        seed: Seed of the simulation.
+        frames: Training frames to simulate.
+        test_frames: Test frames to simulate.
+        views: Cameras to simulate.
+        source: Files that the videos come from, or that move the animal, where they are on disk.
+    """
+
+    seed: int = 0
+    frames: int | None = None
+    test_frames: int | None = None
+    views: int | None = None
+    source: Path | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to look at.
+
+    Args:
+        title: In words, after "on".
+        film: Makes the videos: (folder, what was chosen, progress) -> project file.
+        data: How frames reach the network.
+        keypoints: Number of keypoints to discover.
+        steps: Training steps of the demo.
+        edge_lr: Learning rate of the edges.
+        probe: Options of the evaluation.
+    """
+
+    title: str
+    film: Callable[[Path, Film, bool], Path]
+    data: DataConfig
+    keypoints: int
+    steps: int
+    edge_lr: float = 1e-2
+    probe: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, project: Path, seed: int, steps: int | None = None) -> Config:
+        """Settings of a run on this subject."""
+        return Config(
+            project=project,
+            data=replace(self.data),
+            model=replace(SMALL_MODEL, keypoints=self.keypoints),
+            loss=replace(SMALL_LOSS),
+            train=replace(SMALL_TRAIN, edge_lr=self.edge_lr, steps=self.steps if steps is None else steps, seed=seed),
+        )
+
+
+SMALL_MODEL = ModelConfig(
+    encoder="small",
+    pyramid_channels=32,
+    channels=8,
+    map_stride=2,
+    voxels=24,
+    volume_channels=(16, 16, 32),
+    volume_stem=3,
+    volume_blocks=1,
+    edge_strides=(8, 4, 2),
+    edge_sigmas=(1.2, 1.5, 2.5),
+    decoder_channels=(64, 32, 16),
+    edge_threshold=1.5,
+)
+# The maps themselves are compared, at three resolutions: a VGG would take longer than all the rest.
+SMALL_LOSS = LossConfig(
+    target_channels="grey", network="none", pixel_scales=3, length=0.02, separation=0.01, regularise_after=0.0
+)
+SMALL_TRAIN = TrainConfig(batch=4, lr=2e-3, edge_lr=1e-2, warmup=20, sample_every=100, save_every=100)
+
+
+def _film_animal(folder: Path, film: Film, progress: bool) -> Path:
+    refuse_source(film, "the animal")
+    return simulate_rig(
+        folder, views=film.views or 4, frames=film.frames or 800, test_frames=film.test_frames or 300, seed=film.seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _film_human(folder: Path, film: Film, progress: bool) -> Path:
+    if film.frames or film.test_frames or film.views:
+        raise InputError("frames, test_frames and views belong to simulated subjects; the human is four real videos")
+    return human_project(folder, film.source)
+
+
+def refuse_source(film: Film, subject: str) -> None:
+    """Refuse files that a subject does not take."""
+    if film.source is not None:
+        raise InputError(f"source: {subject} takes no files")
+
+
+SUBJECTS = {
+    "animal": Subject(
+        title="a simulated animal of capsules", film=_film_animal, data=DataConfig(height=96, width=96, gap="0.67 s"),
+        keypoints=12, steps=360, probe={"every": 2},
+    ),
+    "human": Subject(
+        title="four real videos of a man balancing", film=_film_human,
+        data=DataConfig(height=128, width=96, gap=["0.17 s", "0.33 s", "0.5 s", "0.67 s"], reverse=True),
+        keypoints=15, steps=500, edge_lr=5e-3, probe={"ridge": "auto", "blocks": 10},
+    ),
+}  # fmt: skip
