@@ -23,7 +23,10 @@ from torch import Tensor
 from bkind3d.config import Config, Method, load_config
 from bkind3d.data import FrameCache, Project, Volume, build_cache, load_project
 from bkind3d.errors import InputError
+from bkind3d.models.depth import DepthModel
 from bkind3d.models.discovery import DiscoveryModel
+from bkind3d.models.keypoint3d import Keypoint3dModel
+from bkind3d.models.triangulation import TriangulationModel
 from bkind3d.models.volumetric import VolumetricModel
 from bkind3d.poses import keypoint_names
 from bkind3d_kernels import VoxelGrid
@@ -36,7 +39,12 @@ CONTENT = (
     "evaluation.json", "report.html", "tensorboard",
 )  # fmt: skip
 PACKAGES = ("torch", "numpy", "accelerate", "av", "kornia", "triton")
-MODELS: dict[Method, type[DiscoveryModel]] = {"volumetric": VolumetricModel}
+MODELS: dict[Method, type[DiscoveryModel]] = {
+    "volumetric": VolumetricModel,
+    "triangulation": TriangulationModel,
+    "depth": DepthModel,
+    "keypoint3d": Keypoint3dModel,
+}
 CHECKPOINT = re.compile(r"step_(\d+)")
 
 
