@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
 from bkind3d.errors import InputError
+
+Method = Literal["volumetric", "triangulation", "depth", "keypoint3d"]
 
 
 @dataclass
@@ -40,15 +42,15 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The networks of the volumetric method (paper, Section 3.1).
+    """The networks (paper, Section 3.1).
 
     Args:
         keypoints: Number J of keypoints to discover.
         encoder: Appearance encoder Φ: "resnet50" (paper), "resnet18", or "small" (three levels, for CPUs).
         encoder_weights: "none", or the path of a torchvision ResNet state dict (.pth or .safetensors).
         pyramid_channels: Channels inside the geometry decoder Ψ (paper: 256).
-        channels: Channels C of the 2D maps that are lifted into the volume.
-        map_stride: Image pixels per pixel of those maps (paper: 256 / 64 = 4).
+        channels: Channels C of the 2D maps that the volumetric method lifts into the volume.
+        map_stride: Image pixels per pixel of the 2D maps of every method (paper: 256 / 64 = 4).
         voxels: Voxels B along the longest side of the volume.
         volume_channels: Channels of the volume network ρ: its stem, then each level from fine to coarse.
         volume_stem: Side of the volume network's first kernel, odd (paper: 7).
@@ -58,14 +60,18 @@ class ModelConfig:
         unseen: Whether a view that does not see a voxel takes part with the value 0 ("zero", paper) or not at all.
         logit_gain: Factor before the softmax over the volume. At 1 the logits start flat, every keypoint starts in the
             centre of the volume, and nothing is learned.
+        heatmap_gain: Factor before the softmax over the pixels of a heatmap, for the methods that find keypoints in
+            single views (published Keypoint3D: 5), for the same reason.
+        bottleneck: "edges" draws the weighted edges of all pairs of keypoints into one map, "points" each keypoint as
+            a Gaussian in its own map, without edges or their length loss (paper, Table 4).
         edge_activation: "softplus" draws every edge and lets it die; "relu" is the paper's reading, w > 0 or nothing.
         edge_start_mean: Mean of the edges' parameters at the start, before the activation.
         edge_start_std: Standard deviation of the edges' parameters at the start.
         edge_threshold: An edge with a weight above this is active: it counts in the length loss and is drawn at
             inference.
-        edge_strides: Image pixels per pixel of the edge maps, one for each level of the reconstruction decoder,
-            from coarse to fine.
-        edge_sigmas: Width σ of an edge in pixels of its own map, one for each stride.
+        edge_strides: Image pixels per pixel of the maps of edges or points, one for each level of the reconstruction
+            decoder, from coarse to fine.
+        edge_sigmas: Width σ of an edge, or of a point, in pixels of its own map, one for each stride.
         decoder_channels: Channels of the reconstruction decoder ψ, one for each stride.
         backend: Backend of the 3D operations: "auto" or one of those that `bkind3d_kernels.info` lists.
     """
@@ -84,6 +90,8 @@ class ModelConfig:
     aggregation: Literal["softmax", "mean", "sum", "max"] = "softmax"
     unseen: Literal["zero", "exclude"] = "zero"
     logit_gain: float = 15.0
+    heatmap_gain: float = 15.0
+    bottleneck: Literal["edges", "points"] = "edges"
     edge_activation: Literal["softplus", "relu"] = "softplus"
     edge_start_mean: float = 0.8
     edge_start_std: float = 1.2
@@ -113,6 +121,10 @@ class LossConfig:
         separation_sigma: σ_s of the separation loss in units of the volume's longest side.
         regularise_after: Epochs e after which length and separation losses join; may be a fraction.
         length_momentum: Share of the old value kept when the running average of an edge's length is updated.
+        reprojection: Weight of the reprojection error of the triangulation method, whose unit is the square of the
+            image's longest side.
+        consistency: Weight of the spread of the views' keypoints in the Keypoint3D method, whose unit is the square of
+            the volume's longest side.
     """
 
     target: Literal["ssim", "contrast-structure"] = "ssim"
@@ -127,6 +139,8 @@ class LossConfig:
     separation_sigma: float = 0.05
     regularise_after: float = 2.0
     length_momentum: float = 0.99
+    reprojection: float = 1.0
+    consistency: float = 1.0
 
 
 @dataclass
@@ -179,6 +193,8 @@ class Config:
     Args:
         project: Project file (YAML) with cameras, videos and units; see docs/rig.md.
         cache: Folder for the cache of network-size frames; next to the project file when left out.
+        method: How views become 3D keypoints: "volumetric" (BKinD-3D), "triangulation", "depth" or "keypoint3d"; see
+            docs/methods.md.
         data: How frames reach the network.
         model: The networks.
         loss: Target and losses.
@@ -187,6 +203,7 @@ class Config:
 
     project: Path = Path("project.yaml")
     cache: Path | None = None
+    method: Method = "volumetric"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -210,6 +227,7 @@ def validate(config: Config) -> None:
     data, model, loss, train = config.data, config.model, config.loss, config.train
     stride, levels = COARSEST_STRIDE[model.encoder], len(model.edge_strides)
     rules: list[tuple[str, Any, bool, str]] = [
+        ("method", config.method, config.method in get_args(Method), f"one of {', '.join(get_args(Method))}"),
         ("data.height", data.height, _multiple(data.height, stride), f"a multiple of {stride}, the coarsest stride"),
         ("data.width", data.width, _multiple(data.width, stride), f"a multiple of {stride}, the coarsest stride"),
         ("data.gap", data.gap, len(data.gaps) > 0, "at least one distance"),
@@ -226,6 +244,8 @@ def validate(config: Config) -> None:
         ),
         ("model.volume_blocks", model.volume_blocks, model.volume_blocks >= 1, "1 or more"),
         ("model.logit_gain", model.logit_gain, model.logit_gain > 0, "a number above 0"),
+        ("model.heatmap_gain", model.heatmap_gain, model.heatmap_gain > 0, "a number above 0"),
+        ("model.bottleneck", model.bottleneck, model.bottleneck in ("edges", "points"), "edges or points"),
         ("model.edge_strides", model.edge_strides, _positive(model.edge_strides, 1), "one or more, positive"),
         ("model.edge_sigmas", model.edge_sigmas, _positive(model.edge_sigmas, levels, levels), f"{levels}, positive"),
         (
@@ -239,6 +259,8 @@ def validate(config: Config) -> None:
         ("loss.pixel_scales", loss.pixel_scales, loss.pixel_scales >= 0, "0 or more"),
         ("loss.separation_sigma", loss.separation_sigma, loss.separation_sigma > 0, "a number above 0"),
         ("loss.length_momentum", loss.length_momentum, 0 <= loss.length_momentum < 1, "0 or more and below 1"),
+        ("loss.reprojection", loss.reprojection, loss.reprojection >= 0, "0 or more"),
+        ("loss.consistency", loss.consistency, loss.consistency >= 0, "0 or more"),
         ("train.steps", train.steps, train.steps >= 0, "0 or more"),
         ("train.lr", train.lr, train.lr > 0, "a number above 0"),
         ("train.clip", train.clip, train.clip > 0, "a number above 0"),

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkind3d.data import Recording, load_truth
 from bkind3d.errors import InputError
-from bkind3d.models.volumetric import VolumetricModel
+from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.predict import predict_recording
 from bkind3d.probe import ProbeOptions, compare, compare_blocked
 from bkind3d.run import Inputs, build_model, load_model, open_inputs, open_run, write_json
@@ -99,7 +99,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def settle_statistics(network: VolumetricModel, inputs: Inputs, batch: int) -> None:
+def settle_statistics(network: DiscoveryModel, inputs: Inputs, batch: int) -> None:
     """Give the batch normalisation of an untrained network the statistics of some training frames.
 
     With the initial ones, mean 0 and variance 1, it would be a weaker baseline than an untrained network is.
@@ -117,7 +117,7 @@ def settle_statistics(network: VolumetricModel, inputs: Inputs, batch: int) -> N
 
 
 def _positions(
-    network: VolumetricModel, inputs: Inputs, name: str, every: int, batch: int, progress: bool
+    network: DiscoveryModel, inputs: Inputs, name: str, every: int, batch: int, progress: bool
 ) -> np.ndarray:
     return predict_recording(network, inputs, name, every=every, batch=batch, progress=progress).positions
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from kornia.filters import gaussian_blur2d
@@ -14,8 +14,12 @@ from bkind3d.config import LossConfig
 from bkind3d.errors import InputError
 from bkind3d.models.skeleton import Skeleton
 from bkind3d.models.vgg import VggFeatures
-from bkind3d.models.volumetric import Reconstruction
 
+if TYPE_CHECKING:  # a model knows its target, which is made here
+    from bkind3d.models.discovery import Reconstruction
+
+# Terms that some methods add to the objective, each with its weight in `LossConfig`.
+PENALTIES = ("reprojection", "consistency")
 SSIM_SIGMA = 1.5
 LUMINANCE_CONSTANT = 0.01**2
 
@@ -43,6 +47,21 @@ def difference_target(images: Tensor, config: LossConfig) -> Tensor:
         a, b = gaussian_blur2d(first, window, sigma), gaussian_blur2d(second, window, sigma)
         similarity = similarity * (a.square() + b.square() + LUMINANCE_CONSTANT) / (2 * a * b + LUMINANCE_CONSTANT)
     return (1 - similarity).unflatten(0, (n, m))
+
+
+@torch.no_grad()
+def frame_target(images: Tensor, config: LossConfig) -> Tensor:
+    """The later frame itself, the target of Keypoint3D's image reconstruction (Chen et al. 2021).
+
+    Args:
+        images: Frames t and t + gap, (N, 2, M, 3, H, W) in [0, 1].
+        config: target_channels.
+
+    Returns:
+        (N, M, C, H, W) in [0, 1], C = 3 or 1.
+    """
+    later = images[:, 1].float()
+    return later.mean(2, keepdim=True) if config.target_channels == "grey" else later
 
 
 class ReconstructionLoss(nn.Module):
@@ -133,6 +152,8 @@ def separation_loss(positions: Tensor, side: float, sigma: float) -> Tensor:
 class Objective(nn.Module):
     """The whole training objective (paper, equation 4); its state dict holds the running scales.
 
+    The terms that a method adds (`Reconstruction.penalties`) count from the start, with their weights.
+
     Args:
         config: Target, networks and weights.
         side: Longest side of the volume, world units.
@@ -147,11 +168,13 @@ class Objective(nn.Module):
         self.reconstruction = ReconstructionLoss(config, mean)
 
     def forward(self, found: Reconstruction, target: Tensor, skeleton: Skeleton, epoch: float) -> dict[str, Tensor]:
-        """Return the scalars "loss", "reconstruction", "length" and "separation" (the last two unweighted).
+        """Return the scalars "loss", "reconstruction", "length", "separation" and those of the method's own terms.
+
+        All but "loss" are unweighted.
 
         Args:
             found: Output of the model.
-            target: `difference_target` of the same images.
+            target: `target` of the model for the same images.
             skeleton: Edge weights; its average lengths move when this module is in training mode.
             epoch: Epochs since the start, with fraction.
         """
@@ -165,6 +188,8 @@ class Objective(nn.Module):
             "separation": separation_loss(positions, self.side, self.config.separation_sigma),
         }
         loss = terms["reconstruction"]
+        for name, penalty in found.penalties.items():
+            loss = loss + getattr(self.config, name) * penalty
         if epoch >= self.config.regularise_after:
             loss = loss + self.config.length * terms["length"] + self.config.separation * terms["separation"]
-        return {"loss": loss, **terms}
+        return {"loss": loss, **terms, **found.penalties}

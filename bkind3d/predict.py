@@ -9,14 +9,14 @@ import torch
 from tqdm import tqdm
 
 from bkind3d.errors import InputError
-from bkind3d.models.volumetric import VolumetricModel
+from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.poses import Poses
 from bkind3d.run import Inputs, load_model, open_inputs, open_run
 
 
 @torch.inference_mode()
 def predict_recording(
-    model: VolumetricModel,
+    model: DiscoveryModel,
     inputs: Inputs,
     name: str,
     *,

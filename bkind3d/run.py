@@ -20,9 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bkind3d.config import Config, load_config
+from bkind3d.config import Config, Method, load_config
 from bkind3d.data import FrameCache, Project, Volume, build_cache, load_project
 from bkind3d.errors import InputError
+from bkind3d.models.depth import DepthModel
+from bkind3d.models.discovery import DiscoveryModel
+from bkind3d.models.keypoint3d import Keypoint3dModel
+from bkind3d.models.triangulation import TriangulationModel
 from bkind3d.models.volumetric import VolumetricModel
 from bkind3d.poses import keypoint_names
 from bkind3d_kernels import VoxelGrid
@@ -35,6 +39,12 @@ CONTENT = (
     "evaluation.json", "report.html", "tensorboard",
 )  # fmt: skip
 PACKAGES = ("torch", "numpy", "accelerate", "av", "kornia", "triton")
+MODELS: dict[Method, type[DiscoveryModel]] = {
+    "volumetric": VolumetricModel,
+    "triangulation": TriangulationModel,
+    "depth": DepthModel,
+    "keypoint3d": Keypoint3dModel,
+}
 CHECKPOINT = re.compile(r"step_(\d+)")
 
 
@@ -82,10 +92,10 @@ def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
     return Inputs(project, volume, cache, projections, volume.grid(config.model.voxels))
 
 
-def build_model(config: Config) -> VolumetricModel:
+def build_model(config: Config) -> DiscoveryModel:
     """Build the networks from the run's seed: the same settings always give the same untrained network."""
     torch.manual_seed(config.train.seed)
-    return VolumetricModel(config.model, outputs=1 if config.loss.target_channels == "grey" else 3)
+    return MODELS[config.method](config.model, outputs=1 if config.loss.target_channels == "grey" else 3)
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
@@ -156,7 +166,7 @@ def latest_checkpoint(path: Path) -> tuple[int, Path]:
     return found[-1]
 
 
-def load_model(path: Path, config: Config) -> tuple[VolumetricModel, int]:
+def load_model(path: Path, config: Config) -> tuple[DiscoveryModel, int]:
     """Load the newest checkpoint's networks, in evaluation mode, with the step that they were saved at.
 
     Raises:
@@ -168,7 +178,7 @@ def load_model(path: Path, config: Config) -> tuple[VolumetricModel, int]:
     return model.eval(), step
 
 
-def load_weights(model: VolumetricModel, file: Path) -> None:
+def load_weights(model: DiscoveryModel, file: Path) -> None:
     """Load a checkpoint's networks.
 
     Raises:
@@ -229,7 +239,7 @@ def write_text(path: Path, content: str) -> None:
     partial.replace(path)
 
 
-def write_skeleton(path: Path, model: VolumetricModel) -> None:
+def write_skeleton(path: Path, model: DiscoveryModel) -> None:
     """Write skeleton.json: keypoint names, active edges and all weights."""
     skeleton = model.skeleton
     rows = [

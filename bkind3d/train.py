@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import math
 import pickle
@@ -11,7 +12,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -31,8 +32,8 @@ from bkind3d.config import Config, TrainConfig, save_config, validate
 from bkind3d.data import FrameCache, PairDataset, gap_in_frames
 from bkind3d.errors import InputError
 from bkind3d.health import keypoint_health
-from bkind3d.losses import Objective, difference_target
-from bkind3d.models.volumetric import Reconstruction, VolumetricModel
+from bkind3d.losses import PENALTIES, Objective
+from bkind3d.models.discovery import DiscoveryModel, Reconstruction
 from bkind3d.report.pictures import sample_sheet
 from bkind3d.run import (
     WEIGHTS,
@@ -54,7 +55,8 @@ from bkind3d.run import (
 from bkind3d_kernels.geometry import project_points
 
 COLUMNS = (
-    "step", "epoch", "loss", "reconstruction", "length", "separation", "active_edges", "lr", "grad_norm", "seconds"
+    "step", "epoch", "loss", "reconstruction", "length", "separation", *PENALTIES, "active_edges", "lr", "grad_norm",
+    "seconds",
 )  # fmt: skip
 HEALTH_FRAMES = 400
 RECENT = "recent.safetensors"  # the frames that the next health is measured on
@@ -96,7 +98,7 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return warm * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def build_optimizer(model: VolumetricModel, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: DiscoveryModel, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW, or SGD as published, with a learning rate of its own and no decay for the edge weights."""
     edges = [model.skeleton.parameter]
     networks = [p for p in model.parameters() if p is not model.skeleton.parameter]
@@ -242,7 +244,7 @@ class Trainer:
         images = images.float() / 255.0
         with self.accelerator.autocast():
             found: Reconstruction = self.wrapped(images, self.projections, self.grid)
-        target = difference_target(images, self.config.loss)
+        target = self.model.target(images, self.config.loss)
         terms = self.objective(found, target, self.model.skeleton, self.epoch)
         self.optimizer.zero_grad()
         self.accelerator.backward(terms["loss"])
@@ -266,7 +268,7 @@ class Trainer:
     # -- what it writes ------------------------------------------------------------------------------------------------
 
     def _log(self, row: dict[str, Tensor], bar: Any) -> None:
-        values = {name: float(value) for name, value in row.items()}
+        values = dict.fromkeys(PENALTIES, 0.0) | {name: float(value) for name, value in row.items()}
         if not math.isfinite(values["loss"]):
             raise InputError(self._diverged())
         active = int(self.model.skeleton.active.sum())
@@ -302,7 +304,7 @@ class Trainer:
         images = self.pairs[len(self.pairs) // 2][None].to(self.accelerator.device)
         scaled = images.float() / 255.0
         found = self.model(scaled, self.projections, self.grid)
-        target = difference_target(scaled, self.config.loss)
+        target = self.model.target(scaled, self.config.loss)
         pixels, _ = project_points(self.projections, found.positions[0][:, None])
         skeleton = self.model.skeleton
         sample_sheet(
@@ -384,23 +386,31 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
+def _step_of(line: str) -> float:
+    """Step of a line of health.jsonl; infinite for half a line, from a crash."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
 def cut_logs(run: Path, step: int) -> None:
-    """Drop the rows of metrics.csv and health.jsonl that come after `step`, which a resumed run writes again."""
+    """Drop the rows of metrics.csv and health.jsonl that come after `step`, which a resumed run writes again.
 
-    def cut(path: Path, step_of: Callable[[str], float]) -> None:
-        kept = []
-        for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-            try:
-                late = step_of(line) > step
-            except (ValueError, KeyError):  # half a line, from a crash
-                late = True
-            if not late:
-                kept.append(line)
-        write_text(path, "".join(kept))
+    The metrics come out with today's columns, 0 in those that an older version did not write.
+    """
+    health = run / "health.jsonl"
+    lines = health.read_text().splitlines(keepends=True) if health.exists() else []
+    write_text(health, "".join(line for line in lines if _step_of(line) <= step))
 
-    header = ",".join(COLUMNS)
-    cut(run / "metrics.csv", lambda line: 0.0 if line.strip() == header else float(line.split(",")[0]))
-    cut(run / "health.jsonl", lambda line: json.loads(line)["step"])
+    metrics = run / "metrics.csv"
+    rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
+    kept = [row for row in rows if None not in row.values() and float(row["step"]) <= step]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, restval="0", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(kept)
+    write_text(metrics, text.getvalue())
 
 
 def train(config: Config, run: Path, *, force: bool = False, progress: bool = True) -> bool:

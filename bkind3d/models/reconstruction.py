@@ -1,4 +1,4 @@
-"""The reconstruction decoder ψ (paper, Section 3.1.3): appearance and edge maps to the difference of frames."""
+"""The reconstruction decoder ψ (paper, Section 3.1.3): appearance and drawn keypoints to the target."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from bkind3d.models.layers import ConvNorm2d, upsample_to
 
 
 class ReconstructionDecoder(nn.Module):
-    """Coarse to fine: at each level the appearance feature and both edge maps join; training only.
+    """Coarse to fine: at each level the appearance feature and the maps of both times join; training only.
 
     Args:
         inputs: Channels of the appearance features, fine to coarse.
         feature_strides: Their strides.
         strides: Strides of the decoder's levels, coarse to fine; each must be one of `feature_strides`.
         channels: Channels of the levels.
-        outputs: Channels of the reconstructed difference (3: RGB, 1: grey).
+        maps: Channels of the maps of both times together: 2 for edges, 2 J for points.
+        outputs: Channels of the reconstruction (3: RGB, 1: grey).
         norm: "group" or "batch".
     """
 
@@ -29,6 +30,7 @@ class ReconstructionDecoder(nn.Module):
         feature_strides: Sequence[int],
         strides: Sequence[int],
         channels: Sequence[int],
+        maps: int,
         outputs: int,
         norm: str,
     ) -> None:
@@ -42,28 +44,28 @@ class ReconstructionDecoder(nn.Module):
         self.levels = [list(feature_strides).index(stride) for stride in strides]
         blocks, previous = [], 0
         for level, width in zip(self.levels, channels, strict=True):
-            joined = previous + inputs[level] + 2
+            joined = previous + inputs[level] + maps
             blocks.append(nn.Sequential(ConvNorm2d(joined, width, norm), ConvNorm2d(width, width, norm)))
             previous = width
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Conv2d(previous, outputs, 3, padding=1)
 
-    def forward(self, features: Sequence[Tensor], edges: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Reconstruct the difference.
+    def forward(self, features: Sequence[Tensor], drawn: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Reconstruct the target.
 
         Args:
             features: Appearance features of frame t, fine to coarse, (N, C_l, h_l, w_l).
-            edges: One (N, 2, h, w) for each level, coarse to fine: the edge maps at t and t + gap.
+            drawn: One (N, maps, h, w) for each level, coarse to fine: the maps at t, then those at t + gap.
             size: (H, W) of the image.
 
         Returns:
             Reconstruction (N, outputs, H, W), unbounded.
         """
         x = None
-        for level, block, edge in zip(self.levels, self.blocks, edges, strict=True):
-            parts = [features[level], edge]
+        for level, block, maps in zip(self.levels, self.blocks, drawn, strict=True):
+            parts = [features[level], maps]
             if x is not None:
-                parts.append(upsample_to(x, (edge.shape[-2], edge.shape[-1])))
+                parts.append(upsample_to(x, (maps.shape[-2], maps.shape[-1])))
             x = block(torch.cat(parts, dim=1))
         assert x is not None
         return upsample_to(self.head(x), size)

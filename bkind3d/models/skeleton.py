@@ -14,7 +14,8 @@ class Skeleton(nn.Module):
     The state dict holds the edges' parameters, the averages and which of them have been set.
 
     Args:
-        keypoints: Number J of keypoints; there are E = J (J − 1) / 2 edges, i < j in lexicographic order.
+        keypoints: Number J of keypoints that edges join; there are E = J (J − 1) / 2 edges, i < j in lexicographic
+            order. With 0 there are none, and nothing to train: keypoints drawn as points.
         activation: "softplus" or "relu", from parameter to weight.
         start_mean: Mean of the parameters at the start.
         start_std: Their standard deviation.
@@ -31,7 +32,7 @@ class Skeleton(nn.Module):
         count = len(self.pairs)
         self.activation = activation
         self.threshold = threshold
-        self.parameter = nn.Parameter(start_mean + start_std * torch.randn(count))
+        self.parameter = nn.Parameter(start_mean + start_std * torch.randn(count), requires_grad=count > 0)
         self.register_buffer("average", torch.zeros(count))
         self.register_buffer("known", torch.zeros(count, dtype=torch.bool))
 

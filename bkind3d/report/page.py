@@ -123,7 +123,8 @@ def _facts(files: RunFiles, scene: Scene | None) -> list[tuple[str, str]]:
         facts.append(("volume", f"{' × '.join(f'{side:.4g}' for side in scene.sides)} {scene.units}"))
     if files.skeleton:
         facts.append(("keypoints", str(len(files.skeleton["keypoints"]))))
-        facts.append(("active edges", f"{len(files.skeleton['edges'])} of {len(files.skeleton['all_weights'])}"))
+        total = len(files.skeleton["all_weights"])
+        facts.append(("active edges", f"{len(files.skeleton['edges'])} of {total}" if total else "no edges, points"))
     if files.metrics:
         facts.append(("steps", f"{int(files.metrics['step'][-1])}"))
         facts.append(("training time", _duration(float(files.metrics["seconds"][-1]))))
@@ -241,6 +242,8 @@ def _sample(path: Path) -> str:
 def _edge_section(skeleton: dict[str, Any] | None) -> dict[str, Any] | None:
     if skeleton is None:
         return None
+    if not skeleton["all_weights"]:
+        return {"total": 0}
     names = skeleton["keypoints"]
     active = sorted(skeleton["edges"], key=lambda edge: -edge[2])
     return {

@@ -9,8 +9,8 @@ import torch
 from bkind3d.config import LossConfig
 from bkind3d.errors import InputError
 from bkind3d.losses import Objective, ReconstructionLoss, difference_target, length_loss, separation_loss
+from bkind3d.models.discovery import Reconstruction
 from bkind3d.models.skeleton import Skeleton
-from bkind3d.models.volumetric import Reconstruction
 
 GREY = LossConfig(target_channels="grey", network="none", pixel_scales=2)
 
