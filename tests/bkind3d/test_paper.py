@@ -13,7 +13,6 @@ from bkind3d.errors import InputError
 from bkind3d.paper import TABLES, change, identity, key, paper
 from bkind3d.probe import PAPER_ROWS
 from bkind3d.run import checkpoints, open_run
-from bkind3d.train import train
 
 TINY = {
     "data.height": 32, "data.width": 32, "data.gap": 4, "model.pyramid_channels": 8, "model.channels": 4,
