@@ -1,0 +1,215 @@
+"""The virtual rat: dm_control's rodent (Merel et al. 2020, "Deep neuroethology of a virtual rodent"), in motion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from bkind3d.data.simulate.motion import Gait, band_noise, step_feet
+from bkind3d.data.studio import Ring, rim
+from bkind3d.data.virtual.clip import Posture
+from bkind3d.data.virtual.coat import dress
+from bkind3d.data.virtual.motion import Path, Temper, wander
+from bkind3d.data.virtual.puppet import Point, Puppet
+from bkind3d.data.virtual.subject import Animation, Subject, edges
+from bkind3d.data.volume import Volume
+
+TEMPER = Temper(
+    moving="walk",
+    resting="pause",
+    poses={"rear": (1.2, 2.0), "groom": (1.4, 2.4)},
+    rests=(0.6, 1.4),
+    reach=0.08,
+    least_walk=0.08,
+    cruise=(0.12, 0.24),
+    turning=2.4,
+)
+GAIT = Gait(partners=(3, 2, 1, 0), swing=0.14, trigger=0.018, lift=0.014, foresight=0.10, farthest=0.022)
+
+# The names and their order are those of the motion capture that the rodent was fitted to.
+POINTS = (
+    Point("Snout", "skull", (0.038, 0.0, -0.005)),
+    Point("EarL", "skull", (-0.016, 0.019, 0.020)),
+    Point("EarR", "skull", (-0.016, -0.019, 0.020)),
+    Point("SpineF", "vertebra_cervical_5", (0.0, 0.0, 0.010)),
+    Point("SpineM", "vertebra_1", (0.0, 0.0, 0.005)),
+    Point("SpineL", "pelvis", (0.0, 0.0, 0.010)),
+    Point("TailBase", "vertebra_C1", (0.0, 0.0, 0.0)),
+    *(
+        Point(f"{name}{side}", f"{body}_{side}", (0.0, 0.0, 0.0))
+        for side in "LR"
+        for name, body in (("Shoulder", "upper_arm"), ("Elbow", "lower_arm"), ("Wrist", "hand"), ("Hand", "finger"))
+    ),
+    *(
+        Point(f"{name}{side}", f"{body}_{side}", (0.0, 0.0, 0.0))
+        for side in "LR"
+        for name, body in (("Hip", "upper_leg"), ("Knee", "lower_leg"), ("Ankle", "foot"), ("Foot", "toe"))
+    ),
+)
+NAMES = [point.name for point in POINTS]
+_BONES = (
+    "Snout-EarL Snout-EarR EarL-EarR Snout-SpineF SpineF-SpineM SpineM-SpineL SpineL-TailBase "
+    "SpineF-ShoulderL ShoulderL-ElbowL ElbowL-WristL WristL-HandL SpineF-ShoulderR ShoulderR-ElbowR ElbowR-WristR "
+    "WristR-HandR SpineL-HipL HipL-KneeL KneeL-AnkleL AnkleL-FootL SpineL-HipR HipR-KneeR KneeR-AnkleR AnkleR-FootR"
+)
+_ARM = (
+    "scapula_{}_supinate",
+    "scapula_{}_abduct",
+    "scapula_{}_extend",
+    "shoulder_{}",
+    "shoulder_sup_{}",
+    "elbow_{}",
+    "wrist_{}",
+)
+_LEG = ("hip_{}_supinate", "hip_{}_abduct", "hip_{}_extend", "knee_{}", "ankle_{}")
+LIMBS = {
+    f"{end}{side}": tuple(joint.format(side) for joint in joints)
+    for end, joints in (("Hand", _ARM), ("Foot", _LEG))
+    for side in "LR"
+}
+
+# Resting places of HandL, HandR, FootL, FootR about the middle of the trunk: forward, left, and height; metres.
+_RESTS = np.array([[0.060, 0.026, 0.004], [0.060, -0.026, 0.004], [-0.048, 0.032, 0.006], [-0.048, -0.032, 0.006]])
+_HIPS_BEHIND = 0.052  # the middle of the trunk
+_HIP_HEIGHT = 0.052
+_TAIL = [f"vertebra_C{i}_extend" for i in (1, 2, 3, 4, 5, 6, 7, 11, 15, 19, 23, 27)]
+_TAIL_SIDEWAYS = [f"vertebra_C{i}_bend" for i in (1, 2, 3, 4, 5, 6, 9, 13, 17, 21, 25, 29)]
+
+
+def _walker(rng: np.random.Generator) -> Any:
+    from dm_control.locomotion.walkers import rodent
+
+    model = rodent.Rat().mjcf_model
+    dress(model, rng)
+    return model
+
+
+def animate(puppet: Puppet, frames: int, fps: float, rng: np.random.Generator, posture: Posture | None) -> Animation:
+    """A new motion of `frames` frames: a path, the trunk's posture along it, feet stepped, paws brought to the face."""
+    path, keep = wander(frames, fps, TEMPER, rng)
+    angles, tilt = _trunk(puppet, path, rng, posture)
+    ground = step_feet(_resting_places(path), path.times[1], GAIT)
+    rear, groom = (path.poses * path.poses * (3 - 2 * path.poses)).T
+    licks = 2 * np.pi * np.cumsum(3.6 + 0.6 * band_noise(path.times, 0.2, 0.8, rng)) * path.times[1]
+    qpos, points = [], []
+    for i in range(len(path.times))[keep]:
+        q = angles[i].copy()
+        heading = Rotation.from_euler("z", path.heading[i])
+        q[:3], q[3:7] = 0.0, (heading * tilt[i]).as_quat()[[3, 0, 1, 2]]
+        hips = puppet.place(q)[[NAMES.index("HipL"), NAMES.index("HipR")]].mean(axis=0)
+        height = _HIP_HEIGHT + 0.004 * rear[i] - 0.012 * groom[i]
+        q[:3] = [*(path.position[i] - _HIPS_BEHIND * heading.apply([1, 0, 0])[:2]), height] - hips
+        targets = ground[i] + [[0, 0, z] for z in _RESTS[:, 2]]
+        targets[:2] = _hands(puppet.place(q), puppet, targets[:2], rear[i], groom[i], licks[i])
+        q = puppet.reach(q, targets)
+        puppet.place(q)
+        q[2] -= puppet.lowest()
+        qpos.append(q)
+        points.append(puppet.place(q))
+    return Animation(np.stack(qpos), np.stack(points), path.behaviour[keep])
+
+
+def _resting_places(path: Path) -> np.ndarray:
+    """(S, 4, 2) under the trunk, which curves into a turn."""
+    bend = 0.12 * path.turn_rate[:, None] * np.sign(_RESTS[:, 0])
+    angle = path.heading[:, None] + bend
+    c, s = np.cos(angle), np.sin(angle)
+    x, y = _RESTS[:, 0], _RESTS[:, 1]
+    return path.position[:, None] + np.stack([c * x - s * y, s * x + c * y], axis=-1)
+
+
+def _trunk(
+    puppet: Puppet, path: Path, rng: np.random.Generator, posture: Posture | None
+) -> tuple[np.ndarray, Rotation]:
+    """Joint angles qpos (S, Q) of everything but the limbs, and the root's rotation (S,) against the heading."""
+    times, (rear, groom) = path.times, path.poses.T
+    rise = rear * rear * (3 - 2 * rear)
+    sit = groom * groom * (3 - 2 * groom)
+    calm = 1 - 0.8 * np.maximum(rise, sit)
+
+    def noise(low: float, high: float) -> np.ndarray:
+        return band_noise(times, low, high, rng)
+
+    angles = np.zeros((len(times), puppet.model.nq))
+
+    def turn(joint: str, by: np.ndarray) -> None:
+        angles[:, puppet.address(joint)] += by
+
+    if posture is None:
+        bend, twist, arch = 0.14 * noise(0.2, 0.9), 0.10 * noise(0.3, 1.0), 0.10 * noise(0.3, 1.0)
+        scan, nod, lean = 0.32 * noise(0.2, 0.9), 0.20 * noise(0.2, 1.0), 0.2 * noise(0.3, 1.2)
+        tilt = Rotation.from_euler("y", (calm * 0.06 * noise(0.3, 1.0))[:, None])
+        for joint, share in (("2_bend", 1.0), ("5_bend", 1.0), ("3_twist", 0.0), ("6_twist", 0.0)):
+            turn(f"vertebra_{joint}", calm * (share * bend + (1 - share) * twist))
+        for joint in ("vertebra_1_extend", "vertebra_4_extend"):
+            turn(joint, calm * arch)
+        for joint in ("vertebra_cervical_4_bend", "vertebra_cervical_1_bend"):
+            turn(joint, calm * scan)
+        for joint in ("vertebra_cervical_5_extend", "vertebra_cervical_2_extend", "vertebra_atlant_extend"):
+            turn(joint, calm * nod / 1.5)
+        turn("vertebra_axis_twist", calm * lean)
+    else:
+        angles, tilt = posture.at(times, calm)
+    curve = 0.10 * path.turn_rate  # the trunk curves into a turn
+    for joint in ("vertebra_2_bend", "vertebra_5_bend"):
+        turn(joint, -curve)
+    for joint in ("vertebra_cervical_4_bend", "vertebra_cervical_1_bend"):
+        turn(joint, 0.5 * curve)
+    tilt = Rotation.from_euler("zy", np.stack([curve, -1.0 * rise - 0.45 * sit], axis=-1)) * tilt
+    for joint in ("vertebra_1_extend", "vertebra_4_extend"):
+        turn(joint, 0.18 * rise - 0.25 * sit)
+    for joint in ("vertebra_cervical_5_extend", "vertebra_cervical_2_extend", "vertebra_atlant_extend"):
+        turn(joint, 0.18 * rise + (0.42 + 0.06 * noise(1.5, 3.0)) * sit)
+    turn("mandible", np.full(len(times), -0.2))
+    swing = 0.05 * noise(0.3, 1.0) - 0.03 * path.turn_rate
+    for place, (up, sideways) in enumerate(zip(_TAIL, _TAIL_SIDEWAYS)):
+        turn(up, np.full(len(times), 0.06 if place < 7 else -0.02) + (0.10 * rise + 0.06 * sit) * (place < 6))
+        turn(sideways, swing + 0.05 * noise(0.3, 1.2))
+    ranges = puppet.model.jnt_range[1:]
+    angles[:, 7:] = np.clip(angles[:, 7:], *ranges.T)
+    return angles, tilt
+
+
+def _hands(
+    points: np.ndarray, puppet: Puppet, ground: np.ndarray, rear: float, groom: float, lick: float
+) -> np.ndarray:
+    """Where the hands (2, 3) go: the ground, tucked under the chest in rearing, to the face and over it in grooming."""
+    skull = puppet.frame("skull")
+    torso = puppet.frame("torso")
+    side = np.array([1.0, -1.0])
+    stroke = np.sin(lick + 0.35 * side)
+    face = (
+        points[NAMES.index("Snout")]
+        + np.stack([-0.012 - 0.010 * stroke, side * (0.009 + 0.003 * stroke), -0.012 + 0.008 * stroke], axis=1)
+        @ skull.T
+    )
+    shoulders = points[[NAMES.index("ShoulderL"), NAMES.index("ShoulderR")]]
+    tucked = shoulders + np.stack([np.full(2, 0.030), -0.002 * side, np.full(2, -0.030)], axis=1) @ torso.T
+    hands = ground + rear * (tucked - ground)
+    return hands + groom * (face - hands)
+
+
+RAT = Subject(
+    name="rat",
+    views=6,
+    volume=Volume(center=(0.0, 0.0, 0.115), size=(0.5, 0.5, 0.25)),
+    ring=Ring(
+        radius=(0.95, 1.10),
+        heights=(0.36, 0.72),
+        wobble=0.05,
+        target=(0.0, 0.0, 0.06),
+        miss=0.012,
+        framed=rim((0.18, 0.02), (0.13, 0.15)),
+    ),
+    tile=0.5,
+    temper=TEMPER,
+    points=POINTS,
+    edges=edges(NAMES, _BONES),
+    limbs=LIMBS,
+    soles=("hand_L", "finger_L", "hand_R", "finger_R", "foot_L", "toe_L", "foot_R", "toe_R"),
+    scale=0.2,
+    walker=_walker,
+    animate=animate,
+)
