@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import gaussian_filter1d
 from scipy.spatial.transform import Rotation, Slerp
 
 from bkind3d.errors import InputError
+
+_SMOOTHING = 0.06  # seconds, standard deviation: the fit of single frames is noisy
 
 
 class Posture:
@@ -19,10 +22,10 @@ class Posture:
     """
 
     def __init__(self, qpos: np.ndarray, fps: float) -> None:
-        self.qpos, self.fps = qpos, fps
+        self.qpos, self.fps = gaussian_filter1d(qpos, _SMOOTHING * fps, axis=0), fps
         rotation = Rotation.from_quat(qpos[:, [4, 5, 6, 3]])
-        yaw = np.unwrap(rotation.as_euler("ZYX")[:, 0])
-        self.tilt = Rotation.from_euler("z", -np.median(yaw)) * rotation
+        tilt = Rotation.from_euler("z", -np.median(np.unwrap(rotation.as_euler("ZYX")[:, 0]))) * rotation
+        self.tilt = Rotation.from_rotvec(gaussian_filter1d(tilt.as_rotvec(), _SMOOTHING * fps, axis=0))
 
     def at(self, times: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, Rotation]:
         """qpos (S, Q) with the joint angles at `times` (S,), and the root's rotation (S,), both scaled by `weight`."""

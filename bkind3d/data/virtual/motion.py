@@ -16,7 +16,6 @@ _HEADING_BINS = 8
 _DRAFTS = 12
 _SUBSTEP = 1 / 60  # seconds, at most
 _WARM_UP = 1.0  # seconds left out at the start, while the feet find their places
-_EASE = 7.0  # rate at which a pose is taken, rad/s of a critically damped oscillator
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Temper:
         least_walk: no goal is nearer.
         cruise: walking speed, least and greatest.
         turning: fastest turn, radians per second.
+        ease: rate at which a pose is taken and left, rad/s of a critically damped oscillator.
     """
 
     moving: str
@@ -42,6 +42,7 @@ class Temper:
     least_walk: float
     cruise: tuple[float, float]
     turning: float
+    ease: float
 
     @property
     def behaviours(self) -> list[str]:
@@ -114,11 +115,11 @@ class _Bouts:
     def next(self, position: np.ndarray, heading: float) -> None:
         still = self.kind in self.acts
         draw = self.rng.uniform()
-        if draw < (0.65 if still else 0.3):
+        if draw < (0.7 if still else 0.12):
             self.kind, self.left = "walk", 3.5
             self.goal = self._choose_goal(position)
             self.cruise = self.rng.uniform(*self.temper.cruise)
-        elif still or draw < 0.4:
+        elif still or draw < 0.2:
             self.kind, self.left = "turn", 2.0
             angles = heading + self.rng.uniform(0.3, 0.95, 6) * np.pi * self.rng.choice([-1, 1], 6)
             self.target_heading = angles[np.argmin([self.headings[self._bin(angle)] for angle in angles])]
@@ -160,8 +161,8 @@ def _walk(steps: int, dt: float, temper: Temper, rng: np.random.Generator) -> Pa
             done = abs(error) < 0.15
         speed += (wanted_speed - speed) * -np.expm1(-dt / 0.18)
         turn_rate += (wanted_turn - turn_rate) * -np.expm1(-dt / 0.15)
-        wanted = (names == bouts.kind) * float(bouts.left > 0.35)
-        pose_rates += (_EASE**2 * (wanted - poses) - 2 * _EASE * pose_rates) * dt
+        wanted = (names == bouts.kind) * float(bouts.left > 2.5 / temper.ease)
+        pose_rates += (temper.ease**2 * (wanted - poses) - 2 * temper.ease * pose_rates) * dt
         poses = poses + pose_rates * dt
         heading += turn_rate * dt
         position = position + speed * dt * np.array([np.cos(heading), np.sin(heading)])

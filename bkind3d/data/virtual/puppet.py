@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from bkind3d.data.virtual.engine import load_mujoco
 
@@ -22,11 +23,11 @@ _PULL = 0.1  # share of the way to the wanted posture, in one iteration
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the body: its name, and its place (3,) in the frame of a body, or a site where `offset` is None."""
+    """A point of the subject: its name, and its place in the frame of one of the model's bodies, metres."""
 
     name: str
     body: str
-    offset: tuple[float, float, float] | None = None
+    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 class Puppet:
@@ -72,15 +73,23 @@ class Puppet:
         self.mujoco.mj_kinematics(self.model, self.data)
         return self.points()
 
+    def hang(self, qpos: np.ndarray, rotation: Rotation, names: tuple[str, ...], place: np.ndarray) -> np.ndarray:
+        """Turn the root, and shift it until the mean of the named points is at `place` (3,); returns a new qpos."""
+        x, y, z, w = rotation.as_quat()
+        qpos = np.concatenate([np.zeros(3), [w, x, y, z], qpos[7:]])
+        qpos[:3] = place - self.place(qpos)[[self.names.index(name) for name in names]].mean(axis=0)
+        return qpos
+
     def points(self) -> np.ndarray:
         """The points (P, 3) as the body stands."""
         rotation = self.data.xmat.reshape(-1, 3, 3)[self.bodies]
         return self.data.xpos[self.bodies] + np.einsum("pij,pj->pi", rotation, self.offsets)
 
-    def reach(self, qpos: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Bring the limbs' ends to `targets` (L, 3) from `qpos`, the wanted posture too; returns a new qpos."""
+    def reach(self, qpos: np.ndarray, targets: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """Bring the limbs' ends to `targets` (L, 3), near the wanted `qpos`, from the limbs of `start`: a new qpos."""
         wanted = qpos[self.limb_qpos]
         qpos = qpos.copy()
+        qpos[self.limb_qpos] = start[self.limb_qpos]
         jacobian = np.empty((3 * len(self.ends), len(self.limb_dofs)))
         full = np.empty((3, self.model.nv))
         damping = (0.02 * self.scale) ** 2 * np.eye(len(jacobian))
@@ -98,8 +107,12 @@ class Puppet:
             qpos[self.limb_qpos] = np.clip(qpos[self.limb_qpos] + step, *self.ranges)
         return qpos
 
-    def lowest(self) -> float:
-        """Height of the lowest sole as the body stands."""
+    def stand(self, qpos: np.ndarray) -> np.ndarray:
+        """Lift or drop the root until the lowest sole touches the floor; returns a new qpos."""
+        self.place(qpos)
+        return np.concatenate([qpos[:2], [qpos[2] - self._lowest()], qpos[3:]])
+
+    def _lowest(self) -> float:
         up = self.data.geom_xmat.reshape(-1, 3, 3)[self.soles, 2]  # the vertical in each geom's frame
         size = self.model.geom_size[self.soles]
         capsule = self.model.geom_type[self.soles] == self.mujoco.mjtGeom.mjGEOM_CAPSULE

@@ -25,6 +25,7 @@ TEMPER = Temper(
     least_walk=0.08,
     cruise=(0.12, 0.24),
     turning=2.4,
+    ease=7.0,
 )
 GAIT = Gait(partners=(3, 2, 1, 0), swing=0.14, trigger=0.018, lift=0.014, foresight=0.10, farthest=0.022)
 
@@ -36,14 +37,14 @@ POINTS = (
     Point("SpineF", "vertebra_cervical_5", (0.0, 0.0, 0.010)),
     Point("SpineM", "vertebra_1", (0.0, 0.0, 0.005)),
     Point("SpineL", "pelvis", (0.0, 0.0, 0.010)),
-    Point("TailBase", "vertebra_C1", (0.0, 0.0, 0.0)),
+    Point("TailBase", "vertebra_C1"),
     *(
-        Point(f"{name}{side}", f"{body}_{side}", (0.0, 0.0, 0.0))
+        Point(f"{name}{side}", f"{body}_{side}")
         for side in "LR"
         for name, body in (("Shoulder", "upper_arm"), ("Elbow", "lower_arm"), ("Wrist", "hand"), ("Hand", "finger"))
     ),
     *(
-        Point(f"{name}{side}", f"{body}_{side}", (0.0, 0.0, 0.0))
+        Point(f"{name}{side}", f"{body}_{side}")
         for side in "LR"
         for name, body in (("Hip", "upper_leg"), ("Knee", "lower_leg"), ("Ankle", "foot"), ("Foot", "toe"))
     ),
@@ -74,6 +75,7 @@ LIMBS = {
 _RESTS = np.array([[0.060, 0.026, 0.004], [0.060, -0.026, 0.004], [-0.048, 0.032, 0.006], [-0.048, -0.032, 0.006]])
 _HIPS_BEHIND = 0.052  # the middle of the trunk
 _HIP_HEIGHT = 0.052
+_SHOULDER_HEIGHT = 0.052
 _TAIL = [f"vertebra_C{i}_extend" for i in (1, 2, 3, 4, 5, 6, 7, 11, 15, 19, 23, 27)]
 _TAIL_SIDEWAYS = [f"vertebra_C{i}_bend" for i in (1, 2, 3, 4, 5, 6, 9, 13, 17, 21, 25, 29)]
 
@@ -92,23 +94,33 @@ def animate(puppet: Puppet, frames: int, fps: float, rng: np.random.Generator, p
     angles, tilt = _trunk(puppet, path, rng, posture)
     ground = step_feet(_resting_places(path), path.times[1], GAIT)
     rear, groom = (path.poses * path.poses * (3 - 2 * path.poses)).T
+    calm = 1 - np.maximum(rear, groom)
     licks = 2 * np.pi * np.cumsum(3.6 + 0.6 * band_noise(path.times, 0.2, 0.8, rng)) * path.times[1]
     qpos, points = [], []
     for i in range(len(path.times))[keep]:
-        q = angles[i].copy()
         heading = Rotation.from_euler("z", path.heading[i])
-        q[:3], q[3:7] = 0.0, (heading * tilt[i]).as_quat()[[3, 0, 1, 2]]
-        hips = puppet.place(q)[[NAMES.index("HipL"), NAMES.index("HipR")]].mean(axis=0)
-        height = _HIP_HEIGHT + 0.004 * rear[i] - 0.012 * groom[i]
-        q[:3] = [*(path.position[i] - _HIPS_BEHIND * heading.apply([1, 0, 0])[:2]), height] - hips
+        behind = path.position[i] - _HIPS_BEHIND * heading.apply([1, 0, 0])[:2]
+        hips = np.array([*behind, _HIP_HEIGHT + 0.004 * rear[i] - 0.012 * groom[i]])
+        q = puppet.hang(angles[i], heading * tilt[i], ("HipL", "HipR"), hips)
+        level = _levelling(puppet.place(q), calm[i])
+        q = puppet.hang(angles[i], heading * level * tilt[i], ("HipL", "HipR"), hips)
         targets = ground[i] + [[0, 0, z] for z in _RESTS[:, 2]]
-        targets[:2] = _hands(puppet.place(q), puppet, targets[:2], rear[i], groom[i], licks[i])
-        q = puppet.reach(q, targets)
-        puppet.place(q)
-        q[2] -= puppet.lowest()
+        targets[:2] = _hands(puppet, puppet.place(q), targets[:2], rear[i], groom[i], licks[i])
+        q = puppet.stand(puppet.reach(q, targets, qpos[-1] if qpos else q))
         qpos.append(q)
         points.append(puppet.place(q))
     return Animation(np.stack(qpos), np.stack(points), path.behaviour[keep])
+
+
+def _levelling(points: np.ndarray, share: float) -> Rotation:
+    """Pitch that brings the shoulders to where the hands reach the floor; `share` of it, none while rearing."""
+    hips, shoulders = (
+        points[[NAMES.index(f"{joint}{side}") for side in "LR"]].mean(axis=0) for joint in ("Hip", "Shoulder")
+    )
+    x, y, z = shoulders - hips
+    length = np.hypot(np.hypot(x, y), z)
+    wanted = np.clip((_SHOULDER_HEIGHT - _HIP_HEIGHT) / length, -1, 1)
+    return Rotation.from_euler("y", share * (np.arcsin(z / length) - np.arcsin(wanted)))
 
 
 def _resting_places(path: Path) -> np.ndarray:
@@ -165,7 +177,7 @@ def _trunk(
     turn("mandible", np.full(len(times), -0.2))
     swing = 0.05 * noise(0.3, 1.0) - 0.03 * path.turn_rate
     for place, (up, sideways) in enumerate(zip(_TAIL, _TAIL_SIDEWAYS)):
-        turn(up, np.full(len(times), 0.06 if place < 7 else -0.02) + (0.10 * rise + 0.06 * sit) * (place < 6))
+        turn(up, np.full(len(times), 0.03 if place < 7 else -0.01) + (0.11 * rise + 0.14 * sit) * (place < 6))
         turn(sideways, swing + 0.05 * noise(0.3, 1.2))
     ranges = puppet.model.jnt_range[1:]
     angles[:, 7:] = np.clip(angles[:, 7:], *ranges.T)
@@ -173,7 +185,7 @@ def _trunk(
 
 
 def _hands(
-    points: np.ndarray, puppet: Puppet, ground: np.ndarray, rear: float, groom: float, lick: float
+    puppet: Puppet, points: np.ndarray, ground: np.ndarray, rear: float, groom: float, lick: float
 ) -> np.ndarray:
     """Where the hands (2, 3) go: the ground, tucked under the chest in rearing, to the face and over it in grooming."""
     skull = puppet.frame("skull")
@@ -186,7 +198,7 @@ def _hands(
         @ skull.T
     )
     shoulders = points[[NAMES.index("ShoulderL"), NAMES.index("ShoulderR")]]
-    tucked = shoulders + np.stack([np.full(2, 0.030), -0.002 * side, np.full(2, -0.030)], axis=1) @ torso.T
+    tucked = shoulders + np.stack([np.full(2, 0.024), -0.002 * side, np.full(2, -0.042)], axis=1) @ torso.T
     hands = ground + rear * (tucked - ground)
     return hands + groom * (face - hands)
 

@@ -13,13 +13,14 @@ from bkind3d.cameras import Cameras
 from bkind3d.data.project import Truth
 from bkind3d.data.studio import Sensor, check_settings, h264_video, new_rig, place_cameras, write_project
 from bkind3d.data.virtual.clip import Posture, load_postures
+from bkind3d.data.virtual.human import HUMAN
 from bkind3d.data.virtual.puppet import Puppet
 from bkind3d.data.virtual.rat import RAT
 from bkind3d.data.virtual.stage import Lens, Stage, build_model
 from bkind3d.data.virtual.subject import Animation
 from bkind3d.errors import InputError
 
-SUBJECTS = {subject.name: subject for subject in (RAT,)}
+SUBJECTS = {subject.name: subject for subject in (RAT, HUMAN)}
 
 
 def virtual_rig(

@@ -17,11 +17,10 @@ from scipy import sparse
 from bkind3d.cameras import Cameras
 from bkind3d.data.studio import smooth_noise
 from bkind3d.data.virtual.engine import load_mujoco, open_context, picture_asset
-from bkind3d.data.virtual.subject import Subject
+from bkind3d.data.virtual.subject import ROOM_GROUP, SUBJECT_GROUP, Subject
 
 _FINER = 2  # samples per pixel along each axis
 _TEXELS = 512
-_ROOM, _SUBJECT = 0, 1  # groups of geoms; what is in others is not drawn
 
 
 def build_model(subject: Subject, cameras: Cameras, lenses: dict[str, Lens], rng: np.random.Generator) -> Any:
@@ -30,6 +29,7 @@ def build_model(subject: Subject, cameras: Cameras, lenses: dict[str, Lens], rng
     from dm_control import mjcf
 
     arena = mjcf.RootElement()
+    arena.compiler.angle = "radian"
     sides = 8  # tiles from the middle to the edge
     arena.asset.add("texture", name="floor", type="2d", file=picture_asset(_floor(rng)))
     arena.asset.add("material", name="floor", texture="floor", texrepeat=[2 * sides] * 2, specular=0, reflectance=0)
@@ -43,7 +43,7 @@ def build_model(subject: Subject, cameras: Cameras, lenses: dict[str, Lens], rng
         height=384,
     )
     half = sides * subject.tile
-    arena.worldbody.add("geom", name="floor", type="plane", size=[half, half, 1], material="floor", group=_ROOM)
+    arena.worldbody.add("geom", name="floor", type="plane", size=[half, half, 1], material="floor", group=ROOM_GROUP)
     for direction, strength in (((0.35, 0.25, -0.9), 0.62), ((-0.6, -0.3, -0.5), 0.25)):
         arena.worldbody.add(
             "light", directional=True, castshadow=False, pos=[0, 0, 3], dir=direction, diffuse=[strength] * 3,
@@ -132,11 +132,11 @@ class Stage:
         self.scene = self.mujoco.MjvScene(model, maxgeom=model.ngeom + 10)
         for flag in ("SHADOW", "REFLECTION", "HAZE"):
             self.scene.flags[getattr(self.mujoco.mjtRndFlag, f"mjRND_{flag}")] = False
-        self.rooms = {name: self._draw(name, _ROOM) for name in lenses}
+        self.rooms = {name: self._draw(name, ROOM_GROUP) for name in lenses}
 
     def picture(self, camera: str) -> np.ndarray:
         """What that camera sees: (H, W, 3) float32, 0 to 255."""
-        color, depth = self._draw(camera, _SUBJECT)
+        color, depth = self._draw(camera, SUBJECT_GROUP)
         room, room_depth = self.rooms[camera]
         seen = np.where((depth < room_depth)[..., None], color, room)
         return self.lenses[camera](seen[::-1])  # OpenGL's rows run upwards
@@ -148,8 +148,8 @@ class Stage:
         for groups in (options.geomgroup, options.sitegroup, options.skingroup):
             groups[:] = 0
         options.geomgroup[group] = 1
-        options.skingroup[0] = group == _SUBJECT
-        self.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = group == _ROOM
+        options.skingroup[0] = group == SUBJECT_GROUP
+        self.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = group == ROOM_GROUP
         view = mujoco.MjvCamera()
         view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self.model.camera(camera).id
         mujoco.mj_camlight(self.model, self.data)

@@ -14,6 +14,8 @@ from bkind3d.data.virtual.motion import Temper
 from bkind3d.data.virtual.puppet import Point, Puppet
 from bkind3d.data.volume import Volume
 
+ROOM_GROUP, SUBJECT_GROUP = 0, 1  # groups of geoms; what is in others is not drawn
+
 
 @dataclass(frozen=True)
 class Animation:
