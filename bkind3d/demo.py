@@ -13,6 +13,8 @@ from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainCon
 from bkind3d.data import load_project
 from bkind3d.data.human import human_project
 from bkind3d.data.simulate import simulate_rig
+from bkind3d.data.virtual import virtual_rig
+from bkind3d.data.virtual.engine import load_mujoco
 from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
 from bkind3d.predict import predict
@@ -22,6 +24,7 @@ from bkind3d.run import refuse_existing
 from bkind3d.train import train
 
 MARKER = "demo.txt"
+VIEWS = {"animal": 4, "rat": 6, "human-sim": 4}
 
 # Sizes that two CPU cores train in minutes. The paper's own are the defaults of `bkind3d train`.
 SMALL_MODEL = ModelConfig(
@@ -67,33 +70,58 @@ def human_config(project: Path, seed: int, steps: int) -> Config:
     )
 
 
+def rat_config(project: Path, seed: int, steps: int) -> Config:
+    """Settings of the demo on the virtual rat."""
+    return Config(
+        project=project,
+        data=DataConfig(height=96, width=96, gap="0.4 s"),
+        model=replace(SMALL_MODEL, keypoints=15, voxels=32),
+        loss=SMALL_LOSS,
+        train=replace(SMALL_TRAIN, steps=steps, seed=seed),
+    )
+
+
+def human_sim_config(project: Path, seed: int, steps: int) -> Config:
+    """Settings of the demo on the virtual human."""
+    return Config(
+        project=project,
+        data=DataConfig(height=96, width=96, gap="0.4 s"),
+        model=replace(SMALL_MODEL, keypoints=15, voxels=32),
+        loss=SMALL_LOSS,
+        train=replace(SMALL_TRAIN, steps=steps, seed=seed),
+    )
+
+
 def demo(
-    subject: Literal["animal", "human"] = "animal",
+    subject: Literal["animal", "human", "rat", "human-sim"] = "animal",
     *,
     out: Path | None = None,
     seed: int = 0,
     frames: int = 800,
     test_frames: int = 300,
-    views: int = 4,
+    views: int | None = None,
     steps: int | None = None,
     source: Path | None = None,
+    motion: Path | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> Path:
     """Discover 3D keypoints from multi-view video, from the files to the report, on two CPU cores in minutes.
 
-    "animal" films a simulated animal with a calibrated rig, and tests on motion that training never saw; "human" uses
-    four real synchronous videos of a man and cross-validates over time. No label reaches training.
+    "animal" films a simulated animal with a calibrated rig, and tests on motion that training never saw; so do "rat"
+    and "human-sim" with the virtual ones of dm_control, which need the extra `sim`. "human" uses four real synchronous
+    videos of a man and cross-validates over time. No label reaches training.
 
     Args:
         subject: What to look at.
-        out: Run folder; `runs/demo` or `runs/human` when left out.
+        out: Run folder; `runs/demo` for the animal, `runs/<subject>` for others when left out.
         seed: Seed of the simulation and of training.
         frames: Training frames to simulate.
         test_frames: Test frames to simulate.
-        views: Cameras to simulate.
+        views: Cameras to simulate; 4, or 6 for the rat, when left out.
         steps: Training steps; what fits into the promised time when left out.
         source: Folder of the human clip, if it is on disk; it is downloaded when left out.
+        motion: File of joint angles that the rat's posture follows (npz: qpos, fps); scripted when left out.
         force: Replace an earlier run in the folder.
         progress: Whether to show progress bars.
 
@@ -101,25 +129,37 @@ def demo(
         The report.
 
     Raises:
-        InputError: A folder that holds something else, or the clip cannot be had.
+        InputError: A folder that holds something else, the clip cannot be had, the extra `sim` is missing, or the
+            motion file does not fit.
     """
     started = time.perf_counter()
-    out = out or Path("runs") / ("demo" if subject == "animal" else "human")
+    out = out or Path("runs") / ("demo" if subject == "animal" else subject)
+    if motion is not None and subject != "rat":
+        raise InputError(f"motion: only the subject rat follows a motion file, not {subject}")
+    if subject in ("rat", "human-sim"):
+        load_mujoco()  # its absence shows before anything is written
     refuse_existing(out, force=force)
     data = out.parent / f"{out.name}-data"
     claim(data, force=force)
-    if subject == "animal":
-        say("simulate", f"a rig of {views} cameras, {frames} + {test_frames} frames -> {data}")
-        project = simulate_rig(
-            data / "rig", views=views, frames=frames, test_frames=test_frames, seed=seed, progress=progress
-        )
-        config = animal_config(project, seed, 360 if steps is None else steps)
-        probe: dict[str, Any] = {"every": 2}
-    else:
+    probe: dict[str, Any] = {"every": 2}
+    if subject == "human":
         say("prepare", f"four videos of a man balancing -> {data}")
         project = human_project(data / "rig", source)
         config = human_config(project, seed, 500 if steps is None else steps)
         probe = {"ridge": "auto", "blocks": 10}
+    else:
+        views = VIEWS[subject] if views is None else views
+        say("simulate", f"a rig of {views} cameras, {frames} + {test_frames} frames -> {data}")
+        rig: dict[str, Any] = {"views": views, "frames": frames, "test_frames": test_frames, "seed": seed}
+        if subject == "animal":
+            project = simulate_rig(data / "rig", **rig, progress=progress)
+            config = animal_config(project, seed, 360 if steps is None else steps)
+        elif subject == "rat":
+            project = virtual_rig(data / "rig", subject="rat", **rig, motion=motion, progress=progress)
+            config = rat_config(project, seed, 360 if steps is None else steps)
+        else:
+            project = virtual_rig(data / "rig", subject="human", **rig, progress=progress)
+            config = human_sim_config(project, seed, 360 if steps is None else steps)
     say("check", f"{project}")
     check_project(
         load_project(project), gap=config.data.gaps[-1], voxels=config.model.voxels, out=data / "check",

@@ -27,15 +27,13 @@ class Posture:
         tilt = Rotation.from_euler("z", -np.median(np.unwrap(rotation.as_euler("ZYX")[:, 0]))) * rotation
         self.tilt = Rotation.from_rotvec(gaussian_filter1d(tilt.as_rotvec(), _SMOOTHING * fps, axis=0))
 
-    def at(self, times: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, Rotation]:
-        """qpos (S, Q) with the joint angles at `times` (S,), and the root's rotation (S,), both scaled by `weight`."""
+    def at(self, times: np.ndarray) -> tuple[np.ndarray, Rotation]:
+        """qpos (S, Q) with the joint angles at `times` (S,), seconds, and the root's rotation (S,)."""
         last = len(self.qpos) - 1
         place = np.abs((times * self.fps + last) % (2 * last) - last)
         low = np.minimum(place.astype(np.int64), last - 1)
         share = (place - low)[:, None]
-        qpos = (1 - share) * self.qpos[low] + share * self.qpos[low + 1]
-        tilt = Slerp(np.arange(last + 1), self.tilt)(place)
-        return qpos * weight[:, None], Rotation.from_rotvec(tilt.as_rotvec() * weight[:, None])
+        return (1 - share) * self.qpos[low] + share * self.qpos[low + 1], Slerp(np.arange(last + 1), self.tilt)(place)
 
 
 def load_postures(path: Path, joints: int, share: float) -> tuple[Posture, Posture]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path as File
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from bkind3d.data.simulate.motion import Gait, band_noise, step_feet
 from bkind3d.data.studio import Ring, rim
+from bkind3d.data.virtual.clip import Posture
 from bkind3d.data.virtual.motion import Path, Temper, wander
 from bkind3d.data.virtual.puppet import Point, Puppet
 from bkind3d.data.virtual.subject import SUBJECT_GROUP, Animation, Subject, edges
@@ -91,7 +91,7 @@ def _walker(rng: np.random.Generator) -> Any:
     return model
 
 
-def animate(puppet: Puppet, frames: int, fps: float, rng: np.random.Generator, _: File | None) -> Animation:
+def animate(puppet: Puppet, frames: int, fps: float, rng: np.random.Generator, posture: Posture | None) -> Animation:
     """A new motion of `frames` frames: a path, feet stepped along it, arms that swing, and poses of the whole body."""
     path, keep = wander(frames, fps, TEMPER, rng)
     angles, lean = _posture(puppet, path, rng)
@@ -100,11 +100,13 @@ def animate(puppet: Puppet, frames: int, fps: float, rng: np.random.Generator, _
     left = np.stack([-forward[:, 1], forward[:, 0]], axis=-1)
     ankles = step_feet(path.position[:, None] + _STANCE * _SIDES[:, None] * left[:, None], dt, GAIT)
     _swing_arms(puppet, angles, np.einsum("sld,sd->sl", ankles[..., :2] - path.position[:, None], forward))
+    angles = puppet.within_ranges(angles)
     feet = _foot_headings(path.heading, ankles[..., 2], dt)
-    _, bend, squat = _eased(path).T
+    _, bend, squat = path.poses.T
     hips = np.column_stack([path.position - 0.10 * (bend + squat)[:, None] * forward, _hip_heights(path, ankles, dt)])
     hips[:, 2] -= 0.36 * squat
-    qpos, points = [], []
+    qpos: list[np.ndarray] = []
+    points: list[np.ndarray] = []
     for i in range(len(path.times))[keep]:
         q = puppet.hang(angles[i], Rotation.from_euler("z", path.heading[i]) * lean[i], ("HipL", "HipR"), hips[i])
         q = puppet.stand(puppet.reach(q, _foot_targets(ankles[i], feet[i]), qpos[-1] if qpos else q))
@@ -137,16 +139,14 @@ def _foot_targets(ankles: np.ndarray, headings: np.ndarray) -> np.ndarray:
 
 def _posture(puppet: Puppet, path: Path, rng: np.random.Generator) -> tuple[np.ndarray, Rotation]:
     """Joint angles qpos (S, Q) with the wanted ones of the legs, and the root's rotation (S,) against the heading."""
-    poses = _eased(path)
-    _, bend, squat = poses.T
+    _, bend, squat = path.poses.T
     angles = np.zeros((len(path.times), puppet.model.nq))
 
     def noise(low: float, high: float) -> np.ndarray:
         return band_noise(path.times, low, high, rng)
 
     def turn(by: np.ndarray, *joints: str) -> None:
-        for joint in joints:
-            angles[:, puppet.address(joint)] += by
+        angles[:, puppet.addresses(joints)] += by[:, None]
 
     trunk = ("lowerback", "upperback", "thorax")
     turn(0.05 * noise(0.2, 0.8) + 0.07 * path.turn_rate, *(f"{part}ry" for part in trunk))
@@ -155,27 +155,22 @@ def _posture(puppet: Puppet, path: Path, rng: np.random.Generator) -> tuple[np.n
     neck = ("lowerneck", "upperneck", "head")
     turn(0.16 * noise(0.2, 0.9) + 0.10 * path.turn_rate, *(f"{part}ry" for part in neck))
     turn(0.08 * noise(0.2, 0.9) - 0.10 * squat, *(f"{part}rx" for part in neck))
-    arm = _HANGING + np.einsum("sp,pj->sj", poses, _POSES - _HANGING)
+    arm = _HANGING + np.einsum("sp,pj->sj", path.poses, _POSES - _HANGING)
     for side, sign, mirror in (("l", 1.0, np.ones(4)), ("r", -1.0, _MIRROR)):
         for place, joint in enumerate(_ARM):
             turn(mirror[place] * (arm[:, place] + 0.08 * noise(0.2, 1.0)), f"{side}{joint}")
-        turn(np.full(len(poses), -0.35 * sign), f"{side}femurrz")  # the model stands with its legs apart
+        turn(np.full(len(path.times), -0.35 * sign), f"{side}femurrz")  # the model stands with its legs apart
         turn(-0.1 - 1.2 * squat, f"{side}femurrx")
         turn(0.2 + 1.8 * squat, f"{side}tibiarx")
     pitch = 0.03 + 0.02 * noise(0.3, 1.0) + 0.60 * bend + 0.35 * squat
-    return angles, Rotation.from_euler("zy", np.stack([0.08 * noise(0.2, 0.8), pitch], axis=-1)) * _UPRIGHT
+    return angles, Rotation.from_euler("zy", np.column_stack([0.08 * noise(0.2, 0.8), pitch])) * _UPRIGHT
 
 
 def _swing_arms(puppet: Puppet, angles: np.ndarray, stride: np.ndarray) -> None:
     """Swing each arm with the other leg, whose ankle is `stride` (S, 2) metres before the hips; in place."""
     for side, ahead in zip("lr", stride.T[::-1]):
-        angles[:, puppet.address(f"{side}humerusrx")] += 1.8 * ahead
-        angles[:, puppet.address(f"{side}radiusrx")] += 1.5 * np.clip(ahead, 0, None)
-
-
-def _eased(path: Path) -> np.ndarray:
-    """How far each pose is taken (S, P), with a soft start and end."""
-    return path.poses * path.poses * (3 - 2 * path.poses)
+        turns = np.stack([1.8 * ahead, 1.5 * np.clip(ahead, 0, None)], axis=1)
+        angles[:, puppet.addresses((f"{side}humerusrx", f"{side}radiusrx"))] += turns
 
 
 HUMAN = Subject(

@@ -60,7 +60,7 @@ class Path:
         heading: (S,), radians.
         speed: (S,), metres per second along the heading.
         turn_rate: (S,), radians per second.
-        poses: (S, P), how far each pose is taken, 0 to 1, in the order of the temper.
+        poses: (S, P), how far each pose is taken, 0 to 1 with a soft start and end, in the order of the temper.
         behaviour: (S,) places in the temper's behaviours.
     """
 
@@ -173,4 +173,6 @@ def _walk(steps: int, dt: float, temper: Temper, rng: np.random.Generator) -> Pa
             bouts.next(position, heading)
     moves = (out[:, 3] > 0.2 * temper.cruise[0]) | (np.abs(out[:, 4]) > 0.2 * temper.turning)
     behaviour = np.where(taken.max(axis=1) > 0.5, 2 + taken.argmax(axis=1), np.where(moves, 0, 1))
-    return Path(dt * np.arange(steps), out[:, :2], out[:, 2], out[:, 3], out[:, 4], taken.clip(0, 1), behaviour)
+    taken = taken.clip(0, 1)
+    taken = taken * taken * (3 - 2 * taken)
+    return Path(dt * np.arange(steps), out[:, :2], out[:, 2], out[:, 3], out[:, 4], taken, behaviour)

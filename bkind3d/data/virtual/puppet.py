@@ -7,6 +7,7 @@ towards the wanted posture. Joints stay within their ranges, so every bone keeps
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +64,13 @@ class Puppet:
         self.soles = np.flatnonzero(np.isin(model.geom_bodyid, soles_bodies))
         self.scale = scale
 
-    def address(self, joint: str) -> int:
-        """Where the joint's angle is in qpos."""
-        return int(self.model.jnt_qposadr[self.joint[joint]])
+    def addresses(self, joints: Iterable[str]) -> np.ndarray:
+        """Where the joints' angles are in qpos."""
+        return self.model.jnt_qposadr[[self.joint[joint] for joint in joints]]
+
+    def within_ranges(self, qpos: np.ndarray) -> np.ndarray:
+        """A copy of qpos (..., Q) whose joint angles are within their joints' ranges."""
+        return np.concatenate([qpos[..., :7], np.clip(qpos[..., 7:], *self.model.jnt_range[1:].T)], axis=-1)
 
     def place(self, qpos: np.ndarray) -> np.ndarray:
         """Set all joints; returns the points (P, 3), metres."""
@@ -118,6 +123,10 @@ class Puppet:
         capsule = self.model.geom_type[self.soles] == self.mujoco.mjtGeom.mjGEOM_CAPSULE
         extent = np.where(capsule, size[:, 0] + np.abs(up[:, 2]) * size[:, 1], np.linalg.norm(up * size, axis=1))
         return float((self.data.geom_xpos[self.soles, 2] - extent).min())
+
+    def height(self, body: str) -> float:
+        """Height of a body's origin as it stands."""
+        return float(self.data.xpos[self.model.body(f"walker/{body}").id, 2])
 
     def frame(self, body: str) -> np.ndarray:
         """Axes of a body as it stands, (3, 3), body to world."""

@@ -76,8 +76,20 @@ _RESTS = np.array([[0.060, 0.026, 0.004], [0.060, -0.026, 0.004], [-0.048, 0.032
 _HIPS_BEHIND = 0.052  # the middle of the trunk
 _HIP_HEIGHT = 0.052
 _SHOULDER_HEIGHT = 0.052
-_TAIL = [f"vertebra_C{i}_extend" for i in (1, 2, 3, 4, 5, 6, 7, 11, 15, 19, 23, 27)]
-_TAIL_SIDEWAYS = [f"vertebra_C{i}_bend" for i in (1, 2, 3, 4, 5, 6, 9, 13, 17, 21, 25, 29)]
+_SIDES = np.array([1.0, -1.0])  # left, right
+
+_BEND = ("vertebra_2_bend", "vertebra_5_bend")
+_TWIST = ("vertebra_3_twist", "vertebra_6_twist")
+_ARCH = ("vertebra_1_extend", "vertebra_4_extend")
+_SCAN = ("vertebra_cervical_4_bend", "vertebra_cervical_1_bend")
+_NOD = ("vertebra_cervical_5_extend", "vertebra_cervical_2_extend", "vertebra_atlant_extend")
+# Joints that lift the tail, and the end that they bring to a height above the floor, metres: root, then tip.
+_TAIL = (
+    (tuple(f"vertebra_C{i}_extend" for i in (1, 2, 3, 4, 5, 6)), "vertebra_C12", 0.012),
+    (tuple(f"vertebra_C{i}_extend" for i in (7, 11, 15, 19, 23, 27)), "vertebra_C30", 0.006),
+)
+_TAIL_LEVER = 0.22  # metres by which such an end rises, about, for a radian in each of its joints
+_TAIL_SIDEWAYS = tuple(f"vertebra_C{i}_bend" for i in (1, 2, 3, 4, 5, 6, 9, 13, 17, 21, 25, 29))
 
 
 def _walker(rng: np.random.Generator) -> Any:
@@ -93,10 +105,11 @@ def animate(puppet: Puppet, frames: int, fps: float, rng: np.random.Generator, p
     path, keep = wander(frames, fps, TEMPER, rng)
     angles, tilt = _trunk(puppet, path, rng, posture)
     ground = step_feet(_resting_places(path), path.times[1], GAIT)
-    rear, groom = (path.poses * path.poses * (3 - 2 * path.poses)).T
+    rear, groom = path.poses.T
     calm = 1 - np.maximum(rear, groom)
     licks = 2 * np.pi * np.cumsum(3.6 + 0.6 * band_noise(path.times, 0.2, 0.8, rng)) * path.times[1]
-    qpos, points = [], []
+    qpos: list[np.ndarray] = []
+    points: list[np.ndarray] = []
     for i in range(len(path.times))[keep]:
         heading = Rotation.from_euler("z", path.heading[i])
         behind = path.position[i] - _HIPS_BEHIND * heading.apply([1, 0, 0])[:2]
@@ -107,9 +120,19 @@ def animate(puppet: Puppet, frames: int, fps: float, rng: np.random.Generator, p
         targets = ground[i] + [[0, 0, z] for z in _RESTS[:, 2]]
         targets[:2] = _hands(puppet, puppet.place(q), targets[:2], rear[i], groom[i], licks[i])
         q = puppet.stand(puppet.reach(q, targets, qpos[-1] if qpos else q))
+        _lay_tail(puppet, q)
         qpos.append(q)
         points.append(puppet.place(q))
     return Animation(np.stack(qpos), np.stack(points), path.behaviour[keep])
+
+
+def _lay_tail(puppet: Puppet, qpos: np.ndarray) -> None:
+    """Bend the tail until it lies along the floor; in place."""
+    for _ in range(4):
+        for joints, end, height in _TAIL:
+            puppet.place(qpos)
+            qpos[puppet.addresses(joints)] += (height - puppet.height(end)) / _TAIL_LEVER
+            qpos[:] = puppet.within_ranges(qpos)
 
 
 def _levelling(points: np.ndarray, share: float) -> Rotation:
@@ -135,70 +158,48 @@ def _resting_places(path: Path) -> np.ndarray:
 def _trunk(
     puppet: Puppet, path: Path, rng: np.random.Generator, posture: Posture | None
 ) -> tuple[np.ndarray, Rotation]:
-    """Joint angles qpos (S, Q) of everything but the limbs, and the root's rotation (S,) against the heading."""
-    times, (rear, groom) = path.times, path.poses.T
-    rise = rear * rear * (3 - 2 * rear)
-    sit = groom * groom * (3 - 2 * groom)
-    calm = 1 - 0.8 * np.maximum(rise, sit)
-
-    def noise(low: float, high: float) -> np.ndarray:
-        return band_noise(times, low, high, rng)
-
-    angles = np.zeros((len(times), puppet.model.nq))
-
-    def turn(joint: str, by: np.ndarray) -> None:
-        angles[:, puppet.address(joint)] += by
-
-    if posture is None:
-        bend, twist, arch = 0.14 * noise(0.2, 0.9), 0.10 * noise(0.3, 1.0), 0.10 * noise(0.3, 1.0)
-        scan, nod, lean = 0.32 * noise(0.2, 0.9), 0.20 * noise(0.2, 1.0), 0.2 * noise(0.3, 1.2)
-        tilt = Rotation.from_euler("y", (calm * 0.06 * noise(0.3, 1.0))[:, None])
-        for joint, share in (("2_bend", 1.0), ("5_bend", 1.0), ("3_twist", 0.0), ("6_twist", 0.0)):
-            turn(f"vertebra_{joint}", calm * (share * bend + (1 - share) * twist))
-        for joint in ("vertebra_1_extend", "vertebra_4_extend"):
-            turn(joint, calm * arch)
-        for joint in ("vertebra_cervical_4_bend", "vertebra_cervical_1_bend"):
-            turn(joint, calm * scan)
-        for joint in ("vertebra_cervical_5_extend", "vertebra_cervical_2_extend", "vertebra_atlant_extend"):
-            turn(joint, calm * nod / 1.5)
-        turn("vertebra_axis_twist", calm * lean)
-    else:
-        angles, tilt = posture.at(times, calm)
+    """Joint angles qpos (S, Q) with the wanted ones of the limbs, and the root's rotation (S,) against the heading."""
+    rear, groom = path.poses.T
+    calm = 1 - 0.8 * np.maximum(rear, groom)  # poses leave the posture little freedom
+    angles, tilt = _improvise(puppet, path.times, rng) if posture is None else posture.at(path.times)
+    angles *= calm[:, None]
     curve = 0.10 * path.turn_rate  # the trunk curves into a turn
-    for joint in ("vertebra_2_bend", "vertebra_5_bend"):
-        turn(joint, -curve)
-    for joint in ("vertebra_cervical_4_bend", "vertebra_cervical_1_bend"):
-        turn(joint, 0.5 * curve)
-    tilt = Rotation.from_euler("zy", np.stack([curve, -1.0 * rise - 0.45 * sit], axis=-1)) * tilt
-    for joint in ("vertebra_1_extend", "vertebra_4_extend"):
-        turn(joint, 0.18 * rise - 0.25 * sit)
-    for joint in ("vertebra_cervical_5_extend", "vertebra_cervical_2_extend", "vertebra_atlant_extend"):
-        turn(joint, 0.18 * rise + (0.42 + 0.06 * noise(1.5, 3.0)) * sit)
-    turn("mandible", np.full(len(times), -0.2))
-    swing = 0.05 * noise(0.3, 1.0) - 0.03 * path.turn_rate
-    for place, (up, sideways) in enumerate(zip(_TAIL, _TAIL_SIDEWAYS)):
-        turn(up, np.full(len(times), 0.03 if place < 7 else -0.01) + (0.11 * rise + 0.14 * sit) * (place < 6))
-        turn(sideways, swing + 0.05 * noise(0.3, 1.2))
-    ranges = puppet.model.jnt_range[1:]
-    angles[:, 7:] = np.clip(angles[:, 7:], *ranges.T)
-    return angles, tilt
+    pitch = -1.0 * rear - 0.45 * groom
+    tilt = Rotation.from_euler("zy", np.column_stack([curve, pitch])) * Rotation.from_rotvec(
+        calm[:, None] * tilt.as_rotvec()
+    )
+    angles[:, puppet.addresses(_BEND)] -= curve[:, None]
+    angles[:, puppet.addresses(_SCAN)] += 0.5 * curve[:, None]
+    angles[:, puppet.addresses(_ARCH)] += (0.18 * rear - 0.25 * groom)[:, None]
+    nod = 0.18 * rear + (0.42 + 0.06 * band_noise(path.times, 1.5, 3.0, rng)) * groom
+    angles[:, puppet.addresses(_NOD)] += nod[:, None]
+    angles[:, puppet.addresses(("mandible",))] = -0.2  # closed
+    angles[:, puppet.addresses(_TAIL_SIDEWAYS)] -= 0.03 * path.turn_rate[:, None]
+    return puppet.within_ranges(angles), tilt
+
+
+def _improvise(puppet: Puppet, times: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Rotation]:
+    """A trunk, head and tail that move at random: qpos (S, Q), and the root's rotation (S,)."""
+    angles = np.zeros((len(times), puppet.model.nq))
+    for joints, size, high in ((_BEND, 0.14, 0.9), (_TWIST, 0.10, 1.0), (_ARCH, 0.10, 1.0), (_SCAN, 0.32, 0.9)):
+        angles[:, puppet.addresses(joints)] = size * band_noise(times, 0.2, high, rng)[:, None]
+    angles[:, puppet.addresses(_NOD)] = 0.13 * band_noise(times, 0.2, 1.0, rng)[:, None]
+    angles[:, puppet.addresses(("vertebra_axis_twist",))] = 0.2 * band_noise(times, 0.3, 1.2, rng)[:, None]
+    swing = 0.05 * band_noise(times, 0.3, 1.0, rng)
+    for joint in _TAIL_SIDEWAYS:
+        angles[:, puppet.addresses((joint,))] = (swing + 0.05 * band_noise(times, 0.3, 1.2, rng))[:, None]
+    return angles, Rotation.from_euler("y", 0.06 * band_noise(times, 0.3, 1.0, rng)[:, None])
 
 
 def _hands(
     puppet: Puppet, points: np.ndarray, ground: np.ndarray, rear: float, groom: float, lick: float
 ) -> np.ndarray:
     """Where the hands (2, 3) go: the ground, tucked under the chest in rearing, to the face and over it in grooming."""
-    skull = puppet.frame("skull")
-    torso = puppet.frame("torso")
-    side = np.array([1.0, -1.0])
-    stroke = np.sin(lick + 0.35 * side)
-    face = (
-        points[NAMES.index("Snout")]
-        + np.stack([-0.012 - 0.010 * stroke, side * (0.009 + 0.003 * stroke), -0.012 + 0.008 * stroke], axis=1)
-        @ skull.T
-    )
-    shoulders = points[[NAMES.index("ShoulderL"), NAMES.index("ShoulderR")]]
-    tucked = shoulders + np.stack([np.full(2, 0.024), -0.002 * side, np.full(2, -0.042)], axis=1) @ torso.T
+    stroke = np.sin(lick + 0.35 * _SIDES)
+    washing = np.stack([-0.012 - 0.010 * stroke, _SIDES * (0.009 + 0.003 * stroke), -0.012 + 0.008 * stroke], axis=1)
+    face = points[NAMES.index("Snout")] + washing @ puppet.frame("skull").T
+    under = np.stack([np.full(2, 0.024), -0.002 * _SIDES, np.full(2, -0.042)], axis=1)
+    tucked = points[[NAMES.index("ShoulderL"), NAMES.index("ShoulderR")]] + under @ puppet.frame("torso").T
     hands = ground + rear * (tucked - ground)
     return hands + groom * (face - hands)
 

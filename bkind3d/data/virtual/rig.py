@@ -13,6 +13,7 @@ from bkind3d.cameras import Cameras
 from bkind3d.data.project import Truth
 from bkind3d.data.studio import Sensor, check_settings, h264_video, new_rig, place_cameras, write_project
 from bkind3d.data.virtual.clip import Posture, load_postures
+from bkind3d.data.virtual.engine import load_mujoco
 from bkind3d.data.virtual.human import HUMAN
 from bkind3d.data.virtual.puppet import Puppet
 from bkind3d.data.virtual.rat import RAT
@@ -74,6 +75,7 @@ def virtual_rig(
     check_settings(views, frames, test_frames, image_size, fps, seed, crf, kind="virtual", least_views=2)
     if motion is not None and subject != "rat":
         raise InputError(f"motion: only the rat follows a motion file, not the {subject}")
+    load_mujoco()
     directory = Path(directory).absolute()
     with new_rig(directory, "virtual", force) as target:
         camera_seed, train_seed, test_seed, room_seed, sensor_seed = np.random.SeedSequence(seed).spawn(5)

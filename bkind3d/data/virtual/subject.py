@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bkind3d.data.studio import Ring
+from bkind3d.data.virtual.clip import Posture
 from bkind3d.data.virtual.motion import Temper
 from bkind3d.data.virtual.puppet import Point, Puppet
 from bkind3d.data.volume import Volume
@@ -43,7 +43,7 @@ class Subject:
         soles: bodies that stand on the floor.
         scale: its height or length, metres.
         walker: makes dm_control's model of it.
-        animate: (puppet, frames, fps, rng, motion) to a new motion.
+        animate: makes a new motion from puppet, frames, fps, rng, and postures to follow, if any.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Subject:
     soles: tuple[str, ...]
     scale: float
     walker: Callable[[np.random.Generator], Any]
-    animate: Callable[[Puppet, int, float, np.random.Generator, Path | None], Animation]
+    animate: Callable[[Puppet, int, float, np.random.Generator, Posture | None], Animation]
 
 
 def edges(names: list[str], bones: str) -> np.ndarray:
