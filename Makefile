@@ -27,7 +27,8 @@ OLDEST := build/oldest-torch
 .PHONY: help install demo test lint format sanitize check-oldest-torch clean
 
 help:
-	@echo "make demo [SUBJECT=animal|human] [SEED=0] [ARGS=...]   from videos to 3D keypoints and a report, under runs/"
+	@echo "make demo [SUBJECT=animal|human|rat|human-sim]         from videos to 3D keypoints and a report, under runs/;
+	@echo "          [SEED=0] [ARGS=...]                          rat and human-sim need libegl1 libgl1 libgl1-mesa-dri"
 	@echo "make test [ARGS=...]                                   the test suite"
 	@echo "make lint | format                                     ruff, mypy and clang-format | apply the formats"
 	@echo "make sanitize                                          the kernels under sanitizers; needs g++"
@@ -42,7 +43,7 @@ $(STAMP): pyproject.toml setup.py
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip "setuptools>=77" wheel ninja
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $(TRITON) -e ".[train,dev]"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $(TRITON) -e ".[train,dev,sim]"
 	touch $@
 
 $(LIBRARY): $(NATIVE) | $(STAMP)

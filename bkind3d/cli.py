@@ -120,7 +120,7 @@ def run_report(run: Path, force: bool = False) -> None:
 
 
 VERBS: dict[str, tuple[Callable[..., object], str]] = {
-    "demo": (demo, "the whole way on a simulated animal or a filmed man"),
+    "demo": (demo, "the whole way on a simulated subject or a filmed man"),
     "check": (run_check, "look at a project before training"),
     "predict": (run_predict, "3D keypoints of every frame"),
     "evaluate": (run_evaluate, "regress annotated joints from the keypoints"),

@@ -22,7 +22,7 @@ MARKER = "demo.txt"
 
 
 def demo(
-    subject: Literal["animal", "human"] = "animal",
+    subject: Literal["animal", "rat", "human-sim", "human"] = "animal",
     *,
     out: Path | None = None,
     seed: int = 0,
@@ -36,18 +36,20 @@ def demo(
 ) -> Path:
     """Discover 3D keypoints from multi-view video, from the files to the report, on two CPU cores in minutes.
 
-    "animal" films a simulated animal with a calibrated rig, and tests on motion that training never saw; "human" uses
-    four real synchronous videos of a man and cross-validates over time. No label reaches training.
+    "animal" films a simulated animal with a calibrated rig, "rat" and "human-sim" do so with dm_control's rodent and
+    humanoid (extra `sim`), and all test on motion that training never saw; "human" uses four real synchronous videos of
+    a man and cross-validates over time. No label reaches training.
 
     Args:
         subject: What to look at.
-        out: Run folder; `runs/demo` or `runs/human` when left out.
+        out: Run folder; `runs/demo` for the animal, `runs/<subject>` for others when left out.
         seed: Seed of the simulation and of training.
         frames: Training frames to simulate; like the next two, the subject's own number when left out.
         test_frames: Test frames to simulate.
         views: Cameras to simulate.
         steps: Training steps; what fits into the promised time when left out.
-        source: Folder of the human clip, if it is on disk; it is downloaded when left out.
+        source: "human": folder of the clip, if it is on disk; it is downloaded when left out. "rat": file of joint
+            angles that its posture follows (npz: qpos, fps); scripted when left out.
         force: Replace an earlier run in the folder.
         progress: Whether to show progress bars.
 
@@ -58,13 +60,13 @@ def demo(
         InputError: A folder that holds something else, or the clip cannot be had.
     """
     started = time.perf_counter()
-    out = out or Path("runs") / ("demo" if subject == "animal" else "human")
+    out = out or Path("runs") / ("demo" if subject == "animal" else subject)
+    chosen, film = SUBJECTS[subject], Film(seed, frames, test_frames, views, source)
+    chosen.refuse(film)
     refuse_existing(out, force=force)
     data = out.parent / f"{out.name}-data"
     claim(data, force=force)
-    chosen = SUBJECTS[subject]
     say("film", f"{chosen.title} -> {data}")
-    film = Film(seed=seed, frames=frames, test_frames=test_frames, views=views, source=source)
     project = chosen.film(data / "rig", film, progress)
     config = chosen.config(project, seed, steps)
     say("check", f"{project}")

@@ -189,7 +189,9 @@ def save_project(project: Project, path: Path | str) -> None:
 
 def save_truth(path: Path | str, truth: Truth, units: str) -> None:
     """Write the true joints of a recording: npz with points3d, names, edges, fps, units, note, behaviour."""
-    known = {} if truth.behaviour is None else {"behaviour": truth.behaviour, "behaviours": np.array(truth.behaviours)}
+    known: dict[str, Any] = {}
+    if truth.behaviour is not None:
+        known = {"behaviour": truth.behaviour, "behaviours": np.array(truth.behaviours)}
     np.savez_compressed(
         path,
         points3d=truth.points3d,

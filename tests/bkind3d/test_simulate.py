@@ -44,7 +44,7 @@ def some(animation: Animation, step: int) -> Animation:
 
 
 def cameras_for(distortion: bool, views: int = 4, size: tuple[int, int] = (112, 96)) -> Cameras:
-    return rig.place_cameras(views, size, distortion, np.random.default_rng(2))
+    return rig.place_cameras(rig.RING, views, size, distortion, np.random.default_rng(2))
 
 
 def film_of(camera: Cameras, animation: Animation) -> Film:

@@ -20,8 +20,30 @@ _DRAFTS = 12  # paths drawn for a motion; the most ordinary one is taken
 _REAR_SHARE = 0.1  # of the time, in an ordinary motion
 _MINIMUM_RATE = 60.0  # integration steps per second
 _WARM_UP = 1.5  # seconds left out at the start, while the feet find their places
-_SWING_TIME = 0.16  # seconds a paw is in the air
-_STEP_TRIGGER = 0.04  # metres between a paw and its resting place that start a step
+
+
+@dataclass(frozen=True)
+class Gait:
+    """How feet are set: lengths in metres, times in seconds.
+
+    Args:
+        partners: for each foot the one that may be in the air with it; -1 for none.
+        swing: time a foot is in the air.
+        trigger: distance between a foot and its resting place that starts a step.
+        lift: height of a step.
+        foresight: a foot is set down where its resting place will be after this time, ...
+        farthest: ... but no farther ahead than this along each axis.
+    """
+
+    partners: tuple[int, ...]
+    swing: float
+    trigger: float
+    lift: float
+    foresight: float
+    farthest: float
+
+
+GAIT = Gait(partners=(3, 2, 1, 0), swing=0.16, trigger=0.04, lift=0.03, foresight=0.11, farthest=0.045)
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,8 @@ def _oddity(path: _Path, first: int) -> float:
     return float(1.0 - counts.min() / counts.mean() + 4.0 * abs(path.rear[first:].mean() - _REAR_SHARE))
 
 
-def _wrap(angle: float) -> float:
+def wrap(angle: float) -> float:
+    """The same angle in [-pi, pi)."""
     return (angle + np.pi) % (2 * np.pi) - np.pi
 
 
@@ -127,7 +150,7 @@ def _walk(steps: int, dt: float, rng: np.random.Generator) -> _Path:
         wanted_speed, wanted_turn, wanted_rear, done = 0.0, 0.0, 0.0, False
         if bouts.kind == "walk":
             offset = bouts.goal - position
-            error = _wrap(np.arctan2(offset[1], offset[0]) - heading)
+            error = wrap(np.arctan2(offset[1], offset[0]) - heading)
             wanted_turn = np.clip(3.0 * error, -2.2, 2.2)
             wanted_speed = bouts.cruise * max(0.0, np.cos(error)) ** 2
             done = bool(np.hypot(*offset) < 0.06)
@@ -152,7 +175,7 @@ def _walk(steps: int, dt: float, rng: np.random.Generator) -> _Path:
     return _Path(out[:, :2], out[:, 2], out[:, 3], out[:, 4])
 
 
-def _band_noise(times: np.ndarray, low: float, high: float, rng: np.random.Generator) -> np.ndarray:
+def band_noise(times: np.ndarray, low: float, high: float, rng: np.random.Generator) -> np.ndarray:
     """Smooth noise (S,) of unit variance with all its power between `low` and `high` hertz."""
     frequencies = rng.uniform(low, high, 7)
     phases = rng.uniform(0, 2 * np.pi, 7)
@@ -182,7 +205,7 @@ def _pose_trunk(path: _Path, rate: float, rng: np.random.Generator) -> tuple[np.
     times = np.arange(steps) / rate
 
     def noise(low: float, high: float) -> np.ndarray:
-        return _band_noise(times, low, high, rng)
+        return band_noise(times, low, high, rng)
 
     bend = 0.22 * path.turn_rate + 0.08 * noise(0.2, 0.8)  # the trunk curves into a turn
     rear = path.rear
@@ -211,41 +234,15 @@ def _pose_trunk(path: _Path, rate: float, rng: np.random.Generator) -> tuple[np.
 
 
 def _step_paws(points: np.ndarray, frames: np.ndarray, rear: np.ndarray, dt: float) -> np.ndarray:
-    """Wanted paw positions (S, 4, 3): planted until the body has moved on, then stepped under the shoulder or hip.
+    """Wanted paw positions (S, 4, 3): stepped under shoulder and hip; in rearing, the chest carries the front paws.
 
-    Only diagonal pairs swing together, which gives a walk or trot; in rearing, the front paws are carried by the chest.
+    Only diagonal pairs swing together, which gives a walk or trot.
     """
-    steps = len(points)
     roots = np.stack([points[:, INDEX[leg.root]] for leg in LEGS], axis=1)  # (S, 4, 3)
     left = np.stack([frames[:, FRAMES.index(leg.frame), :2, 1] * leg.side for leg in LEGS], axis=1)
     rests = roots[..., :2] + 0.008 * left  # (S, 4, 2)
-    velocities = np.gradient(rests, dt, axis=0)
-    diagonal = (3, 2, 1, 0)
-    paws = np.empty((steps, 4, 3))
-    planted = rests[0].copy()
-    lifted_from = rests[0].copy()
-    swing = np.full(4, -1.0)  # share of the swing done; -1 while planted
-    for i in range(steps):
-        for leg in range(4):
-            if swing[leg] < 0:
-                others = [k for k in range(4) if swing[k] >= 0]
-                distance = np.hypot(*(planted[leg] - rests[i, leg]))
-                if distance > 2.5 * _STEP_TRIGGER or (
-                    distance > _STEP_TRIGGER and all(k == diagonal[leg] for k in others)
-                ):
-                    swing[leg] = 0.0
-                    lifted_from[leg] = planted[leg]
-            height = 0.0
-            if swing[leg] >= 0:
-                swing[leg] = min(1.0, swing[leg] + dt / _SWING_TIME)
-                u = swing[leg]
-                lead = np.clip(0.11 * velocities[i, leg], -0.045, 0.045)
-                blend = u * u * (3 - 2 * u)
-                planted[leg] = (1 - blend) * lifted_from[leg] + blend * (rests[i, leg] + lead)
-                height = 0.03 * 4 * u * (1 - u)
-                if u >= 1.0:
-                    swing[leg] = -1.0
-            paws[i, leg] = *planted[leg], PAW_RADIUS + height
+    paws = step_feet(rests, dt, GAIT)
+    paws[..., 2] += PAW_RADIUS
     chest = frames[:, FRAMES.index("chest")]
     carried = np.clip(rear, 0, 1)[:, None]
     carried = carried * carried * (3 - 2 * carried)
@@ -253,6 +250,41 @@ def _step_paws(points: np.ndarray, frames: np.ndarray, rear: np.ndarray, dt: flo
         tucked = roots[:, leg] + chest @ np.array([0.055, 0.0, -0.085])
         paws[:, leg] = (1 - carried) * paws[:, leg] + carried * tucked
     return paws
+
+
+def step_feet(rests: np.ndarray, dt: float, gait: Gait) -> np.ndarray:
+    """Foot positions (S, L, 3), metres: planted on the floor until the body has moved on, then stepped after it.
+
+    `rests` (S, L, 2) are the places under the body where the feet would be at rest, `dt` seconds apart.
+    """
+    steps, legs = rests.shape[:2]
+    velocities = np.gradient(rests, dt, axis=0)
+    feet = np.empty((steps, legs, 3))
+    planted = rests[0].copy()
+    lifted_from = rests[0].copy()
+    swing = np.full(legs, -1.0)  # share of the swing done; -1 while planted
+    for i in range(steps):
+        for leg in range(legs):
+            if swing[leg] < 0:
+                others = [k for k in range(legs) if swing[k] >= 0]
+                distance = np.hypot(*(planted[leg] - rests[i, leg]))
+                if distance > 2.5 * gait.trigger or (
+                    distance > gait.trigger and all(k == gait.partners[leg] for k in others)
+                ):
+                    swing[leg] = 0.0
+                    lifted_from[leg] = planted[leg]
+            height = 0.0
+            if swing[leg] >= 0:
+                swing[leg] = min(1.0, swing[leg] + dt / gait.swing)
+                u = swing[leg]
+                lead = np.clip(gait.foresight * velocities[i, leg], -gait.farthest, gait.farthest)
+                blend = u * u * (3 - 2 * u)
+                planted[leg] = (1 - blend) * lifted_from[leg] + blend * (rests[i, leg] + lead)
+                height = gait.lift * 4 * u * (1 - u)
+                if u >= 1.0:
+                    swing[leg] = -1.0
+            feet[i, leg] = *planted[leg], height
+    return feet
 
 
 def _solve_legs(points: np.ndarray, frames: np.ndarray, heading: np.ndarray, paws: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bkind3d.data.simulate.body import CAPSULES
+from bkind3d.data.studio import Sensor, smooth_noise
 
 Project = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -21,7 +22,6 @@ SUPERSAMPLE = 2
 _SUN = np.array([0.42, 0.28, 0.86]) / np.linalg.norm([0.42, 0.28, 0.86])  # towards the light
 _REACH = 1.15  # a sphere seen obliquely covers more than focal * radius / depth
 _ROOM = 2.6, 2.4  # half width and height of the room, metres
-_NOISE_SIGMA = 1.6  # sensor noise, grey levels
 # Direction towards the light, width of the shadow against the body's, share of light lost: the sun, and the open sky.
 _SHADOWS = ((_SUN, 1.25, 0.42), (np.array([0.0, 0.0, 1.0]), 1.9, 0.28))
 
@@ -175,7 +175,7 @@ class Fur:
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        self.noise = _smooth_noise(rng, (48, 48, 48), 3)
+        self.noise = smooth_noise(rng, (48, 48, 48), 3)
 
     def shade(self, hits: Hits, ends: np.ndarray, frames: np.ndarray) -> np.ndarray:
         """(V, 3) colours in [0, 1]; `ends` (K, 2, 3), `frames` (F, 3, 3) the trunk frames."""
@@ -196,19 +196,10 @@ class Fur:
         return color * light[:, None] + 0.10 * rim[:, None]
 
 
-def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], width: int) -> np.ndarray:
-    """Periodic noise in [0, 1], smoothed over about `width` cells."""
-    noise = rng.standard_normal(shape).astype(np.float32)
-    for axis in range(len(shape)):
-        noise = np.sum([np.roll(noise, shift, axis) for shift in range(width)], axis=0)
-    rank = noise.ravel().argsort().argsort().reshape(shape)
-    return (rank / rank.max()).astype(np.float32)
-
-
 def background(view: View, seed: int) -> np.ndarray:
     """The empty room (H, W, 3) float32 in [0, 1]: a stained, tiled floor and four walls with broad bands."""
     rng = np.random.default_rng(seed)
-    fine, coarse = _smooth_noise(rng, (256, 256), 2), _smooth_noise(rng, (256, 256), 11)
+    fine, coarse = smooth_noise(rng, (256, 256), 2), smooth_noise(rng, (256, 256), 11)
     half, tall = _ROOM
     rays = np.moveaxis(view.rays, 0, -1).astype(np.float64)
     with np.errstate(divide="ignore"):
@@ -279,7 +270,7 @@ class Film:
     def __init__(
         self, view: View, points: np.ndarray, frames: np.ndarray, project: Project, room_seed: int, sensor_seed: int
     ) -> None:
-        self.view, self.frames, self.sensor_seed = view, frames, sensor_seed
+        self.view, self.frames = view, frames
         self.ends = points[:, CAPSULES.ends].astype(np.float32)  # (T, K, 2, 3)
         self.pixels, self.depth = (values[:, CAPSULES.ends] for values in project(points))
         self.shadows = []
@@ -291,9 +282,7 @@ class Film:
         self.room = 255 * background(view, room_seed)
         self.floor = floor_points(view)
         self.fur = Fur(room_seed)
-        # Noise is drawn once; each picture takes a stretch of it, at a place of its own.
-        pool = np.random.default_rng(sensor_seed).standard_normal(4 * self.room.size, dtype=np.float32)
-        self.noise = _NOISE_SIGMA * pool + np.float32(0.5)  # so that cutting off the fraction rounds
+        self.sensor = Sensor(self.room.shape, sensor_seed)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -315,9 +304,7 @@ class Film:
         hits = self.hits(i)
         if len(hits.row):
             self._paint(image, hits, self.fur.shade(hits, self.ends[i], self.frames[i]))
-        start = int(np.random.default_rng((self.sensor_seed, i)).integers(self.noise.size - image.size))
-        image += self.noise[start : start + image.size].reshape(image.shape)
-        return np.clip(image, 0, 255, out=image).astype(np.uint8)
+        return self.sensor.expose(image, i)
 
     def _light(self, i: int) -> np.ndarray:
         """Share of light that is left on the room (H, W)."""
