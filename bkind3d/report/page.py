@@ -17,10 +17,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from bkind3d.alignment import METRIC_TITLES, METRICS
 from bkind3d.errors import InputError
 from bkind3d.health import FLAGS, Health, keypoint_health
 from bkind3d.poses import Poses
-from bkind3d.probe import MEAN_POSE, METRIC_TITLES, METRICS
+from bkind3d.probe import MEAN_POSE, describe_options
 from bkind3d.report import clip, figures
 from bkind3d.report.inputs import RunFiles, Scene, read_run, run_inputs
 from bkind3d.report.pictures import palette
@@ -143,7 +144,7 @@ def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
         "headline": _headline(rows, units, short),
         "units": units,
         "protocol": evaluation["protocol"],
-        "options": ", ".join(f"{name} {_plain(value)}" for name, value in evaluation["options"].items()),
+        "options": describe_options(evaluation),
         "metrics": [(name, METRIC_TITLES[name]) for name in METRICS],
         "rows": [
             {
@@ -153,11 +154,6 @@ def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
                 "frames": row["frames"],
             }
             for row in rows
-        ],
-        "ridges": [
-            (row["name"], ", ".join(f"{value:g}" for value in sorted(set(row["ridge"]))))
-            for row in rows
-            if "ridge" in row
         ],
         "skipped": rows[0]["frames_skipped"],
         "masked": evaluation["masked"],

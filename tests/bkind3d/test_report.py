@@ -14,12 +14,13 @@ import torch
 import yaml
 from PIL import Image
 
-from bkind3d import evaluate
 from bkind3d.cameras import Cameras, save_toml
 from bkind3d.config import Config, DataConfig, save_config
 from bkind3d.errors import InputError
 from bkind3d.health import keypoint_health
 from bkind3d.poses import Poses
+from bkind3d.probe import compare_blocked
+from bkind3d.regressors import ProbeOptions
 from bkind3d.report import build_report, clip, page, pictures
 from bkind3d.report.inputs import Scene, read_run, run_inputs
 
@@ -128,10 +129,8 @@ def write_run(run, scene, parts=None):
     if "evaluation" in parts:
         joints = np.concatenate([caterpillar(), caterpillar()[:, ::2] + 0.02], axis=1)
         untrained = CENTER + rng.normal(0, 0.1, (FRAMES, JOINTS, 3))
-        options = evaluate.ProbeOptions(ridge="auto")
-        document = evaluate.compare_blocked(
-            {"BKinD-3D": points, "untrained network": untrained}, joints, 5, options, units="m"
-        )
+        options = ProbeOptions(ridge="auto")
+        document = compare_blocked({"BKinD-3D": points, "untrained network": untrained}, joints, 5, options, units="m")
         (run / "evaluation.json").write_text(json.dumps(document))
     return run
 
