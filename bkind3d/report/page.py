@@ -26,6 +26,7 @@ from bkind3d.report import clip, figures
 from bkind3d.report.inputs import RunFiles, Scene, read_run, run_inputs
 from bkind3d.report.pictures import palette
 from bkind3d.report.scene import SCENE_FRAMES, scene_html
+from bkind3d.skeleton_summary import format_skeleton
 
 NAME = "report.html"
 HISTORY_ROWS = 12
@@ -93,7 +94,7 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress
         scene=_scene(shown, scene, edges) if shown and scene else None,
         losses=_panels(figures.loss_curves(files.metrics)) if files.metrics else None,
         samples=_samples(files.samples),
-        edges=_edge_section(files.skeleton),
+        edges=_edge_section(files.skeleton, files.evaluation or {}),
         health=_health_section(files, shown, scene),
         config=files.config,
         versions=_flattened(files.environment or {}),
@@ -234,7 +235,7 @@ def _sample(path: Path) -> str:
         raise InputError(f"{path}: not a readable picture ({error}); delete it") from error
 
 
-def _edge_section(skeleton: dict[str, Any] | None) -> dict[str, Any] | None:
+def _edge_section(skeleton: dict[str, Any] | None, evaluation: dict[str, Any]) -> dict[str, Any] | None:
     if skeleton is None:
         return None
     names = skeleton["keypoints"]
@@ -244,6 +245,7 @@ def _edge_section(skeleton: dict[str, Any] | None) -> dict[str, Any] | None:
         "threshold": f"{skeleton['threshold']:g}",
         "total": len(skeleton["all_weights"]),
         "active": [(names[int(i)], names[int(j)], f"{weight:.3f}") for i, j, weight in active],
+        "summary": format_skeleton(evaluation["skeleton"]) if "skeleton" in evaluation else [],
     }
 
 
