@@ -23,6 +23,7 @@ from bkind3d.probe import compare_blocked
 from bkind3d.regressors import ProbeOptions
 from bkind3d.report import build_report, clip, page, pictures
 from bkind3d.report.inputs import Scene, read_run, run_inputs
+from bkind3d.skeleton_summary import summarise_skeleton
 
 VIEWS, JOINTS, FRAMES, HEIGHT, WIDTH = 4, 10, 45, 72, 96
 CENTER, SIDES = np.array([1.0, 2.0, 0.3]), np.array([1.2, 1.2, 0.6])
@@ -131,6 +132,7 @@ def write_run(run, scene, parts=None):
         untrained = CENTER + rng.normal(0, 0.1, (FRAMES, JOINTS, 3))
         options = ProbeOptions(ridge="auto")
         document = compare_blocked({"BKinD-3D": points, "untrained network": untrained}, joints, 5, options, units="m")
+        document["skeleton"] = summarise_skeleton(points, np.array([[j, j + 1] for j in range(7)]))
         (run / "evaluation.json").write_text(json.dumps(document))
     return run
 
@@ -359,7 +361,7 @@ def test_report_names_numbers_and_units(full_report):
     for row in document["rows"]:
         assert f"{row['name']}</td>" in text
         assert f"{row['mpjpe']:.4f}" in text
-    for expected in ("MPJPE, absolute (m)", "1.2 × 1.2 × 0.6 m", "ridge auto", "Human3.6M", "105 mm", "7 of 45",
+    for expected in ("MPJPE, absolute (m)", "1.2 × 1.2 × 0.6 m", "ridge auto", "Human3.6M", "105 mm", "7 of 45", "Skeleton: 7 of 45 edges active; their lengths vary by",
                      "5 min 40 s", "dead, centre", "kp09, 0.004", "step 300", "2.13.0"):  # fmt: skip
         assert expected in text, expected
     assert text.count('class="missing"') == 0
