@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from bkind3d.actions import actions
 from bkind3d.check import check_project
 from bkind3d.config import Config
 from bkind3d.data import load_project
@@ -95,6 +96,7 @@ VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "check": (run_check, "look at a project before training"),
     "predict": (run_predict, "3D keypoints of every frame"),
     "evaluate": (evaluate, "regress annotated joints from the keypoints"),
+    "actions": (actions, "classify behaviour from the keypoints"),
     "report": (run_report, "one offline HTML page about a run"),
 }
 # Switches, given by their name alone.
