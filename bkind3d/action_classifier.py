@@ -33,7 +33,6 @@ SETTINGS: dict[str, Any] = {
     "channels": 32,
     "width": 5,
     "dropout": 0.3,
-    "steps": 300,
     "batch": 64,
     "learning_rate": 3e-3,
     "weight_decay": 1e-2,
@@ -53,6 +52,7 @@ class ActionOptions:
         seeds: how many classifiers are trained for each kind of track, with seeds 0, 1, ...
         class_weights: "balanced" weighs each behaviour by the inverse of its number of training windows, "none" all
             windows alike.
+        steps: training steps of a classifier.
 
     Raises:
         InputError: a value out of range.
@@ -62,6 +62,7 @@ class ActionOptions:
     top: int = 2
     seeds: int = 3
     class_weights: Literal["balanced", "none"] = "balanced"
+    steps: int = 300
 
     def __post_init__(self) -> None:
         if self.window < SHORTEST_WINDOW or self.window % 2 == 0:
@@ -70,6 +71,8 @@ class ActionOptions:
             raise InputError(f"top: expected at least 1, got {self.top}")
         if self.seeds < 1:
             raise InputError(f"seeds: expected at least 1, got {self.seeds}")
+        if self.steps < 1:
+            raise InputError(f"steps: expected at least 1, got {self.steps}")
         if self.class_weights not in ("balanced", "none"):
             raise InputError(f'class_weights: expected "balanced" or "none", got {self.class_weights!r}')
 
@@ -332,9 +335,9 @@ def _fold_scores(
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=SETTINGS["learning_rate"], weight_decay=SETTINGS["weight_decay"], fused=True
         )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, SETTINGS["steps"])
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
         weight = _class_weights(labels, behaviours) if options.class_weights == "balanced" else None
-        for _ in range(SETTINGS["steps"]):
+        for _ in range(options.steps):
             chosen = torch.randint(len(train), (SETTINGS["batch"],))
             turns = _random_turns(len(chosen), up)
             turned = torch.einsum("bij,btkj->btki", turns, _centred(track, train[chosen], radius))

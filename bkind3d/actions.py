@@ -38,6 +38,7 @@ def actions(
     top: int = 2,
     seeds: int = 3,
     class_weights: Literal["balanced", "none"] = "balanced",
+    steps: int = 300,
     blocks: int = 5,
     batch: int = 16,
     force: bool = False,
@@ -56,6 +57,7 @@ def actions(
         top: k of the top-k accuracy.
         seeds: Classifiers trained for each kind of track; mean and standard deviation are reported.
         class_weights: "balanced" weighs rare behaviours up in the classifier's loss, "none" does not.
+        steps: Training steps of a classifier.
         blocks: Number of blocks where recordings are cross-validated.
         batch: Moments per forward pass; lower it when memory is short.
         force: Replace earlier results.
@@ -80,7 +82,7 @@ def actions(
         )
     recordings = train + test
     behaviours, labels = behaviour_of(recordings, every)
-    options = ActionOptions(window_in_frames(window, inputs, recordings, every), top, seeds, class_weights)
+    options = ActionOptions(window_in_frames(window, inputs, recordings, every), top, seeds, class_weights, steps)
     windows = find_windows(labels, options.window)
     if test:
         folds = split_fold(windows, range(len(train), len(recordings)))

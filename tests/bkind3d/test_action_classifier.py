@@ -103,15 +103,15 @@ def test_windows_stay_inside_their_recording_and_around_known_behaviour():
         find_windows(labels, 9)
 
 
-def test_the_same_for_the_same_seeds_whatever_the_units(monkeypatch):
-    monkeypatch.setitem(action_classifier.SETTINGS, "steps", 30)
+def test_the_same_for_the_same_seeds_whatever_the_units():
     tracks, windows, folds = scene()
+    options = ActionOptions(window=11, seeds=2, steps=30)
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    first = compare_actions({"a": tracks}, windows, folds, BEHAVIOURS, OPTIONS)
+    first = compare_actions({"a": tracks}, windows, folds, BEHAVIOURS, options)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert compare_actions({"a": tracks}, windows, folds, BEHAVIOURS, OPTIONS) == first
-    moved = compare_actions({"a": 1024 * tracks}, windows, folds, BEHAVIOURS, OPTIONS)
+    assert compare_actions({"a": tracks}, windows, folds, BEHAVIOURS, options) == first
+    moved = compare_actions({"a": 1024 * tracks}, windows, folds, BEHAVIOURS, options)
     assert moved["rows"][0]["top1"] == pytest.approx(first["rows"][0]["top1"], abs=0.02)
 
 
@@ -134,9 +134,8 @@ def test_scores():
     }
 
 
-def test_class_weights_raise_the_rare_behaviour(monkeypatch):
+def test_class_weights_raise_the_rare_behaviour():
     """Two behaviours that overlap, one nine times as frequent: unweighted, the rare one is hardly ever named."""
-    monkeypatch.setitem(action_classifier.SETTINGS, "steps", 100)
     rng = np.random.default_rng(0)
     labels = (np.arange(2000) // 20 % 10 == 0).astype(int)
     tracks = rng.normal(size=(2000, 2, 3)) * (1 + 0.5 * labels)[:, None, None]
@@ -144,7 +143,7 @@ def test_class_weights_raise_the_rare_behaviour(monkeypatch):
     folds = split_fold(windows, [1])
     recall = {
         weights: compare_actions(
-            {"a": tracks}, windows, folds, ["usual", "rare"], ActionOptions(window=5, seeds=1, class_weights=weights)
+            {"a": tracks}, windows, folds, ["usual", "rare"], ActionOptions(5, 1, 1, weights, 100)
         )["rows"][0]["recall"]
         for weights in ("balanced", "none")
     }
@@ -177,6 +176,7 @@ def test_table():
         ({"window": 3}, "window: expected an odd"),
         ({"top": 0}, "top: expected at least 1"),
         ({"seeds": 0}, "seeds: expected at least 1"),
+        ({"steps": 0}, "steps: expected at least 1"),
         ({"class_weights": "all"}, "class_weights: expected"),
     ],
 )

@@ -10,13 +10,13 @@ import pytest
 import yaml
 from test_cli import TINY, refused
 
-from bkind3d import action_classifier, actions
+from bkind3d import actions
 from bkind3d.cli import main
 from bkind3d.data import Recording, Truth, load_project, load_truth, save_truth
 from bkind3d.errors import InputError
 from bkind3d.evaluate import Annotated, fit_and_test
 
-FAST = ["--window=0.14", "--seeds=2"]  # five frames of the small rig
+FAST = ["--window=0.14", "--seeds=2", "--steps=3"]  # five frames of the small rig
 
 
 def annotated(points: np.ndarray, split: str = "train", **behaviour: object) -> Annotated:
@@ -41,17 +41,12 @@ def with_behaviour(rig: Path, folder: Path, splits: dict[str, str]) -> Path:
     return folder / "project.yaml"
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(action_classifier.SETTINGS, "steps", 3)
-
-
 def train(project: Path, rig: Path, run: Path) -> str:
     main(["train", "--project", str(project), "--cache", str(rig.parent / "cache"), "--out", str(run), *TINY])
     return str(run)
 
 
-def test_from_videos_to_a_table(rig: Path, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_videos_to_a_table(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(with_behaviour(rig, tmp_path / "rig", {"train": "train", "test": "test"}), rig, tmp_path / "run")
     capsys.readouterr()
     main(["actions", run, *FAST])
@@ -70,7 +65,7 @@ def test_from_videos_to_a_table(rig: Path, tmp_path: Path, quick: None, capsys: 
     assert "tested on 3 of the test recordings" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_recordings_of_both_splits_are_cut_into_blocks(rig: Path, tmp_path: Path, quick: None, capsys) -> None:
+def test_recordings_of_both_splits_are_cut_into_blocks(rig: Path, tmp_path: Path, capsys) -> None:
     run = train(with_behaviour(rig, tmp_path / "rig", {"train": "both", "test": "both"}), rig, tmp_path / "run")
     main(["actions", run, *FAST, "--blocks=3", "--class_weights=none"])
     document = json.loads((tmp_path / "run" / "actions.json").read_text())
