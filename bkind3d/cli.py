@@ -6,11 +6,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from bkind3d.actions import actions
 from bkind3d.check import check_project
 from bkind3d.config import Config
 from bkind3d.data import load_project
@@ -19,7 +20,6 @@ from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
 from bkind3d.paper import paper
 from bkind3d.predict import predict
-from bkind3d.probe import format_table
 from bkind3d.report import build_report
 from bkind3d.train import resume, train
 from bkind3d_kernels import BackendUnavailable
@@ -82,33 +82,6 @@ def run_predict(run: Path, recordings: list[str] | None = None, batch: int = 16,
         print(path)
 
 
-def run_evaluate(
-    run: Path,
-    every: int = 1,
-    bias: bool = False,
-    scale: bool = False,
-    ridge: float | Literal["auto"] = 0.0,
-    blocks: int = 10,
-    batch: int = 16,
-    force: bool = False,
-) -> None:
-    """Regress annotated joints from the keypoints, beside an untrained network and the mean pose.
-
-    Args:
-        run: Run folder.
-        every: Distance between the frames used.
-        bias: Give the regression a constant term (paper: none).
-        scale: Allow scale in the aligned error (paper: none).
-        ridge: Ridge penalty, or "auto": chosen inside the training frames (paper: none).
-        blocks: Number of blocks where recordings are cross-validated.
-        batch: Moments per forward pass; lower it when memory is short.
-        force: Replace an earlier evaluation.
-    """
-    result = evaluate(run, every=every, bias=bias, scale=scale, ridge=ridge, blocks=blocks, batch=batch, force=force)
-    print(format_table(result))
-    print(run / "evaluation.json")
-
-
 def run_report(run: Path, force: bool = False) -> None:
     """Write RUN/report.html: one file with figures, clips and a 3D scene that opens offline.
 
@@ -123,15 +96,17 @@ VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "demo": (demo, "the whole way on a simulated subject or a filmed man"),
     "check": (run_check, "look at a project before training"),
     "predict": (run_predict, "3D keypoints of every frame"),
-    "evaluate": (run_evaluate, "regress annotated joints from the keypoints"),
+    "evaluate": (evaluate, "regress annotated joints from the keypoints"),
+    "actions": (actions, "classify behaviour from the keypoints"),
     "report": (run_report, "one offline HTML page about a run"),
     "paper": (paper, "the paper's tables on a subject of one's own choice"),
 }
 # Switches, given by their name alone.
 FLAGS = {
     "force": "replace what an earlier call wrote",
-    "bias": "give the regression a constant term (paper: none)",
+    "bias": "give the linear map a constant term (paper: none)",
     "scale": "allow scale in the aligned error (paper: none)",
+    "per_joint": "print the error of each joint as well",
     "resume": "go on with the run in --out, with the settings it has",
 }
 

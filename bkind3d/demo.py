@@ -12,7 +12,6 @@ from bkind3d.data import load_project
 from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
 from bkind3d.predict import predict
-from bkind3d.probe import format_table
 from bkind3d.report import build_report
 from bkind3d.run import refuse_existing
 from bkind3d.subjects import SUBJECTS, Film
@@ -81,7 +80,7 @@ def demo(
     say("predict", f"{out / 'poses'}")
     predict(out, progress=progress)
     say("evaluate", "a linear probe against annotated joints, which training has not seen")
-    print(format_table(evaluate(out, progress=progress, **chosen.probe)))
+    evaluate(out, progress=progress, **chosen.probe)
     report = build_report(out)
     say("report", f"{report}  ({(time.perf_counter() - started) / 60:.1f} minutes in all)")
     return report

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,45 +11,108 @@ import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkind3d.data import Recording, load_truth
+from bkind3d.config import Config, Method
+from bkind3d.data import Recording, Truth, load_truth
 from bkind3d.errors import InputError
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.predict import predict_recording
-from bkind3d.probe import ProbeOptions, compare, compare_blocked
-from bkind3d.run import Inputs, build_model, load_model, open_inputs, open_run, write_json
+from bkind3d.probe import compare, compare_blocked, format_joints, format_table, joints_csv
+from bkind3d.regressors import ProbeOptions
+from bkind3d.run import (
+    Inputs,
+    available_device,
+    build_model,
+    load_model,
+    open_inputs,
+    open_run,
+    refuse_results,
+    write_json,
+    write_text,
+)
+from bkind3d.skeleton_summary import format_skeleton, summarise_skeleton
 
-TRAINED, UNTRAINED = "BKinD-3D", "untrained network"
+UNTRAINED = "untrained network"
+METHOD_TITLES: dict[Method, str] = {
+    "volumetric": "BKinD-3D",
+    "triangulation": "triangulation + reprojection",
+    "depth": "depth map",
+    "keypoint3d": "Keypoint3D",
+}
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """A recording with its truth, which covers every frame."""
+
+    recording: Recording
+    truth: Truth
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A run's networks, trained and untrained, ready to find keypoints.
+
+    Attributes:
+        config: The run's settings.
+        inputs: Its project, frames and cameras.
+        step: Training step of the checkpoint.
+        trained: The networks of that checkpoint.
+        untrained: The same networks before training.
+    """
+
+    config: Config
+    inputs: Inputs
+    step: int
+    trained: DiscoveryModel
+    untrained: DiscoveryModel
+
+    def named(self) -> dict[str, DiscoveryModel]:
+        """Both, by the name of their row in a table."""
+        return {method_title(self.config): self.trained, UNTRAINED: self.untrained}
+
+
+def method_title(config: Config) -> str:
+    """What tables call a run's method."""
+    return METHOD_TITLES[config.method]
 
 
 def evaluate(
     run: Path,
     *,
     every: int = 1,
+    regressor: Literal["linear", "mlp"] = "linear",
     bias: bool = False,
     scale: bool = False,
     ridge: float | Literal["auto"] = 0.0,
+    hidden: int = 128,
+    seed: int = 0,
     blocks: int = 10,
+    per_joint: bool = False,
     batch: int = 16,
     force: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Regress the annotated joints linearly from the keypoints and write `evaluation.json` (paper, Section 4.1.3).
+    """Regress annotated joints from the keypoints, beside an untrained network and the mean pose.
 
-    With test recordings the probe is fitted on the training recordings and scored on them; a project that has only
-    recordings of split "both" is cross-validated over blocks of consecutive frames. Beside the trained network stand
-    the same network untrained and the mean pose.
+    Paper, Section 4.1.3. With test recordings the regression is fitted on the training recordings and scored on them; a
+    project that has only recordings of split "both" is cross-validated over blocks of consecutive frames. The skeleton
+    is summarised over the scored frames. Writes `evaluation.json` and the errors of each joint as `evaluation.csv`.
 
     Args:
-        run: Run folder of `bkind3d train`.
+        run: Run folder.
         every: Distance between the frames used (paper: 240 for Rat7M).
-        bias: Give the regression a constant term (paper: none).
+        regressor: "linear" (paper), or "mlp": two layers (paper's supplement).
+        bias: Give the linear map a constant term (paper: none).
         scale: Allow scale in the aligned error (paper: none).
-        ridge: Ridge penalty, relative to the mean squared norm of the features, or "auto": chosen inside the training
-            frames (paper: none).
+        ridge: Ridge penalty of the linear map, relative to the mean squared norm of the features, or "auto": chosen
+            inside the training frames (paper: none).
+        hidden: Hidden units of the MLP.
+        seed: Seed of the MLP.
         blocks: Number of blocks where recordings are cross-validated.
-        batch: Moments per forward pass.
+        per_joint: Print the error of each joint as well.
+        batch: Moments per forward pass; lower it when memory is short.
         force: Replace an earlier evaluation.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars and print the result.
 
     Returns:
         The content of `evaluation.json`.
@@ -55,47 +120,52 @@ def evaluate(
     Raises:
         InputError: No such run or checkpoint, no annotated joints, or an evaluation that exists already.
     """
-    path = run / "evaluation.json"
+    path, table = run / "evaluation.json", run / "evaluation.csv"
     config = open_run(run)
-    if path.exists() and not force:
-        raise InputError(f"{path}: exists; give --force to replace it")
+    refuse_results(path, table, force=force)
+    options = ProbeOptions(regressor, bias, scale, ridge, hidden, seed)
+    inputs = open_inputs(config, progress=progress)
+    train, test = fit_and_test(load_annotated(inputs))
     if every < 1:
         raise InputError(f"every: expected 1 or more, got {every}")
-    options = ProbeOptions(bias=bias, scale=scale, ridge=ridge)
-    inputs = open_inputs(config, progress=progress)
-    model, step = load_model(run, config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    untrained = build_model(config).to(device)
-    settle_statistics(untrained, inputs, batch)
-    networks = {TRAINED: model.to(device), UNTRAINED: untrained}
-    annotated = [recording for recording in inputs.project.recordings if recording.truth is not None]
-    train = [recording for recording in annotated if recording.split == "train"]
-    test = [recording for recording in annotated if recording.split == "test"]
-    both = [recording for recording in annotated if recording.split == "both"]
-
-    def keypoints(recordings: list[Recording]) -> dict[str, np.ndarray]:
-        return {
-            name: np.concatenate([_positions(network, inputs, r.name, every, batch, progress) for r in recordings])
-            for name, network in networks.items()
-        }
-
-    if train and test:
-        (joints, names, notes), (test_joints, *_) = _joints(inputs, train, every), _joints(inputs, test, every)
-        on_train, on_test = keypoints(train), keypoints(test)
-        predictions = {name: (on_train[name], on_test[name]) for name in networks}
-        result = compare(predictions, joints, test_joints, options, units=inputs.project.units, joint_names=names)
-    elif both:
-        joints, names, notes = _joints(inputs, both, every)
-        result = compare_blocked(
-            keypoints(both), joints, blocks, options, units=inputs.project.units, joint_names=names
-        )
-    else:
+    if not train:
         raise InputError(
             f"{config.project}: nothing to evaluate; `truth` is needed in recordings of split train and test, or both"
         )
-    result |= {"truth": notes, "step": step, "every": every, "seed": config.train.seed}
+    joints, test_joints = joints_of(train, every), joints_of(test, every) if test else None
+    networks = load_networks(run, config, inputs, batch)
+    on_train = keypoints_of(networks, train, every=every, batch=batch, progress=progress)
+    named: dict[str, Any] = {"units": inputs.project.units, "joint_names": train[0].truth.names}
+    if test_joints is None:
+        scored, scored_joints = on_train, joints
+        result = compare_blocked(on_train, joints, blocks, options, **named)
+    else:
+        scored, scored_joints = keypoints_of(networks, test, every=every, batch=batch, progress=progress), test_joints
+        pairs = {name: (on_train[name], scored[name]) for name in scored}
+        result = compare(pairs, joints, test_joints, options, **named)
+    skeleton = summarise_skeleton(
+        scored[method_title(config)], active_edges(networks.trained), scored_joints, train[0].truth.edges
+    )
+    notes = " ".join(dict.fromkeys(one.truth.note for one in train + test if one.truth.note))
+    result |= {"skeleton": skeleton, "truth": notes, "step": networks.step, "every": every, "seed": config.train.seed}
     write_json(path, result)
+    write_text(table, joints_csv(result))
+    if progress:
+        print("\n".join([format_table(result), *format_skeleton(skeleton), *([format_joints(result)] * per_joint)]))
+        print(path)
     return result
+
+
+def load_networks(run: Path, config: Config, inputs: Inputs, batch: int) -> Networks:
+    """A run's trained and untrained networks, on the device.
+
+    Raises:
+        InputError: No checkpoint.
+    """
+    trained, step = load_model(run, config)
+    untrained = build_model(config).to(available_device())
+    settle_statistics(untrained, inputs, batch)
+    return Networks(config, inputs, step, trained.to(available_device()), untrained)
 
 
 @torch.no_grad()
@@ -116,20 +186,63 @@ def settle_statistics(network: DiscoveryModel, inputs: Inputs, batch: int) -> No
     network.eval()
 
 
-def _positions(
-    network: DiscoveryModel, inputs: Inputs, name: str, every: int, batch: int, progress: bool
-) -> np.ndarray:
-    return predict_recording(network, inputs, name, every=every, batch=batch, progress=progress).positions
+def load_annotated(inputs: Inputs) -> list[Annotated]:
+    """All recordings that have a truth, with it.
 
-
-def _joints(inputs: Inputs, recordings: list[Recording], every: int) -> tuple[np.ndarray, list[str], str]:
-    """Annotated joints (F, K, 3) of the recordings, one after another, their names, and how far to trust them."""
-    truths = [load_truth(recording, inputs.project) for recording in recordings]
-    for recording, truth in zip(recordings, truths, strict=True):
-        frames = len(inputs.cache.recordings[recording.name].frames)
+    Raises:
+        InputError: A truth cannot be read, has another number of frames than the videos, or other joints or bones than
+            the first.
+    """
+    found: list[Annotated] = []
+    for recording in inputs.project.recordings:
+        if recording.truth is None:
+            continue
+        truth, frames = load_truth(recording, inputs.project), len(inputs.cache.recordings[recording.name])
         if len(truth.points3d) != frames:
             raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {frames}")
-        if list(truth.names) != list(truths[0].names):
-            raise InputError(f"{recording.truth}: joints differ from those of {recordings[0].truth}")
-    notes = " ".join(dict.fromkeys(truth.note for truth in truths if truth.note))
-    return np.concatenate([truth.points3d[::every] for truth in truths]), list(truths[0].names), notes
+        first = found[0].truth if found else truth
+        if truth.names != first.names or not np.array_equal(truth.edges, first.edges):
+            raise InputError(f"{recording.truth}: joints or bones differ from those of {found[0].recording.truth}")
+        found.append(Annotated(recording, truth))
+    return found
+
+
+def fit_and_test(annotated: Iterable[Annotated]) -> tuple[list[Annotated], list[Annotated]]:
+    """Recordings to fit on and to score on.
+
+    Returns:
+        Those of split train and test where there are both; else those of split both and none, for cross-validation.
+    """
+    splits: dict[str, list[Annotated]] = {"train": [], "test": [], "both": []}
+    for one in annotated:
+        splits[one.recording.split].append(one)
+    if splits["train"] and splits["test"]:
+        return splits["train"], splits["test"]
+    return splits["both"], []
+
+
+def joints_of(annotated: Sequence[Annotated], every: int) -> np.ndarray:
+    """True joints (F, K, 3) of the recordings, one after another."""
+    return np.concatenate([one.truth.points3d[::every] for one in annotated])
+
+
+def keypoints_of(
+    networks: Networks, annotated: Sequence[Annotated], *, every: int, batch: int, progress: bool
+) -> dict[str, np.ndarray]:
+    """Keypoints (F, J, 3) of the recordings, one after another, by the name of the network that found them."""
+    return {
+        name: np.concatenate(
+            [
+                predict_recording(
+                    network, networks.inputs, one.recording.name, every=every, batch=batch, progress=progress
+                ).positions
+                for one in annotated
+            ]
+        )
+        for name, network in networks.named().items()
+    }
+
+
+def active_edges(model: DiscoveryModel) -> np.ndarray:
+    """(E, 2) pairs of keypoints that the model's active edges join."""
+    return model.skeleton.pairs[model.skeleton.active].cpu().numpy()

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from bkind3d.errors import InputError
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.poses import Poses
-from bkind3d.run import Inputs, load_model, open_inputs, open_run
+from bkind3d.run import Inputs, available_device, load_model, open_inputs, open_run, refuse_results
 
 
 @torch.inference_mode()
@@ -86,11 +86,9 @@ def predict(
         if name not in known:
             raise InputError(f'recordings: "{name}" is not in {config.project}; it has {", ".join(known)}')
     paths = [run / "poses" / f"{name}.nc" for name in names]
-    for path in paths:
-        if path.exists() and not force:
-            raise InputError(f"{path}: exists; give --force to replace it")
+    refuse_results(*paths, force=force)
     model, _ = load_model(run, config)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(available_device())
     for name, path in zip(names, paths, strict=True):
         path.parent.mkdir(exist_ok=True)
         predict_recording(model, inputs, name, batch=batch, progress=progress).save(path)

@@ -1,7 +1,8 @@
 """The run folder: one place for everything that a training run writes, and the way back in.
 
 ``config.yaml`` (effective settings), ``env.json`` (versions, device, backends), ``metrics.csv``, ``health.jsonl``,
-``checkpoints/``, ``samples/*.png``, ``skeleton.json``, ``poses/<recording>.nc``, ``evaluation.json``, ``report.html``.
+``checkpoints/``, ``samples/*.png``, ``skeleton.json``, ``poses/<recording>.nc``, ``evaluation.json`` and
+``evaluation.csv``, ``actions.json``, ``report.html``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ WEIGHTS = "model.safetensors"
 # Everything that a run writes; nothing else in its folder is ever deleted.
 CONTENT = (
     "config.yaml", "env.json", "metrics.csv", "health.jsonl", "checkpoints", "samples", "skeleton.json", "poses",
-    "evaluation.json", "report.html", "tensorboard",
+    "evaluation.json", "evaluation.csv", "actions.json", "report.html", "tensorboard",
 )  # fmt: skip
 PACKAGES = ("torch", "numpy", "accelerate", "av", "kornia", "triton")
 MODELS: dict[Method, type[DiscoveryModel]] = {
@@ -98,6 +99,11 @@ def build_model(config: Config) -> DiscoveryModel:
     return MODELS[config.method](config.model, outputs=1 if config.loss.target_channels == "grey" else 3)
 
 
+def available_device() -> torch.device:
+    """Where a finished run's networks are put: a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def refuse_existing(path: Path, *, force: bool) -> None:
     """Refuse a run folder that something else would be lost in.
 
@@ -110,6 +116,17 @@ def refuse_existing(path: Path, *, force: bool) -> None:
         raise InputError(f"{path}: exists and is not a run folder; choose another --out")
     if not force:
         raise InputError(f"{path}: this run exists; go on with --resume, choose another --out, or give --force")
+
+
+def refuse_results(*paths: Path, force: bool) -> None:
+    """Refuse to replace results that an earlier call wrote.
+
+    Raises:
+        InputError: One of the files exists and `force` is not set.
+    """
+    for path in paths:
+        if path.exists() and not force:
+            raise InputError(f"{path}: exists; give --force to replace it")
 
 
 def create_run(path: Path, *, force: bool) -> None:

@@ -50,6 +50,7 @@ class RunFiles:
     health: list[tuple[int, Health]]
     skeleton: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    actions: dict[str, Any] | None
     poses: dict[str, Poses]
     samples: list[Path]
 
@@ -92,6 +93,7 @@ def read_run(run: Path) -> RunFiles:
         health=_health(run / "health.jsonl"),
         skeleton=_json(run / "skeleton.json"),
         evaluation=_json(run / "evaluation.json"),
+        actions=_json(run / "actions.json"),
         poses={path.stem: Poses.load(path) for path in sorted((run / "poses").glob("*.nc"))},
         samples=sorted((run / "samples").glob("*.png")),
     )

@@ -17,18 +17,23 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from bkind3d.action_classifier import MEASURES, spread_percent
+from bkind3d.alignment import METRIC_TITLES, METRICS
 from bkind3d.errors import InputError
 from bkind3d.health import FLAGS, Health, keypoint_health
 from bkind3d.poses import Poses
-from bkind3d.probe import MEAN_POSE, METRIC_TITLES, METRICS
+from bkind3d.probe import MEAN_POSE, describe_options
 from bkind3d.report import clip, figures
 from bkind3d.report.inputs import RunFiles, Scene, read_run, run_inputs
 from bkind3d.report.pictures import palette
 from bkind3d.report.scene import SCENE_FRAMES, scene_html
+from bkind3d.skeleton_summary import format_skeleton
+from bkind3d.tables import percent
 
 NAME = "report.html"
 HISTORY_ROWS = 12
 EVALUATION_KEYS = ("protocol", "options", "units", "joints", "rows", "masked", "paper", "paper_source", "note")
+ACTIONS_KEYS = ("protocol", "options", "behaviours", "windows", "rows", "paper")
 SPLIT_ORDER = ("test", "both", "train")  # unseen motion is shown where there is any
 
 
@@ -88,11 +93,12 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress
         facts=_facts(files, scene),
         obstacle=obstacle,
         results=_results(files.evaluation),
+        actions=_actions(files.actions),
         clip=_clip(shown, scene, edges, progress) if shown and scene else None,
         scene=_scene(shown, scene, edges) if shown and scene else None,
         losses=_panels(figures.loss_curves(files.metrics)) if files.metrics else None,
         samples=_samples(files.samples),
-        edges=_edge_section(files.skeleton),
+        edges=_edge_section(files.skeleton, files.evaluation or {}),
         health=_health_section(files, shown, scene),
         config=files.config,
         versions=_flattened(files.environment or {}),
@@ -134,9 +140,7 @@ def _facts(files: RunFiles, scene: Scene | None) -> list[tuple[str, str]]:
 def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
     if evaluation is None:
         return None
-    missing = [key for key in EVALUATION_KEYS if key not in evaluation]
-    if missing:
-        raise InputError(f"evaluation.json: key {missing[0]!r} is missing; run `bkind3d evaluate` again")
+    _require("evaluation.json", evaluation, EVALUATION_KEYS, "evaluate")
     rows, units = evaluation["rows"], evaluation["units"]
     largest = max(row["mpjpe"] for row in rows)
     short = _rounder(min(row[name] for row in rows for name in METRICS))
@@ -144,7 +148,7 @@ def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
         "headline": _headline(rows, units, short),
         "units": units,
         "protocol": evaluation["protocol"],
-        "options": ", ".join(f"{name} {_plain(value)}" for name, value in evaluation["options"].items()),
+        "options": describe_options(evaluation),
         "metrics": [(name, METRIC_TITLES[name]) for name in METRICS],
         "rows": [
             {
@@ -154,11 +158,6 @@ def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
                 "frames": row["frames"],
             }
             for row in rows
-        ],
-        "ridges": [
-            (row["name"], ", ".join(f"{value:g}" for value in sorted(set(row["ridge"]))))
-            for row in rows
-            if "ridge" in row
         ],
         "skipped": rows[0]["frames_skipped"],
         "masked": evaluation["masked"],
@@ -171,6 +170,34 @@ def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
         "paper": evaluation["paper"],
         "paper_source": evaluation["paper_source"],
     }
+
+
+def _actions(actions: dict[str, Any] | None) -> dict[str, Any] | None:
+    if actions is None:
+        return None
+    _require("actions.json", actions, ACTIONS_KEYS, "actions")
+    return {
+        "protocol": actions["protocol"],
+        "options": ", ".join(f"{name} {_plain(value)}" for name, value in actions["options"].items()),
+        "measures": ["top-1", f"top-{actions['options']['top']}", "balanced"],
+        "behaviours": list(zip(actions["behaviours"], actions["windows"]["tested"], strict=True)),
+        "rows": [
+            {
+                "name": row["name"],
+                "values": [spread_percent(row, measure) for measure in MEASURES],
+                "recall": [percent(value) for value in row["recall"]],
+            }
+            for row in actions["rows"]
+        ],
+        "seeds": actions["options"]["seeds"],
+        "paper": actions["paper"],
+    }
+
+
+def _require(file: str, content: dict[str, Any], keys: Sequence[str], verb: str) -> None:
+    for key in keys:
+        if key not in content:
+            raise InputError(f"{file}: key {key!r} is missing; run `bkind3d {verb}` again")
 
 
 def _headline(rows: Sequence[dict[str, Any]], units: str, short: Callable[[float | None], str]) -> str:
@@ -239,7 +266,7 @@ def _sample(path: Path) -> str:
         raise InputError(f"{path}: not a readable picture ({error}); delete it") from error
 
 
-def _edge_section(skeleton: dict[str, Any] | None) -> dict[str, Any] | None:
+def _edge_section(skeleton: dict[str, Any] | None, evaluation: dict[str, Any]) -> dict[str, Any] | None:
     if skeleton is None:
         return None
     if not skeleton["all_weights"]:
@@ -251,6 +278,7 @@ def _edge_section(skeleton: dict[str, Any] | None) -> dict[str, Any] | None:
         "threshold": f"{skeleton['threshold']:g}",
         "total": len(skeleton["all_weights"]),
         "active": [(names[int(i)], names[int(j)], f"{weight:.3f}") for i, j, weight in active],
+        "summary": format_skeleton(evaluation["skeleton"]) if "skeleton" in evaluation else [],
     }
 
 

@@ -14,18 +14,20 @@ import torch
 import yaml
 from PIL import Image
 
-from bkind3d import evaluate
 from bkind3d.cameras import Cameras, save_toml
 from bkind3d.config import Config, DataConfig, save_config
 from bkind3d.errors import InputError
 from bkind3d.health import keypoint_health
 from bkind3d.poses import Poses
+from bkind3d.probe import compare_blocked
+from bkind3d.regressors import ProbeOptions
 from bkind3d.report import build_report, clip, page, pictures
 from bkind3d.report.inputs import Scene, read_run, run_inputs
+from bkind3d.skeleton_summary import summarise_skeleton
 
 VIEWS, JOINTS, FRAMES, HEIGHT, WIDTH = 4, 10, 45, 72, 96
 CENTER, SIDES = np.array([1.0, 2.0, 0.3]), np.array([1.2, 1.2, 0.6])
-SECTIONS = ["results", "clip", "scene", "losses", "samples", "edges", "health", "configuration", "versions"]
+SECTIONS = ["results", "actions", "clip", "scene", "losses", "samples", "edges", "health", "configuration", "versions"]
 
 
 # --- a run folder, made by hand -----------------------------------------------------------------------------------
@@ -84,7 +86,11 @@ def scene():
 def write_run(run, scene, parts=None):
     """Everything that training, prediction and evaluation write, or only the named parts."""
     rng = np.random.default_rng(0)
-    parts = ["metrics", "health", "skeleton", "poses", "samples", "evaluation", "env"] if parts is None else parts
+    parts = (
+        ["metrics", "health", "skeleton", "poses", "samples", "evaluation", "actions", "env"]
+        if parts is None
+        else parts
+    )
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(
         "project: demo/project.yaml\nmodel:\n  keypoints: 10\n# <script>alert(1)</script>\n"
@@ -128,11 +134,22 @@ def write_run(run, scene, parts=None):
     if "evaluation" in parts:
         joints = np.concatenate([caterpillar(), caterpillar()[:, ::2] + 0.02], axis=1)
         untrained = CENTER + rng.normal(0, 0.1, (FRAMES, JOINTS, 3))
-        options = evaluate.ProbeOptions(ridge="auto")
-        document = evaluate.compare_blocked(
-            {"BKinD-3D": points, "untrained network": untrained}, joints, 5, options, units="m"
-        )
+        options = ProbeOptions(ridge="auto")
+        document = compare_blocked({"BKinD-3D": points, "untrained network": untrained}, joints, 5, options, units="m")
+        document["skeleton"] = summarise_skeleton(points, np.array([[j, j + 1] for j in range(7)]))
         (run / "evaluation.json").write_text(json.dumps(document))
+    if "actions" in parts:
+        tracked = {name: {"top1": 0.9, "topk": 1.0, "balanced": 0.857} for name in ("BKinD-3D", "true joints")}
+        spread = {"sd": {"top1": 0.012, "topk": 0.0, "balanced": 0.02}, "recall": [0.951, 0.763]}
+        document = {
+            "protocol": "1D convolutional network over 31 frames",
+            "options": {"window": 31, "top": 2, "seeds": 3},
+            "behaviours": ["walk", "groom"],
+            "windows": {"tested": [120, 17]},
+            "rows": [{"name": name} | values | spread for name, values in tracked.items()],
+            "paper": "Another table.",
+        }
+        (run / "actions.json").write_text(json.dumps(document))
     return run
 
 
@@ -360,8 +377,10 @@ def test_report_names_numbers_and_units(full_report):
     for row in document["rows"]:
         assert f"{row['name']}</td>" in text
         assert f"{row['mpjpe']:.4f}" in text
-    for expected in ("MPJPE, absolute (m)", "1.2 × 1.2 × 0.6 m", "ridge auto", "Human3.6M", "105 mm", "7 of 45",
-                     "5 min 40 s", "dead, centre", "kp09, 0.004", "step 300", "2.13.0"):  # fmt: skip
+    for expected in ("MPJPE, absolute (m)", "1.2 × 1.2 × 0.6 m", "ridge auto; ridge chosen: BKinD-3D 1e-0", "Human3.6M",
+                     "105 mm", "7 of 45", "Skeleton: 7 of 45 edges active; their lengths vary by", "5 min 40 s",
+                     "dead, centre", "90 % ± 1.2", "95 %", "groom (17)", "kp09, 0.004", "step 300",
+                     "2.13.0"):  # fmt: skip
         assert expected in text, expected
     assert text.count('class="missing"') == 0
 
@@ -383,7 +402,8 @@ def test_unseen_motion_is_shown_where_there_is_any(full_report, scene, tmp_path)
 def test_missing_parts_are_said_plainly(tmp_path, scene, with_frames):
     run = write_run(tmp_path / "run", scene, [])
     text = build_report(run).read_text(encoding="utf-8")
-    assert text.count('class="missing"') == len(SECTIONS) - 1  # the configuration is always there
+    assert text.count('class="missing"') == len(SECTIONS) - 2  # the configuration is always there, behaviour if known
+    assert "Behaviour" not in text
     assert "Not evaluated yet" in text
     assert "4, 96 × 72 px each" in text
 
@@ -436,6 +456,7 @@ def test_not_a_run_folder(tmp_path):
         ("env.json", "{", r"env\.json: not valid JSON"),
         ("skeleton.json", "[]", r"skeleton\.json: expected a JSON object"),
         ("evaluation.json", '{"rows": []}', r"evaluation\.json: key 'protocol' is missing"),
+        ("actions.json", '{"rows": []}', r"actions\.json: key 'protocol' is missing; run `bkind3d actions`"),
         ("metrics.csv", "step,loss\n1,abc\n", r"metrics\.csv: a row is not made of numbers"),
         ("metrics.csv", "step,loss\n1\n", r"metrics\.csv: a row is not made of numbers"),
         ("health.jsonl", '{"step": 1}\n', r"health\.jsonl: line 1 is not a health record"),

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, load_config, save_config
 from bkind3d.errors import InputError
-from bkind3d.evaluate import TRAINED, UNTRAINED, evaluate
+from bkind3d.evaluate import UNTRAINED, evaluate
 from bkind3d.poses import Poses
 from bkind3d.predict import predict
 from bkind3d.run import build_model, checkpoints, load_model
@@ -210,7 +210,7 @@ def test_predict_and_evaluate(config: MakeConfig, tmp_path: Path, rig: Path) -> 
     assert poses.units == "m"
     assert (np.abs(poses.positions - [0, 0, 0.3]) <= np.array([0.6, 0.6, 0.3]) + 1e-5).all()
     result = evaluate(run, every=2, progress=False)
-    assert [row["name"] for row in result["rows"]] == [TRAINED, UNTRAINED, "mean pose"]
+    assert [row["name"] for row in result["rows"]] == ["BKinD-3D", UNTRAINED, "mean pose"]
     assert json.loads((run / "evaluation.json").read_text()) == result
     for again in (lambda: predict(run, progress=False), lambda: evaluate(run, progress=False)):
         with pytest.raises(InputError, match="--force"):

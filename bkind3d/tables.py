@@ -1,0 +1,28 @@
+"""Results as text for the terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def align(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    return [
+        "  ".join(f"{x:<{w}}" if i == 0 else f"{x:>{w}}" for i, (x, w) in enumerate(zip(line, widths)))
+        for line in [head, *body]
+    ]
+
+
+def number(value: float | None) -> str:
+    """A number with four digits; a dash where there is none."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def percent(share: float | None) -> str:
+    """A share in percent; a dash where there is none."""
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
+def plain(value: Any) -> str:
+    """An option's value."""
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
