@@ -39,7 +39,7 @@ def evaluate(
 
     Args:
         run: Run folder of `bkind3d train`.
-        every: Distance between the frames used (paper: 240 for Rat7M).
+        every: Distance between the frames used, on the recording's clock (paper: 240 for Rat7M).
         bias: Give the regression a constant term (paper: none).
         scale: Allow scale in the aligned error (paper: none).
         ridge: Ridge penalty, relative to the mean squared norm of the features, or "auto": chosen inside the training
@@ -107,12 +107,13 @@ def settle_statistics(network: VolumetricModel, inputs: Inputs, batch: int) -> N
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         return
     device = next(network.parameters()).device
-    frames = inputs.cache.recordings[inputs.recordings("train", "both")[0]].frames
+    recording = inputs.cache.recordings[inputs.recordings("train", "both")[0]]
+    frames, projections = recording.frames, recording.projections[None].to(device)
     network.train()
     for chosen in np.array_split(np.linspace(0, len(frames) - 1, min(len(frames), 8 * batch)).astype(int), 8):
         if len(chosen):
             images = torch.from_numpy(frames[chosen]).permute(0, 1, 4, 2, 3).to(device).float() / 255.0
-            network.detect(images, inputs.projections.to(device), inputs.grid.to(device))
+            network.detect(images, projections, inputs.grid.to(device))
     network.eval()
 
 
@@ -125,11 +126,12 @@ def _positions(
 def _joints(inputs: Inputs, recordings: list[Recording], every: int) -> tuple[np.ndarray, list[str], str]:
     """Annotated joints (F, K, 3) of the recordings, one after another, their names, and how far to trust them."""
     truths = [load_truth(recording, inputs.project) for recording in recordings]
-    for recording, truth in zip(recordings, truths, strict=True):
-        frames = len(inputs.cache.recordings[recording.name].frames)
-        if len(truth.points3d) != frames:
-            raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {frames}")
+    cached = [inputs.cache.recordings[recording.name] for recording in recordings]
+    for recording, truth, entry in zip(recordings, truths, cached, strict=True):
+        if len(truth.points3d) != len(entry):
+            raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {len(entry)}")
         if list(truth.names) != list(truths[0].names):
             raise InputError(f"{recording.truth}: joints differ from those of {recordings[0].truth}")
     notes = " ".join(dict.fromkeys(truth.note for truth in truths if truth.note))
-    return np.concatenate([truth.points3d[::every] for truth in truths]), list(truths[0].names), notes
+    points = [truth.points3d[entry.rows(every)] for truth, entry in zip(truths, cached, strict=True)]
+    return np.concatenate(points), list(truths[0].names), notes
