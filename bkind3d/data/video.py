@@ -101,7 +101,7 @@ class ImageFootage:
         """
         for number in numbers.tolist():
             path = _image_path(self.pattern, number)
-            frame = _read_image(path)
+            frame = read_image(path)
             if frame.shape[1::-1] != self.size:
                 raise InputError(f"{path}: is {_times(frame.shape[1::-1])}, the first image is {_times(self.size)}")
             yield number, frame
@@ -166,6 +166,20 @@ def probe_video(path: Path, *, even: bool = True) -> VideoInfo:
             "it is truncated: copy it again or re-encode it"
         )
     return VideoInfo(path=path, frames=len(stamps), fps=1 / interval, width=width, height=height)
+
+
+def video_size(path: Path) -> tuple[int, int]:
+    """Width and height of a video in pixels, from its header alone.
+
+    Raises:
+        InputError: the file is not a readable video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            context = _video_stream(path, container).codec_context
+            return context.width, context.height
+    except (av.error.FFmpegError, OSError) as error:
+        raise InputError(f"{path}: not a readable video ({_reason(error)}); copy it again or re-encode it") from None
 
 
 def read_frames(info: VideoInfo, wanted: np.ndarray | None = None) -> Iterator[np.ndarray]:
@@ -297,7 +311,7 @@ def _probe_images(camera: str, pattern: Path, numbers: np.ndarray) -> ImageFoota
         path = _image_path(pattern, number)
         if not path.is_file():
             raise InputError(f"{path}: the image of frame {number} of camera {camera!r} is missing")
-    height, width = _read_image(_image_path(pattern, int(numbers[0]))).shape[:2]
+    height, width = read_image(_image_path(pattern, int(numbers[0]))).shape[:2]
     return ImageFootage(pattern, numbers, (width, height))
 
 
@@ -305,7 +319,12 @@ def _image_path(pattern: Path, number: int) -> Path:
     return pattern.with_name(pattern.name % number)
 
 
-def _read_image(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
+    """An image, (H, W, 3) uint8 RGB.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
