@@ -116,7 +116,7 @@ def behaviour_of(recordings: Sequence[Annotated], every: int) -> tuple[list[str]
     labels = []
     for one in recordings:
         place = np.array([*(names.index(name) for name in one.truth.behaviours), -1])
-        labels.append(place[np.asarray(one.truth.behaviour)[::every]])
+        labels.append(place[np.asarray(one.truth.behaviour)[one.entry.rows(every)]])
     return names, labels
 
 

@@ -19,7 +19,7 @@ from bkind3d.data import (
     gap_in_frames,
     load_truth,
     probe_recording,
-    read_frames,
+    require_pairs,
     require_visible,
     visible_views,
 )
@@ -35,6 +35,8 @@ _SAME_PLACE = 1e-3  # of the distance to the volume: two cameras closer than thi
 _SHALLOW_ANGLE = 5.0  # degrees between the lines of sight, below which depth is hardly resolved
 _FAR = 50.0  # volume sides: a camera farther off than this hints at mixed units
 _EDGE_SAMPLES = 64
+_JOINTS_SEEN = 0.5  # share of true joints in two images, below which truth or calibration is likely wrong
+_MOMENTS = 200  # of a recording that are looked at for that
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ class CheckReport:
         project: what was checked.
         recordings: frames and frame rate of each recording.
         gaps: gap in frames of each recording that is trained on.
-        cameras: one row per camera.
+        cameras: one row per camera, of the first recording's calibration.
         volume: the working volume.
         voxels: its shape (X, Y, Z).
-        seen_by: share of voxels seen by exactly 0, 1, ... M cameras.
+        seen_by: share of voxels seen by exactly 0, 1, ... M of these cameras.
         memory: estimated bytes for training.
         memory_formula: how they were estimated.
         pictures: the volume drawn into a frame of each camera.
@@ -104,6 +106,9 @@ class CheckReport:
             distances = [f"{camera.distance:.4g} {units}", f"{camera.nearest:.4g} {units}"]
             rows.append([camera.name, f"{camera.width}×{camera.height}", *distances, f"{camera.share:.1%}"])
         lines += _table(rows)
+        rigs = list(self.project.rigs())
+        if len(rigs) > 1:
+            lines.append(f"{len(rigs)} calibrations; the cameras and voxels told of are those of {rigs[0].name}")
         origin = "" if self.project.volume else ", proposed from the cameras' common view"
         shape = "×".join(map(str, self.voxels))
         seen = f"0 cameras {self.seen_by[0]:.1%}, 1 {self.seen_by[1]:.1%}, 2 or more {self.seen_by_two:.1%}"
@@ -127,7 +132,7 @@ def check_project(
     width: int = 256,
     batch: int = 1,
 ) -> CheckReport:
-    """Check a project and draw its working volume into a frame of each camera.
+    """Check a project; draw its working volume, and its true joints if it has any, into a frame of each camera.
 
     Args:
         project: the project.
@@ -142,18 +147,20 @@ def check_project(
         InputError: a video is unusable, videos do not match each other, the calibration or the truth, the gap is not
             positive or too long, the volume is not seen by two cameras, or a picture cannot be written.
     """
-    recordings = {recording.name: probe_recording(recording, project.cameras) for recording in project.recordings}
-    gaps = {
-        recording.name: gap_in_frames(gap, recordings[recording.name].fps, recordings[recording.name].frames)
-        for recording in project.recordings
-        if recording.split != "test"
-    }
+    recordings = {row.name: probe_recording(row, project.cameras_of(row)) for row in project.recordings}
+    gaps = {}
     for recording in project.recordings:
+        index = recordings[recording.name].index
+        if recording.split != "test":
+            require_pairs(recording.name, index.clock, index.fps, gap)
+            gaps[recording.name] = gap_in_frames(gap, index.fps)
         _check_truth(recording, project, recordings[recording.name])
     volume = project.working_volume()
-    require_visible(project.cameras, volume)
-    views = visible_views(project.cameras, volume, voxels)
-    cameras = _camera_rows(project.cameras, volume)
+    for rig in project.rigs().values():
+        require_visible(rig, volume)
+    first = next(iter(project.rigs().values()))
+    views = visible_views(first, volume, voxels)
+    cameras = _camera_rows(first, volume)
     memory, formula = training_memory(len(cameras), height, width, volume.shape(voxels), batch)
     return CheckReport(
         project=project,
@@ -166,7 +173,7 @@ def check_project(
         memory=memory,
         memory_formula=formula,
         pictures=[] if out is None else draw_volume(project, recordings, volume, Path(out)),
-        warnings=_warnings(project, cameras, volume, gaps),
+        warnings=_warnings(project, volume, gaps),
     )
 
 
@@ -188,14 +195,15 @@ def training_memory(views: int, height: int, width: int, voxels: tuple[int, int,
 def draw_volume(project: Project, recordings: dict[str, RecordingInfo], volume: Volume, out: Path) -> list[Path]:
     """Draw the volume's box into frame 0 of the first recording, one ``volume_<camera>.png`` per camera.
 
-    The lower face is yellow, a red line points up from the centre.
+    The lower face is yellow, a red line points up from the centre; true joints are magenta dots.
     """
     recording = project.recordings[0]
+    joints = np.zeros((0, 3)) if recording.truth is None else load_truth(recording, project).points3d[0]
     paths = []
     for index, camera in enumerate(project.cameras.names):
-        frame = _frame(recording, recordings[recording.name], camera)
+        frame = _first_frame(recordings[recording.name], camera)
         path = out / f"volume_{camera}.png"
-        figure = _volume_figure(frame, project.cameras, index, volume, project.up)
+        figure = _volume_figure(frame, project.cameras_of(recording), index, volume, project.up, joints)
         try:
             out.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
@@ -205,15 +213,16 @@ def draw_volume(project: Project, recordings: dict[str, RecordingInfo], volume: 
     return paths
 
 
-def _frame(recording: Recording, info: RecordingInfo, camera: str) -> np.ndarray:
-    """The recording's frame 0 in that camera, (H, W, 3) uint8."""
-    for number, frame in enumerate(read_frames(info.videos[camera])):
-        if number == recording.offset(camera):
-            return frame
-    raise InputError(f"{recording.videos[camera]}: has no frame {recording.offset(camera)}")
+def _first_frame(info: RecordingInfo, camera: str) -> np.ndarray:
+    """The recording's first moment in that camera, (H, W, 3) uint8."""
+    number = info.index.frames[0, info.index.cameras.index(camera)]
+    ((_, frame),) = info.footage[camera].read(np.array([number]))
+    return frame
 
 
-def _volume_figure(frame: np.ndarray, cameras: Cameras, index: int, volume: Volume, up: tuple) -> Figure:
+def _volume_figure(
+    frame: np.ndarray, cameras: Cameras, index: int, volume: Volume, up: tuple, joints: np.ndarray
+) -> Figure:
     height, width = frame.shape[:2]
     inches = 8.0 / max(height, width)
     figure = Figure(figsize=(width * inches, height * inches), dpi=100)
@@ -234,6 +243,9 @@ def _volume_figure(frame: np.ndarray, cameras: Cameras, index: int, volume: Volu
     arrow = _projected_line(cameras, index, center, top)
     axes.plot(*arrow.T, color="red", linewidth=2)
     axes.plot(*arrow[:1].T, "o", color="red", markersize=5)
+    points = torch.from_numpy(joints)
+    pixels = cameras.project(points)[0][index]
+    axes.plot(*pixels[cameras.in_view(points)[index]].T, ".", color="magenta", markersize=3)
     axes.text(
         0.02,
         0.98,
@@ -281,10 +293,29 @@ def _camera_rows(cameras: Cameras, volume: Volume) -> list[CameraCheck]:
     ]
 
 
-def _warnings(project: Project, rows: list[CameraCheck], volume: Volume, gaps: dict[str, int]) -> list[str]:
+def _warnings(project: Project, volume: Volume, gaps: dict[str, int]) -> list[str]:
+    rigs = project.rigs()
+    found = []
+    for path, cameras in rigs.items():
+        where = f"{path.name}: " if len(rigs) > 1 else ""
+        found += [where + text for text in _camera_warnings(cameras, volume)]
+    for recording in project.recordings:
+        if recording.truth is not None:
+            share = _share_of_joints_seen(recording, project)
+            if share < _JOINTS_SEEN:
+                found.append(
+                    f"recording {recording.name!r}: two cameras see {share:.0%} of its true joints: "
+                    "do calibration and truth belong together?"
+                )
+    if not gaps:
+        found.append("no recording has the split 'train' or 'both': there is nothing to train on")
+    return found
+
+
+def _camera_warnings(cameras: Cameras, volume: Volume) -> list[str]:
     found = []
     side = max(volume.size)
-    for row in rows:
+    for row in _camera_rows(cameras, volume):
         if row.nearest < _SAME_PLACE * row.distance:
             found.append(f"camera {row.name!r} stands where another one stands: together they give no depth")
         if row.distance > _FAR * side:
@@ -292,11 +323,19 @@ def _warnings(project: Project, rows: list[CameraCheck], volume: Volume, gaps: d
             found.append(f"camera {row.name!r} is {ratio:.0f} volume sides away: are the units of both the same?")
         if row.share == 0:
             found.append(f"camera {row.name!r} sees nothing of the volume")
-    if _widest_angle(project.cameras, volume) < _SHALLOW_ANGLE:
+    if _widest_angle(cameras, volume) < _SHALLOW_ANGLE:
         found.append(f"all cameras look from within {_SHALLOW_ANGLE:g} degrees: depth is hardly resolved")
-    if not gaps:
-        found.append("no recording has the split 'train' or 'both': there is nothing to train on")
     return found
+
+
+def _share_of_joints_seen(recording: Recording, project: Project) -> float:
+    """Share of a recording's known true joints that lie in the images of two cameras or more."""
+    points = load_truth(recording, project).points3d
+    points = points[np.linspace(0, len(points) - 1, min(len(points), _MOMENTS)).astype(int)]
+    known = torch.from_numpy(points[np.isfinite(points).all(-1)])
+    if not len(known):
+        return 1.0
+    return (project.cameras_of(recording).in_view(known).sum(0) >= 2).double().mean().item()
 
 
 def _widest_angle(cameras: Cameras, volume: Volume) -> float:

@@ -15,6 +15,8 @@ from bkind3d.actions import actions
 from bkind3d.check import check_project
 from bkind3d.config import Config
 from bkind3d.data import load_project
+from bkind3d.data.h36m import h36m_project
+from bkind3d.data.rat7m import rat7m_project
 from bkind3d.demo import demo
 from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
@@ -69,6 +71,12 @@ def run_train(config: Namespace) -> None:
         sys.exit(INTERRUPTED)
 
 
+def run_import(config: Namespace) -> None:
+    """Write the project of a data set."""
+    path = READERS[config.dataset](**vars(config[config.dataset]))
+    print(f"{path}; next: bkind3d check {path} --out {path.parent / 'check'}")
+
+
 def run_predict(run: Path, recordings: list[str] | None = None, batch: int = 16, force: bool = False) -> None:
     """Write the 3D keypoints of recordings to RUN/poses/<recording>.nc.
 
@@ -101,6 +109,7 @@ VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "report": (run_report, "one offline HTML page about a run"),
     "paper": (paper, "the paper's tables on a subject of one's own choice"),
 }
+READERS: dict[str, Callable[..., Path]] = {"h36m": h36m_project, "rat7m": rat7m_project}
 # Switches, given by their name alone.
 FLAGS = {
     "force": "replace what an earlier call wrote",
@@ -128,7 +137,21 @@ def build_parser() -> ArgumentParser:
         add_flags(verb, flags)
         verbs.add_subcommand(name, verb, help=summary)
     verbs.add_subcommand("train", train_parser(), help="train a run, or go on with one")
+    readers = ArgumentParser(description="Write a project file that names the files of a published data set.")
+    verbs.add_subcommand("import", readers, help="a project from a published data set")
+    add_readers(readers)
     return parser
+
+
+def add_readers(parser: ArgumentParser) -> None:
+    """Add a subcommand for each data set."""
+    sets = parser.add_subcommands(required=True, dest="dataset")
+    for name, function in READERS.items():
+        summary = (function.__doc__ or name).splitlines()[0]
+        reader = ArgumentParser(description=summary)
+        reader.add_function_arguments(function, as_positional=True, skip={"out"})
+        reader.add_argument("--out", type=Path, required=True, help="folder for the project, made when missing")
+        sets.add_subcommand(name, reader, help=summary)
 
 
 def train_parser() -> ArgumentParser:
@@ -157,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = parser.instantiate(namespace)[verb]
         if verb == "train":
             run_train(settings)
+        elif verb == "import":
+            run_import(settings)
         else:
             VERBS[verb][0](**vars(settings))
     except (InputError, BackendUnavailable) as error:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkind3d.config import Config, Method
-from bkind3d.data import Recording, Truth, load_truth
+from bkind3d.data import CachedRecording, Recording, Truth, load_truth
 from bkind3d.errors import InputError
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.predict import predict_recording
@@ -42,9 +42,10 @@ METHOD_TITLES: dict[Method, str] = {
 
 @dataclass(frozen=True)
 class Annotated:
-    """A recording with its truth, which covers every frame."""
+    """A recording with its frames and its truth, which covers every frame."""
 
     recording: Recording
+    entry: CachedRecording
     truth: Truth
 
 
@@ -100,7 +101,7 @@ def evaluate(
 
     Args:
         run: Run folder.
-        every: Distance between the frames used (paper: 240 for Rat7M).
+        every: Distance between the frames used, on the recording's clock (paper: 240 for Rat7M).
         regressor: "linear" (paper), or "mlp": two layers (paper's supplement).
         bias: Give the linear map a constant term (paper: none).
         scale: Allow scale in the aligned error (paper: none).
@@ -177,12 +178,13 @@ def settle_statistics(network: DiscoveryModel, inputs: Inputs, batch: int) -> No
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         return
     device = next(network.parameters()).device
-    frames = inputs.cache.recordings[inputs.recordings("train", "both")[0]].frames
+    recording = inputs.cache.recordings[inputs.recordings("train", "both")[0]]
+    frames, projections = recording.frames, recording.projections[None].to(device)
     network.train()
     for chosen in np.array_split(np.linspace(0, len(frames) - 1, min(len(frames), 8 * batch)).astype(int), 8):
         if len(chosen):
             images = torch.from_numpy(frames[chosen]).permute(0, 1, 4, 2, 3).to(device).float() / 255.0
-            network.detect(images, inputs.projections.to(device), inputs.grid.to(device))
+            network.detect(images, projections, inputs.grid.to(device))
     network.eval()
 
 
@@ -197,13 +199,13 @@ def load_annotated(inputs: Inputs) -> list[Annotated]:
     for recording in inputs.project.recordings:
         if recording.truth is None:
             continue
-        truth, frames = load_truth(recording, inputs.project), len(inputs.cache.recordings[recording.name])
-        if len(truth.points3d) != frames:
-            raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {frames}")
+        truth, entry = load_truth(recording, inputs.project), inputs.cache.recordings[recording.name]
+        if len(truth.points3d) != len(entry):
+            raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {len(entry)}")
         first = found[0].truth if found else truth
         if truth.names != first.names or not np.array_equal(truth.edges, first.edges):
             raise InputError(f"{recording.truth}: joints or bones differ from those of {found[0].recording.truth}")
-        found.append(Annotated(recording, truth))
+        found.append(Annotated(recording, entry, truth))
     return found
 
 
@@ -223,7 +225,7 @@ def fit_and_test(annotated: Iterable[Annotated]) -> tuple[list[Annotated], list[
 
 def joints_of(annotated: Sequence[Annotated], every: int) -> np.ndarray:
     """True joints (F, K, 3) of the recordings, one after another."""
-    return np.concatenate([one.truth.points3d[::every] for one in annotated])
+    return np.concatenate([one.truth.points3d[one.entry.rows(every)] for one in annotated])
 
 
 def keypoints_of(

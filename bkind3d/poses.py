@@ -38,7 +38,7 @@ class Poses:
         units: unit of length of ``positions``.
         recording: name of the recording.
         names: J distinct keypoint names; default ``kp00``, ``kp01``, ...
-        frames: (F,) int64, frame numbers in the recording, increasing; default 0 ... F-1. Times are frames / fps.
+        frames: (F,) int64, numbers on the recording's clock, increasing; default 0 ... F-1. Times are frames / fps.
 
     Raises:
         InputError: a shape, a name or a number that does not fit.

@@ -24,7 +24,7 @@ def predict_recording(
     batch: int = 16,
     progress: bool = True,
 ) -> Poses:
-    """Find the keypoints in every `every`-th frame of a recording.
+    """Find the keypoints in every `every`-th frame of a recording, counted on its clock.
 
     Args:
         model: Trained or untrained networks, on any device; put into evaluation mode.
@@ -35,18 +35,18 @@ def predict_recording(
         progress: Whether to show a progress bar.
 
     Returns:
-        Keypoints in project units; `frames` tells which frame each row belongs to.
+        Keypoints in project units; `frames` tells each row's number on the recording's clock.
     """
     device = next(model.parameters()).device
     recording = inputs.cache.recordings[name]
-    frames = np.arange(0, len(recording.frames), every)
-    projections, grid = inputs.projections.to(device), inputs.grid.to(device)
+    rows = recording.rows(every)
+    projections, grid = recording.projections[None].to(device), inputs.grid.to(device)
     positions, confidence = [], []
     model.eval()
     for start in tqdm(
-        range(0, len(frames), batch), desc=f"predict {name}", unit="batch", disable=None if progress else True
+        range(0, len(rows), batch), desc=f"predict {name}", unit="batch", disable=None if progress else True
     ):
-        images = torch.from_numpy(recording.frames[frames[start : start + batch]])  # (n, M, H, W, 3)
+        images = torch.from_numpy(recording.frames[rows[start : start + batch]])  # (n, M, H, W, 3)
         found = model.detect(images.permute(0, 1, 4, 2, 3).to(device).float() / 255.0, projections, grid)
         positions.append(found.positions.float().cpu().numpy())
         confidence.append(found.confidence.float().cpu().numpy())
@@ -56,7 +56,7 @@ def predict_recording(
         fps=recording.fps,
         units=inputs.project.units,
         recording=name,
-        frames=frames,
+        frames=recording.clock[rows],
     )
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from bkind3d.config import Config, Method, load_config
 from bkind3d.data import FrameCache, Project, Volume, build_cache, load_project
@@ -57,14 +56,12 @@ class Inputs:
         project: The project file's content.
         volume: Box that the voxels fill, project units.
         cache: Undistorted frames and cameras at the network's size.
-        projections: (1, M, 3, 4) float32, world to network pixels.
         grid: The voxels.
     """
 
     project: Project
     volume: Volume
     cache: FrameCache
-    projections: Tensor
     grid: VoxelGrid
 
     @property
@@ -89,8 +86,7 @@ def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
         crop=config.data.crop,
         progress=progress,
     )
-    projections = cache.cameras.projection_matrices().float()[None]
-    return Inputs(project, volume, cache, projections, volume.grid(config.model.voxels))
+    return Inputs(project, volume, cache, volume.grid(config.model.voxels))
 
 
 def build_model(config: Config) -> DiscoveryModel:

@@ -80,7 +80,7 @@ class EpochSampler(Sampler[int]):
         yield from torch.randperm(self.size, generator=generator).tolist()
 
 
-def build_pairs(config: Config, cache: FrameCache, names: list[str]) -> ConcatDataset[Tensor]:
+def build_pairs(config: Config, cache: FrameCache, names: list[str]) -> ConcatDataset[tuple[Tensor, Tensor]]:
     """All training pairs: every distance, and both directions if so configured."""
     fps = cache.recordings[names[0]].fps
     directions = (False, True) if config.data.reverse else (False,)
@@ -165,7 +165,7 @@ class Trainer:
         self.model = build_model(config)
         set_seed(config.train.seed)
         self.objective = Objective(config.loss, self.inputs.side, self._mean)
-        loader: DataLoader[Tensor] = DataLoader(
+        loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             self.pairs,
             batch_size=config.train.batch,
             sampler=EpochSampler(len(self.pairs), config.train.seed),
@@ -182,7 +182,6 @@ class Trainer:
         self.accelerator.register_for_checkpointing(self.objective)
         self.accelerator.register_save_state_pre_hook(self._save_weights)
         self.accelerator.register_load_state_pre_hook(self._load_weights)
-        self.projections = self.inputs.projections.to(self.accelerator.device)
         self.grid = self.inputs.grid.to(self.accelerator.device)
         self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=max(1, HEALTH_FRAMES // (2 * config.train.batch)))
         self.step, self.saved = 0, -1
@@ -206,10 +205,10 @@ class Trainer:
         self.objective.train()
         with Interrupt().watch() as interrupt, bar:
             started = time.perf_counter() - self.seconds
-            for images in self._batches():
-                row = self._train_step(images)
+            for images, projections in self._batches():
+                row = self._train_step(images, projections)
                 self.seconds = time.perf_counter() - started
-                self._after_step(row, images, bar)
+                self._after_step(row, bar)
                 if self._anywhere(interrupt.pressed) or self.step >= steps:
                     break
         if self.saved != self.step:
@@ -224,8 +223,8 @@ class Trainer:
         """Whether the flag is set in any process: all must leave the loop at the same step."""
         return float(self._mean(torch.tensor(float(flag), device=self.accelerator.device))) > 0
 
-    def _batches(self) -> Iterator[Tensor]:
-        """Batches from the current step on, epoch after epoch."""
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of pairs and their projections from the current step on, epoch after epoch."""
         per_epoch = len(self.loader)
         while self.step < self.config.train.steps:
             epoch, skipped = divmod(self.step, per_epoch)
@@ -237,13 +236,13 @@ class Trainer:
         """Epochs since the start, with fraction."""
         return self.step / len(self.loader)
 
-    def _train_step(self, images: Tensor) -> dict[str, Tensor]:
+    def _train_step(self, images: Tensor, projections: Tensor) -> dict[str, Tensor]:
         factor = learning_rate_factor(self.step, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         images = images.float() / 255.0
         with self.accelerator.autocast():
-            found: Reconstruction = self.wrapped(images, self.projections, self.grid)
+            found: Reconstruction = self.wrapped(images, projections, self.grid)
         target = self.model.target(images, self.config.loss)
         terms = self.objective(found, target, self.model.skeleton, self.epoch)
         self.optimizer.zero_grad()
@@ -254,7 +253,7 @@ class Trainer:
         self.step += 1
         return {**{name: term.detach() for name, term in terms.items()}, "grad_norm": norm}
 
-    def _after_step(self, row: dict[str, Tensor], images: Tensor, bar: Any) -> None:
+    def _after_step(self, row: dict[str, Tensor], bar: Any) -> None:
         every = self.config.train
         bar.update()
         last = self.step == every.steps
@@ -301,11 +300,11 @@ class Trainer:
         write_skeleton(self.run, self.model)
 
         self.wrapped.eval()
-        images = self.pairs[len(self.pairs) // 2][None].to(self.accelerator.device)
+        images, projections = (part[None].to(self.accelerator.device) for part in self.pairs[len(self.pairs) // 2])
         scaled = images.float() / 255.0
-        found = self.model(scaled, self.projections, self.grid)
+        found = self.model(scaled, projections, self.grid)
         target = self.model.target(scaled, self.config.loss)
-        pixels, _ = project_points(self.projections, found.positions[0][:, None])
+        pixels, _ = project_points(projections, found.positions[0][:, None])
         skeleton = self.model.skeleton
         sample_sheet(
             self.run / "samples" / f"step_{self.step:06d}.png",
@@ -314,7 +313,7 @@ class Trainer:
             skeleton.pairs[skeleton.active].cpu().numpy(),
             target[0].mean(1).cpu().numpy(),
             found.difference[0].float().mean(1).cpu().numpy(),
-            names=list(self.inputs.cache.cameras.names),
+            names=list(self.inputs.project.cameras.names),
             confidence=found.confidence[0, 0].float().cpu().numpy(),
             title=f"step {self.step}",
         )

@@ -2,7 +2,8 @@
 
 A recording is one file ``<name>-<key>.npy``, (T, M, H, W, 3) uint8, and a ``.json`` beside it that is written last: as
 long as that is not there, the recording is not cached. The key is a hash of all that the frames depend on (the bytes of
-the videos, the calibration, offsets, size, crop), so a cache is never stale and never has to be cleared to be right.
+the footage, which of its frames are used, the calibration, size, crop), so a cache is never stale and never has to be
+cleared to be right.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from bkind3d.cameras import Cameras
-from bkind3d.data.project import Project, Recording
+from bkind3d.data.project import Project
 from bkind3d.data.remap import Box, Remap, image_boxes, network_cameras, volume_boxes
-from bkind3d.data.video import RecordingInfo, VideoInfo, probe_recording, read_frames
+from bkind3d.data.video import RecordingInfo, probe_recording
 from bkind3d.data.volume import require_visible
 from bkind3d.errors import InputError
 
@@ -39,16 +41,18 @@ _DECODERS = 2
 _BLOCK = 1 << 22  # bytes hashed at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CachedRecording:
-    """The frames of one recording on disk.
+    """The frames of one recording on disk, and the pinhole cameras that belong to them.
 
     Args:
         name: of the recording.
         split: "train", "test" or "both".
-        fps: frames per second.
+        fps: frames per second of the recording's clock.
         path: the ``.npy`` file.
         shape: (T, M, H, W, 3).
+        cameras: pinhole cameras with ``image_size`` the network size.
+        clock: (T,) increasing numbers of the moments; 0, 1, ... where none was left out.
     """
 
     name: str
@@ -56,9 +60,20 @@ class CachedRecording:
     fps: float
     path: Path
     shape: tuple[int, int, int, int, int]
+    cameras: Cameras
+    clock: np.ndarray
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @cached_property
+    def projections(self) -> Tensor:
+        """World to pixels of the frames, (M, 3, 4) float32."""
+        return self.cameras.projection_matrices().float()
+
+    def rows(self, every: int) -> np.ndarray:
+        """Rows of the moments whose numbers are 0, every, 2 every, ... after the first one's."""
+        return np.flatnonzero((self.clock - self.clock[0]) % every == 0)
 
     @cached_property
     def frames(self) -> np.memmap:
@@ -72,15 +87,13 @@ class CachedRecording:
 
 @dataclass(frozen=True)
 class FrameCache:
-    """Frames of network size, and the pinhole cameras that belong to them.
+    """Frames of network size.
 
     Args:
-        cameras: pinhole cameras with ``image_size`` the network size.
         recordings: by name, in the project's order.
         key: hash of everything that the frames depend on.
     """
 
-    cameras: Cameras
     recordings: dict[str, CachedRecording]
     key: str
 
@@ -101,12 +114,17 @@ class FrameCache:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a recording's frames are made from: its videos and the cameras before and after."""
+    """What a recording's frames are made from: its footage and the cameras before and after."""
 
-    recording: Recording
     info: RecordingInfo
     cameras: Cameras
+    boxes: list[Box]
     network: Cameras
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files that are read."""
+        return [path for footage in self.info.footage.values() for _, path in footage.parts]
 
 
 def build_cache(
@@ -138,33 +156,44 @@ def build_cache(
         raise InputError(f"crop: {crop!r} must be one of {', '.join(CROPS)}")
     if min(height, width) < 1:
         raise InputError(f"image size: {width}×{height} must be at least 1×1")
-    cameras = project.cameras
-    boxes = _boxes(project, crop, height, width)
-    network = network_cameras(cameras, boxes, height, width)
-    infos = {recording.name: probe_recording(recording, cameras) for recording in project.recordings}
+    sources = _sources(project, crop, height, width)
     cached = {}
     with _locked(directory):
-        digests = _hash_videos([video for info in infos.values() for video in info.videos.values()], progress)
+        digests = _hash_files([path for source in sources.values() for path in source.paths], progress)
         for recording in project.recordings:
-            info = infos[recording.name]
-            source = _Source(recording, info, cameras, network)
-            key = _key(source, [digests[video.path] for video in info.videos.values()], boxes)
-            shape = (info.frames, len(cameras), height, width, 3)
-            path = directory / f"{recording.name}-{key}.npy"
-            entry = CachedRecording(recording.name, recording.split, info.fps, path, shape)
+            source = sources[recording.name]
+            index = source.info.index
+            entry = CachedRecording(
+                name=recording.name,
+                split=recording.split,
+                fps=index.fps,
+                path=directory / f"{recording.name}-{_key(source, digests)}.npy",
+                shape=(len(index.clock), len(source.cameras), height, width, 3),
+                cameras=source.network,
+                clock=index.clock,
+            )
             if not _is_complete(entry):
                 _build(entry, source, progress)
             cached[recording.name] = entry
     together = hashlib.blake2b(" ".join(entry.path.stem for entry in cached.values()).encode(), digest_size=16)
-    return FrameCache(cameras=network, recordings=cached, key=together.hexdigest())
+    return FrameCache(recordings=cached, key=together.hexdigest())
 
 
-def _boxes(project: Project, crop: str, height: int, width: int) -> list[Box]:
+def _sources(project: Project, crop: str, height: int, width: int) -> dict[str, _Source]:
+    """What each recording's frames are made from, by its name; the boxes of each calibration are found once."""
     volume = project.working_volume()
-    require_visible(project.cameras, volume)
-    if crop == "none":
-        return image_boxes(project.cameras, height, width)
-    return volume_boxes(project.cameras, volume, height, width)
+    crops = {}
+    for path, cameras in project.rigs().items():
+        require_visible(cameras, volume)
+        whole = crop == "none"
+        boxes = image_boxes(cameras, height, width) if whole else volume_boxes(cameras, volume, height, width)
+        crops[path] = boxes, network_cameras(cameras, boxes, height, width)
+    sources = {}
+    for recording in project.recordings:
+        cameras = project.cameras_of(recording)
+        boxes, network = crops[recording.calibration or project.calibration]
+        sources[recording.name] = _Source(probe_recording(recording, cameras), cameras, boxes, network)
+    return sources
 
 
 @contextlib.contextmanager
@@ -189,32 +218,31 @@ def _hidden(progress: bool) -> bool | None:
     return None if progress else True
 
 
-def _hash_videos(videos: list[VideoInfo], progress: bool) -> dict[Path, str]:
+def _hash_files(paths: list[Path], progress: bool) -> dict[Path, str]:
     digests: dict[Path, str] = {}
-    total = sum(video.path.stat().st_size for video in videos)
+    total = sum(path.stat().st_size for path in paths)
     with tqdm(
         total=total, desc="hashing videos", unit="B", unit_scale=True, disable=_hidden(progress), leave=False
     ) as bar:
-        for video in videos:
+        for path in paths:
             digest = hashlib.blake2b(digest_size=16)
-            with video.path.open("rb") as file:
+            with path.open("rb") as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)
                     bar.update(len(block))
-            digests[video.path] = digest.hexdigest()
+            digests[path] = digest.hexdigest()
     return digests
 
 
-def _key(source: _Source, digests: list[str], boxes: list[Box]) -> str:
+def _key(source: _Source, digests: dict[Path, str]) -> str:
     """Hash of all that one recording's frames depend on; extrinsics matter only through the boxes."""
     content = {
         "version": _VERSION,
-        "videos": digests,
-        "offsets": [source.recording.offset(camera) for camera in source.cameras.names],
-        "frames": source.info.frames,
+        "files": [[(first, digests[path]) for first, path in one.parts] for one in source.info.footage.values()],
+        "frames": hashlib.blake2b(source.info.index.frames.tobytes(), digest_size=16).hexdigest(),
         "intrinsics": source.cameras.intrinsics.tolist(),
         "distortion": source.cameras.distortion.tolist(),
-        "boxes": boxes,
+        "boxes": source.boxes,
         "size": source.network.image_size.tolist(),
     }
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -261,36 +289,43 @@ def _full(entry: CachedRecording) -> str:
 
 
 def _write_frames(descriptor: int, start: int, entry: CachedRecording, source: _Source, progress: bool) -> None:
-    """Decode the videos, two at a time, and write each frame at its place (t, m) behind the header.
+    """Read the footage, two cameras at a time, and write each frame at its places (t, m) behind the header.
 
     Written with pwrite and not through a memory map: there a full disk ends the process with SIGBUS.
     """
-    frames, count = entry.shape[:2]
+    moments, count = entry.shape[:2]
     image_bytes = int(np.prod(entry.shape[2:]))
     stop = threading.Event()
-    with tqdm(total=frames * count, desc=f"caching {entry.name}", unit="frame", disable=_hidden(progress)) as bar:
+    with tqdm(total=moments * count, desc=f"caching {entry.name}", unit="frame", disable=_hidden(progress)) as bar:
 
-        def decode(index: int) -> None:
-            camera = source.cameras.names[index]
+        def read(place: int) -> None:
+            camera = source.cameras.names[place]
             remap = Remap(source.cameras.select([camera]), source.network.select([camera]))
-            first = source.recording.offset(camera)
-            for number, frame in enumerate(read_frames(source.info.videos[camera])):
+            rows = _rows_by_number(source.info.index.frames[:, place])
+            for number, frame in source.info.footage[camera].read(np.array(list(rows))):
                 if stop.is_set():
                     return
-                if first <= number < first + frames:
-                    place = start + ((number - first) * count + index) * image_bytes
-                    _write_at(descriptor, remap(frame).tobytes(), place)
+                pixels = remap(frame).tobytes()
+                for row in rows[number]:
+                    _write_at(descriptor, pixels, start + (row * count + place) * image_bytes)
                     bar.update()
 
         with ThreadPoolExecutor(_DECODERS) as pool:
-            jobs = [pool.submit(decode, index) for index in range(count)]
+            jobs = [pool.submit(read, place) for place in range(count)]
             try:
                 wait(jobs, return_when=FIRST_EXCEPTION)
                 for job in jobs:
                     if job.done():
                         job.result()
-            finally:  # an error or Ctrl-C ends the other decoders at their next frame
+            finally:  # an error or Ctrl-C ends the other readers at their next frame
                 stop.set()
+
+
+def _rows_by_number(numbers: np.ndarray) -> dict[int, list[int]]:
+    """Each frame number in increasing order, with the rows that it is needed for: a dropped frame's neighbour twice."""
+    order = np.argsort(numbers, kind="stable")
+    found, first = np.unique(numbers[order], return_index=True)
+    return dict(zip(found.tolist(), (rows.tolist() for rows in np.split(order, first[1:]))))
 
 
 def _write_at(descriptor: int, data: bytes, place: int) -> None:

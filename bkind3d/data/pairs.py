@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bkind3d.data.cache import CachedRecording, FrameCache
+from bkind3d.data.cache import FrameCache
 from bkind3d.errors import InputError
+
+LATEST = 0.1  # of the gap that frame t + gap may come late
 
 
 def gap_in_frames(gap: str | int, fps: float, frames: int | None = None) -> int:
@@ -52,27 +54,60 @@ def _parse_gap(gap: str | int, fps: float) -> int:
     return int(value)
 
 
-def _require_pairs(recording: CachedRecording, gap_frames: int) -> None:
+def pair_rows(clock: np.ndarray, gap_frames: int) -> np.ndarray:
+    """Rows of the moments that make pairs, (P, 2): of t, and of the first moment at or after t + gap.
+
+    That one may come up to a tenth of the gap late, so that recordings of which only some moments were kept have pairs
+    too; it never comes early, and where all moments were kept it comes exactly.
+
+    Args:
+        clock: (T,) increasing numbers of the moments.
+        gap_frames: distance, in numbers of that clock.
+    """
+    later = np.searchsorted(clock, clock + gap_frames)
+    earlier = np.flatnonzero(later < len(clock))
+    late = clock[later[earlier]] - clock[earlier] - gap_frames
+    earlier = earlier[late <= gap_frames * LATEST]
+    return np.stack([earlier, later[earlier]], axis=1)
+
+
+def require_pairs(name: str, clock: np.ndarray, fps: float, gap: str | int) -> np.ndarray:
+    """As :func:`pair_rows`, of a recording that must have pairs.
+
+    Raises:
+        InputError: as :func:`gap_in_frames`, or no two moments are that far apart.
+    """
     try:
-        gap_in_frames(gap_frames, recording.fps, len(recording))
+        gap_frames = gap_in_frames(gap, fps, int(clock[-1] - clock[0]) + 1)
     except InputError as error:
-        raise InputError(f"recording {recording.name!r}: {error}") from None
+        raise InputError(f"recording {name!r}: {error}") from None
+    rows = pair_rows(clock, gap_frames)
+    if not len(rows):
+        step = int(np.median(np.diff(clock)))
+        raise InputError(
+            f"recording {name!r}: gap: no two of its moments are {gap_frames} frames apart (most are {step}); keep "
+            "more of its moments, or choose another gap"
+        )
+    return rows
 
 
-class PairDataset(Dataset[Tensor]):
+class PairDataset(Dataset[tuple[Tensor, Tensor]]):
     """Pairs of frames t and t + gap of all cameras, from a cache; no pair reaches over a recording's end.
 
-    Item: (2, M, 3, H, W) uint8. Items of the first recording come first, by t. Frames are opened on first use, so the
+    Item: images (2, M, 3, H, W) uint8, and the projections of the recording's cameras (M, 3, 4) float32, from the world
+    to pixels of these images. Items of the first recording come first, by t. Frames are opened on first use, so the
     data set may be pickled or inherited by worker processes.
 
     Args:
         cache: the frame cache.
         recordings: names of the recordings to draw from.
-        gap_frames: distance of the two frames, see :func:`gap_in_frames`.
+        gap_frames: distance of the two frames on the recordings' clock, see :func:`gap_in_frames` and
+            :func:`pair_rows`.
         reverse: give frame t + gap first and frame t second.
 
     Raises:
-        InputError: a recording is unknown, too short for the gap, or of another frame rate than the first.
+        InputError: a recording is unknown, too short for the gap, without two moments so far apart, or of another frame
+            rate than the first.
     """
 
     def __init__(self, cache: FrameCache, recordings: list[str], gap_frames: int, *, reverse: bool = False) -> None:
@@ -83,28 +118,28 @@ class PairDataset(Dataset[Tensor]):
         self.reverse = reverse
         first = self.recordings[0]
         for recording in self.recordings:
-            _require_pairs(recording, gap_frames)
             if abs(recording.fps / first.fps - 1) > 0.01:
                 raise InputError(
                     f"recordings {first.name!r} and {recording.name!r} run at {first.fps:.6g} and {recording.fps:.6g} "
                     "frames per second: one gap in frames would mean two gaps in time"
                 )
-        self._ends = list(accumulate(len(recording) - gap_frames for recording in self.recordings))
+        self._rows = [require_pairs(row.name, row.clock, row.fps, gap_frames) for row in self.recordings]
+        self._ends = list(accumulate(len(rows) for rows in self._rows))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Tensor:
-        recording, t = self.locate(index)
-        frames = self.recordings[recording].frames
-        times = (t + self.gap_frames, t) if self.reverse else (t, t + self.gap_frames)
-        pair = np.stack([frames[time] for time in times])  # (2, M, H, W, 3)
-        return torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous()
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        place, *rows = self.locate(index)
+        recording = self.recordings[place]
+        pair = np.stack([recording.frames[row] for row in (rows[::-1] if self.reverse else rows)])  # (2, M, H, W, 3)
+        return torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous(), recording.projections
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """Which recording (its place in ``recordings``) and which frame t an item starts at."""
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """Which recording (its place in ``recordings``) an item is of, and which of its rows are t and t + gap."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         index %= len(self)
-        recording = bisect_right(self._ends, index)
-        return recording, index - (self._ends[recording - 1] if recording else 0)
+        place = bisect_right(self._ends, index)
+        earlier, later = self._rows[place][index - (self._ends[place - 1] if place else 0)].tolist()
+        return place, earlier, later

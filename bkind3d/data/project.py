@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ SPLITS = ("train", "test", "both")
 
 _PROJECT_KEYS = ("name", "units", "calibration", "up", "volume", "recordings")
 _VOLUME_KEYS = ("center", "size")
-_RECORDING_KEYS = ("name", "split", "videos", "offsets", "frames", "truth")
+_RECORDING_KEYS = ("name", "split", "calibration", "videos", "index", "offsets", "frames", "truth")
+
+# One camera's footage: a video file, chunks of one, or images, whose numbers a name such as img_%06d.jpg stands for.
+Source = Path | tuple[Path, ...]
+
+
+def is_images(path: Path) -> bool:
+    """Whether a path stands for numbered images, as FFmpeg writes it: img_%06d.jpg."""
+    return re.fullmatch(r"[^%]*%(0\d+)?d[^%]*", path.name) is not None
 
 
 @dataclass(frozen=True)
@@ -31,22 +39,36 @@ class Recording:
     Args:
         name: names its files (cache, poses): letters, digits, ``_``, ``-`` and ``.``.
         split: "train", "test", or "both" (trained on, and evaluated by blocked cross-validation).
-        videos: camera name to video file, one for every camera of the calibration.
+        videos: camera name to footage, one for every camera of the calibration.
         offsets: camera name to the index, in that camera's video, of the recording's frame 0; 0 where not named.
         truth: npz file with the true joints, for evaluation only.
         frames: number of frames to use; None uses all, which asks that all videos end together.
+        calibration: Anipose TOML file of this recording alone; None takes the project's.
+        cameras: loaded from it.
+        index: npz file that says which frame of each camera shows which moment (:class:`bkind3d.data.index.Index`).
     """
 
     name: str
     split: str
-    videos: dict[str, Path]
+    videos: Mapping[str, Source]
     offsets: dict[str, int] = field(default_factory=dict)
     truth: Path | None = None
     frames: int | None = None
+    calibration: Path | None = None
+    cameras: Cameras | None = None
+    index: Path | None = None
 
     def offset(self, camera: str) -> int:
         """Index in that camera's video of the recording's frame 0."""
         return self.offsets.get(camera, 0)
+
+    def files(self) -> list[Path]:
+        """Every file that the recording is made of, each of its images too."""
+        found: list[Path] = []
+        for source in self.videos.values():
+            for path in source if isinstance(source, tuple) else (source,):
+                found += sorted(path.parent.iterdir()) if is_images(path) else [path]
+        return found + [path for path in (self.truth, self.calibration, self.index) if path is not None]
 
 
 @dataclass(frozen=True)
@@ -57,8 +79,8 @@ class Project:
         path: the project file.
         name: of the project.
         units: length unit of the calibration, the volume and the truth: "m", "cm", "mm" or "um".
-        calibration: Anipose TOML file.
-        cameras: loaded from it, in the natural order of their names.
+        calibration: Anipose TOML file, for every recording that has none of its own.
+        cameras: loaded from it, in the natural order of their names, which are the same in all recordings.
         recordings: at least one.
         volume: the box to look into, in ``units``; None has it proposed (see :meth:`working_volume`).
         up: the world's vertical.
@@ -78,12 +100,19 @@ class Project:
         return self.volume or propose_volume(self.cameras, self.up)
 
     def files(self) -> list[Path]:
-        """Every file that the project names: calibration, videos, truth."""
+        """Every file that the project names, and all in its folders of images."""
         named = [self.calibration]
         for recording in self.recordings:
-            named += recording.videos.values()
-            named += [] if recording.truth is None else [recording.truth]
+            named += recording.files()
         return named
+
+    def cameras_of(self, recording: Recording) -> Cameras:
+        """The cameras that filmed a recording."""
+        return recording.cameras or self.cameras
+
+    def rigs(self) -> dict[Path, Cameras]:
+        """All different calibrations, by their files, in the order of the recordings."""
+        return {row.calibration or self.calibration: self.cameras_of(row) for row in self.recordings}
 
     def recording(self, name: str) -> Recording:
         """The recording of that name.
@@ -133,7 +162,7 @@ def load_project(path: Path | str) -> Project:
     rows = content["recordings"]
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: recordings: expected a list of at least one recording")
-    recordings = [_recording(path, index, row, cameras) for index, row in enumerate(rows)]
+    recordings = _with_cameras(path, [_recording(path, index, row, cameras) for index, row in enumerate(rows)], cameras)
     names = [recording.name for recording in recordings]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -173,7 +202,14 @@ def save_project(project: Project, path: Path | str) -> None:
     content["recordings"] = []
     for recording in project.recordings:
         row: dict[str, Any] = {"name": recording.name, "split": recording.split}
-        row["videos"] = {camera: relative(video) for camera, video in recording.videos.items()}
+        if recording.calibration is not None:
+            row["calibration"] = relative(recording.calibration)
+        row["videos"] = {
+            camera: [relative(chunk) for chunk in source] if isinstance(source, tuple) else relative(source)
+            for camera, source in recording.videos.items()
+        }
+        if recording.index is not None:
+            row["index"] = relative(recording.index)
         if recording.offsets:
             row["offsets"] = dict(recording.offsets)
         if recording.frames is not None:
@@ -315,18 +351,50 @@ def _recording(path: Path, index: int, row: Any, cameras: Cameras) -> Recording:
     frames = row.get("frames")
     if frames is not None and not _is_whole(frames, least=1):
         raise InputError(f"{where}: frames must be a whole number of at least 1, not {frames!r}")
-    truth = row.get("truth")
+    for key in ("offsets", "frames"):
+        if row.get("index") is not None and row.get(key):
+            raise InputError(f"{where}: the index names each moment's frames; remove {key!r}")
+
+    def optional(key: str) -> Path | None:
+        value = row.get(key)
+        return None if value is None else _existing_file(path, f"recording {name!r}: {key}", value)
+
     return Recording(
         name=name,
         split=row["split"],
         videos={
-            camera: _existing_file(path, f"recording {name!r}: video of camera {camera!r}", videos[camera])
+            camera: _source(path, f"recording {name!r}: video of camera {camera!r}", videos[camera])
             for camera in cameras.names
         },
         offsets=_offsets(where, row.get("offsets", {}), cameras),
-        truth=None if truth is None else _existing_file(path, f"recording {name!r}: truth", truth),
+        truth=optional("truth"),
         frames=frames,
+        calibration=optional("calibration"),
+        index=optional("index"),
     )
+
+
+def _source(project: Path, where: str, value: Any) -> Source:
+    if isinstance(value, list) and value:
+        return tuple(_existing_file(project, where, chunk) for chunk in value)
+    path = project.parent / Path(_text(f"{project}: {where}", value)).expanduser()
+    if not is_images(path):
+        return _existing_file(project, where, value)
+    if not path.parent.is_dir():
+        raise InputError(f"{project}: {where}: the folder {path.parent} of the images {path.name} does not exist")
+    return path
+
+
+def _with_cameras(path: Path, recordings: list[Recording], cameras: Cameras) -> list[Recording]:
+    """The recordings with their own cameras loaded, each calibration once."""
+    rigs = {row.calibration: load_toml(row.calibration, cameras.units) for row in recordings if row.calibration}
+    for calibration, rig in rigs.items():
+        if rig.names != cameras.names:
+            raise InputError(
+                f"{path}: {calibration} has the cameras {', '.join(rig.names)}; those of the project are "
+                f"{', '.join(cameras.names)}, and must be the same in every recording"
+            )
+    return [replace(row, cameras=rigs[row.calibration]) if row.calibration else row for row in recordings]
 
 
 def _camera_mapping(where: str, value: Any) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def propose_volume(cameras: Cameras, up: Triple = (0.0, 0.0, 1.0)) -> Volume:
     Raises:
         InputError: the optical axes do not meet in front of two cameras, so that a box has to be given.
     """
-    center = _meeting_point(cameras)
+    center = meeting_point(cameras)
     needed = len(cameras) if cameras.in_view(center).all() else 2
     reach = (cameras.centers - center).norm(dim=-1).max().item()
     unit = torch.linspace(-0.5, 0.5, _SAMPLES, dtype=torch.float64)
@@ -136,7 +136,7 @@ def propose_volume(cameras: Cameras, up: Triple = (0.0, 0.0, 1.0)) -> Volume:
     return Volume(_rounded(center, digits), _rounded(size, digits))
 
 
-def _meeting_point(cameras: Cameras) -> Tensor:
+def meeting_point(cameras: Cameras) -> Tensor:
     """The point (3,) with the least sum of squared distances to the optical axes."""
     mend = "give the volume's center and size in the project file"
     across = torch.eye(3, dtype=torch.float64) - cameras.axes[:, :, None] * cameras.axes[:, None, :]  # (M, 3, 3)

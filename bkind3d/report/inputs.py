@@ -22,20 +22,22 @@ class Scene:
         project: name of the project.
         units: unit of length.
         up: (3,) upward direction.
-        cameras: pinhole cameras of the frames.
         center: (3,) centre of the volume.
         sides: (3,) sides of the volume.
+        cameras: recording name -> pinhole cameras of its frames.
         frames: recording name -> (T, M, H, W, 3) uint8.
+        clocks: recording name -> (T,) number of each frame on the recording's clock, increasing.
         splits: recording name -> "train", "test" or "both".
     """
 
     project: str
     units: str
     up: np.ndarray
-    cameras: Cameras
     center: np.ndarray
     sides: np.ndarray
+    cameras: dict[str, Cameras]
     frames: dict[str, np.ndarray]
+    clocks: dict[str, np.ndarray]
     splits: dict[str, str]
 
 
@@ -68,10 +70,11 @@ def run_inputs(run: Path) -> Scene:
         project=inputs.project.name,
         units=inputs.project.units,
         up=np.asarray(inputs.project.up, dtype=np.float64),
-        cameras=inputs.cache.cameras,
         center=np.asarray(inputs.volume.center, dtype=np.float64),
         sides=np.asarray(inputs.volume.size, dtype=np.float64),
+        cameras={name: recording.cameras for name, recording in inputs.cache.recordings.items()},
         frames={name: recording.frames for name, recording in inputs.cache.recordings.items()},
+        clocks={name: recording.clock for name, recording in inputs.cache.recordings.items()},
         splits={name: recording.split for name, recording in inputs.cache.recordings.items()},
     )
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bkind3d.action_classifier import MEASURES, spread_percent
 from bkind3d.alignment import METRIC_TITLES, METRICS
+from bkind3d.cameras import Cameras
 from bkind3d.errors import InputError
 from bkind3d.health import FLAGS, Health, keypoint_health
 from bkind3d.poses import Poses
@@ -43,7 +44,9 @@ class Shown:
 
     poses: Poses
     split: str
+    cameras: Cameras
     frames: np.ndarray  # (T, M, H, W, 3) uint8
+    rows: np.ndarray  # (F,) of the frames, for each moment of the poses
 
 
 def write_report(run: Path, *, force: bool, progress: bool) -> Path:
@@ -94,7 +97,7 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress
         obstacle=obstacle,
         results=_results(files.evaluation),
         actions=_actions(files.actions),
-        clip=_clip(shown, scene, edges, progress) if shown and scene else None,
+        clip=_clip(shown, edges, progress) if shown else None,
         scene=_scene(shown, scene, edges) if shown and scene else None,
         losses=_panels(figures.loss_curves(files.metrics)) if files.metrics else None,
         samples=_samples(files.samples),
@@ -112,9 +115,10 @@ def choose_recording(files: RunFiles, scene: Scene | None) -> Shown | None:
     known = [name for name in files.poses if name in scene.frames]
     known.sort(key=lambda name: (SPLIT_ORDER.index(scene.splits[name]), name))
     for name in known:
-        poses = files.poses[name]
-        if len(poses.frames) and poses.frames[-1] < len(scene.frames[name]):
-            return Shown(poses, scene.splits[name], scene.frames[name])
+        poses, clock = files.poses[name], scene.clocks[name]
+        if len(poses.frames) and np.isin(poses.frames, clock).all():
+            rows = np.searchsorted(clock, poses.frames)
+            return Shown(poses, scene.splits[name], scene.cameras[name], scene.frames[name], rows)
     return None
 
 
@@ -124,8 +128,9 @@ def choose_recording(files: RunFiles, scene: Scene | None) -> Shown | None:
 def _facts(files: RunFiles, scene: Scene | None) -> list[tuple[str, str]]:
     facts = []
     if scene:
-        width, height = scene.cameras.image_size[0].tolist()
-        facts.append(("views", f"{len(scene.cameras)}, {width} × {height} px each"))
+        cameras = next(iter(scene.cameras.values()))
+        width, height = cameras.image_size[0].tolist()
+        facts.append(("views", f"{len(cameras)}, {width} × {height} px each"))
         facts.append(("volume", f"{' × '.join(f'{side:.4g}' for side in scene.sides)} {scene.units}"))
     if files.skeleton:
         facts.append(("keypoints", str(len(files.skeleton["keypoints"]))))
@@ -213,13 +218,13 @@ def _headline(rows: Sequence[dict[str, Any]], units: str, short: Callable[[float
     return f"{error}; {' and '.join(shares)}." if shares else f"{error}."
 
 
-def _clip(shown: Shown, scene: Scene, edges: np.ndarray, progress: bool) -> dict[str, Any]:
-    poses, names = shown.poses, scene.cameras.names
+def _clip(shown: Shown, edges: np.ndarray, progress: bool) -> dict[str, Any]:
+    poses, names = shown.poses, shown.cameras.names
     rows, rate = clip.clip_rows(poses.frames, poses.fps)
-    pixels = clip.project_keypoints(scene.cameras, poses.positions[rows])  # (F, M, J, 2)
+    pixels = clip.project_keypoints(shown.cameras, poses.positions[rows])  # (F, M, J, 2)
 
     def picture(f: int) -> np.ndarray:
-        return clip.draw(np.asarray(shown.frames[poses.frames[rows[f]]]), pixels[f], edges, names)
+        return clip.draw(np.asarray(shown.frames[shown.rows[rows[f]]]), pixels[f], edges, names)
 
     bar = tqdm(range(len(rows)), desc="report: clip", unit="frame", disable=None if progress else True)
     stills = [int(f) for f in np.linspace(0, len(rows) - 1, min(clip.STILLS, len(rows))).round()]
@@ -238,10 +243,10 @@ def _scene(shown: Shown, scene: Scene, edges: np.ndarray) -> dict[str, Any]:
     poses = shown.poses
     rows, rate = clip.clip_rows(poses.frames, poses.fps)
     rows = rows[:SCENE_FRAMES]
-    images = np.asarray(shown.frames[poses.frames[rows[0]]])
+    images = np.asarray(shown.frames[shown.rows[rows[0]]])
     side = float(scene.sides.max())
     return {
-        "html": scene_html(scene, poses.positions[rows], edges, images, rate),
+        "html": scene_html(scene, shown.cameras, poses.positions[rows], edges, images, rate),
         "recording": poses.recording,
         "side": f"{side:.4g} {scene.units}",
     }

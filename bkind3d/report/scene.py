@@ -11,6 +11,7 @@ import numpy as np
 import viser
 import viser.transforms
 
+from bkind3d.cameras import Cameras
 from bkind3d.report.inputs import Scene
 from bkind3d.report.pictures import palette
 
@@ -21,13 +22,16 @@ LINE = 0.006
 INK, FAINT = (60, 66, 74), (160, 166, 174)
 
 
-def scene_html(scene: Scene, positions: np.ndarray, edges: np.ndarray, images: np.ndarray, fps: float) -> str:
+def scene_html(
+    scene: Scene, cameras: Cameras, positions: np.ndarray, edges: np.ndarray, images: np.ndarray, fps: float
+) -> str:
     """Record a scene with a play bar.
 
     The volume's centre becomes the origin and its longest side 1, so that any unit of length looks the same.
 
     Args:
-        scene: cameras and volume.
+        scene: with the volume.
+        cameras: of the images.
         positions: (F, J, 3) keypoints in world units.
         edges: (E, 2) keypoint pairs.
         images: (M, H, W, 3) uint8, shown in the cameras' frustums.
@@ -44,7 +48,7 @@ def scene_html(scene: Scene, positions: np.ndarray, edges: np.ndarray, images: n
     with contextlib.redirect_stdout(io.StringIO()):
         server = viser.ViserServer(host="127.0.0.1", port=_free_port(), verbose=False)
         try:
-            _add_surroundings(server, scene, images, side)
+            _add_surroundings(server, scene, cameras, images, side)
             return _record(server, points, kept, edges, fps)
         finally:
             server.stop()
@@ -69,15 +73,17 @@ def _record(server: viser.ViserServer, points: np.ndarray, kept: np.ndarray, edg
     return recording.as_html()
 
 
-def _add_surroundings(server: viser.ViserServer, scene: Scene, images: np.ndarray, side: float) -> None:
+def _add_surroundings(
+    server: viser.ViserServer, scene: Scene, cameras: Cameras, images: np.ndarray, side: float
+) -> None:
     server.scene.set_up_direction(tuple(scene.up))
     server.scene.configure_environment_map(None)
     server.scene.world_axes.visible = False
     box = _box_edges(scene.sides / side)
     server.scene.add_line_segments("/volume", box, FAINT, thickness=1.2, thickness_units="screen")
-    centers = (scene.cameras.centers.numpy() - scene.center) / side
-    for m, name in enumerate(scene.cameras.names):
-        rotation, fov, aspect = _view(scene, m)
+    centers = (cameras.centers.numpy() - scene.center) / side
+    for m, name in enumerate(cameras.names):
+        rotation, fov, aspect = _view(cameras, m)
         server.scene.add_camera_frustum(
             f"/cameras/{name}",
             fov=fov,
@@ -97,21 +103,21 @@ def _add_surroundings(server: viser.ViserServer, scene: Scene, images: np.ndarra
     server.initial_camera.fov = np.deg2rad(40.0)
 
 
-def _view(scene: Scene, m: int) -> tuple[np.ndarray, float, float]:
+def _view(cameras: Cameras, m: int) -> tuple[np.ndarray, float, float]:
     """Camera-to-world rotation (3, 3), vertical field of view (rad) and aspect of view m's image.
 
     A frustum is drawn with its axis through the middle of the image, where a cropped camera has no principal point: it
     is turned towards the ray of the middle pixel.
     """
-    intrinsics = scene.cameras.intrinsics[m].numpy()
-    width, height = scene.cameras.image_size[m].tolist()
+    intrinsics = cameras.intrinsics[m].numpy()
+    width, height = cameras.image_size[m].tolist()
     ray = np.linalg.solve(intrinsics, [(width - 1) / 2, (height - 1) / 2, 1.0])
     z = ray / np.linalg.norm(ray)
     x = np.array([1.0, 0.0, 0.0]) - z[0] * z
     x /= np.linalg.norm(x)
     turn = np.stack([x, np.cross(z, x), z], axis=1)
     fov = 2 * np.arctan(height / 2 / (intrinsics[1, 1] * np.linalg.norm(ray)))
-    return scene.cameras.rotation[m].numpy().T @ turn, float(fov), width / height
+    return cameras.rotation[m].numpy().T @ turn, float(fov), width / height
 
 
 def _viewpoint(centers: np.ndarray, up: np.ndarray) -> np.ndarray:

@@ -63,9 +63,10 @@ def test_points_land_where_the_network_cameras_project_them(tmp_path: Path, crop
     cache = build_cache(load_project(path), *size, tmp_path / "cache", crop=crop, progress=False)
     frames = cache.recording("take").frames
     assert frames.shape == (len(POINTS), 2, *size, 3)
-    assert cache.cameras.image_size.tolist() == [[size[1], size[0]]] * 2
-    assert not cache.cameras.distortion.any()
-    expected, _ = cache.cameras.project(POINTS)
+    network = cache.recording("take").cameras
+    assert network.image_size.tolist() == [[size[1], size[0]]] * 2
+    assert not network.distortion.any()
+    expected, _ = network.project(POINTS)
     for index in range(2):
         found = centroids(frames[:, index, :, :, 0].astype(float))
         np.testing.assert_allclose(found, expected[index], atol=0.06)
@@ -324,5 +325,5 @@ def test_pickle_carries_no_frames(tmp_path: Path) -> None:
     recording = build(open_project(tmp_path), tmp_path / "cache").recording("take")
     frames = np.array(recording.frames)
     data = pickle.dumps(recording)
-    assert len(data) < 2000 < frames.nbytes
+    assert len(data) < 10_000 < frames.nbytes
     np.testing.assert_array_equal(pickle.loads(data).frames, frames)

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from small_rig import ring
 from torch.utils.data import DataLoader
 
 from bkind3d.data import CachedRecording, FrameCache, PairDataset, gap_in_frames
+from bkind3d.data.pairs import pair_rows
 from bkind3d.errors import InputError
+
+RIGS = {"a": ring(2, (6, 4)), "b": ring(2, (6, 4), radius=4.0)}
 
 
 @pytest.fixture
@@ -22,14 +26,16 @@ def cache(tmp_path: Path) -> FrameCache:
         frames += (100 * number + 10 * np.arange(count))[:, None, None, None, None].astype(np.uint8)
         frames += np.arange(2)[:, None, None, None].astype(np.uint8)
         np.save(tmp_path / f"{name}.npy", frames)
-        recordings[name] = CachedRecording(name, "train", 30.0, tmp_path / f"{name}.npy", frames.shape)
-    return FrameCache(cameras=ring(2, (6, 4)), recordings=recordings, key="k")
+        recordings[name] = CachedRecording(
+            name, "train", 30.0, tmp_path / f"{name}.npy", frames.shape, RIGS[name], np.arange(count)
+        )
+    return FrameCache(recordings=recordings, key="k")
 
 
 def test_every_pair_once_and_none_over_an_end(cache: FrameCache) -> None:
     pairs = PairDataset(cache, ["a", "b"], 2)
     assert len(pairs) == 3 + 1
-    items = torch.stack([pairs[index] for index in range(len(pairs))])
+    items = torch.stack([pairs[index][0] for index in range(len(pairs))])
     assert items.shape == (4, 2, 2, 3, 4, 6)
     assert items.dtype == torch.uint8
     assert items[:, :, :, 0, 0, 0].tolist() == [
@@ -39,7 +45,7 @@ def test_every_pair_once_and_none_over_an_end(cache: FrameCache) -> None:
         [[100, 101], [120, 121]],
     ]
     assert (items == items[..., :1, :1, :1]).all()
-    assert [pairs.locate(index) for index in range(4)] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert [pairs.locate(index) for index in range(4)] == [(0, 0, 2), (0, 1, 3), (0, 2, 4), (1, 0, 2)]
     torch.testing.assert_close(pairs[-1], pairs[3])
     for index in (4, -5):
         with pytest.raises(IndexError):
@@ -50,23 +56,56 @@ def test_reverse_gives_the_later_frame_first(cache: FrameCache) -> None:
     forward, backward = PairDataset(cache, ["a", "b"], 2), PairDataset(cache, ["a", "b"], 2, reverse=True)
     assert len(forward) == len(backward)
     for index in range(len(forward)):
-        torch.testing.assert_close(backward[index], forward[index].flip(0))
+        torch.testing.assert_close(backward[index][0], forward[index][0].flip(0))
 
 
 def test_channels_are_not_mixed_up(cache: FrameCache, tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (5, 2, 4, 6, 3), dtype=np.uint8)
     np.save(tmp_path / "a.npy", frames)
-    item = PairDataset(cache, ["a"], 1)[2].numpy()
+    item = PairDataset(cache, ["a"], 1)[2][0].numpy()
     np.testing.assert_array_equal(item, frames[[2, 3]].transpose(0, 1, 4, 2, 3))
 
 
 def test_workers_and_pickles(cache: FrameCache) -> None:
     pairs = PairDataset(cache, ["a", "b"], 1)
-    expected = torch.stack([pairs[index] for index in range(len(pairs))])
+    expected = [torch.stack(parts) for parts in zip(*(pairs[index] for index in range(len(pairs))))]
     again = pickle.loads(pickle.dumps(pairs))
-    torch.testing.assert_close(torch.stack([again[index] for index in range(len(again))]), expected)
-    loaded = torch.cat(list(DataLoader(pairs, batch_size=2, num_workers=2)))
+    torch.testing.assert_close([torch.stack(parts) for parts in zip(*(again[k] for k in range(len(again))))], expected)
+    loaded = [torch.cat(parts) for parts in zip(*DataLoader(pairs, batch_size=2, num_workers=2))]
     torch.testing.assert_close(loaded, expected)
+
+
+def test_items_carry_the_projections_of_their_recording(cache: FrameCache) -> None:
+    pairs = PairDataset(cache, ["a", "b"], 1)
+    assert len(pairs) == 4 + 2
+    for index in range(len(pairs)):
+        expected = RIGS["ab"[pairs.locate(index)[0]]].projection_matrices().float()
+        torch.testing.assert_close(pairs[index][1], expected)
+    assert not torch.allclose(pairs[0][1], pairs[5][1])
+
+
+@pytest.mark.parametrize(
+    ("clock", "gap", "rows"),
+    [
+        ([0, 1, 2, 3], 2, [[0, 2], [1, 3]]),
+        ([1, 4, 5, 6, 9], 3, [[0, 1], [3, 4]]),  # by row, 1 and 6 would be a pair
+        ([0, 5, 20, 21, 25, 40], 20, [[0, 2], [1, 4], [2, 5]]),  # 21 and 40 are 19 apart: never shorter
+        ([0, 22, 43], 20, [[0, 1], [1, 2]]),  # up to a tenth later
+        ([0, 23, 44], 20, [[1, 2]]),
+        ([0, 240, 260], 20, [[1, 2]]),
+    ],
+)
+def test_pairs_go_by_the_clock_and_not_by_rows(clock: list[int], gap: int, rows: list[list[int]]) -> None:
+    assert pair_rows(np.array(clock), gap).tolist() == rows
+
+
+def test_a_recording_without_pairs_is_refused(cache: FrameCache) -> None:
+    sparse = dataclasses.replace(cache.recordings["a"], clock=64 * np.arange(5))
+    with pytest.raises(
+        InputError, match=r"recording 'a': gap: no two of its moments are 20 frames apart \(most are 64\)"
+    ):
+        PairDataset(FrameCache({"a": sparse}, "k"), ["a"], 20)
+    assert len(PairDataset(FrameCache({"a": sparse}, "k"), ["a"], 64)) == 4
 
 
 @pytest.mark.parametrize(
@@ -118,7 +157,7 @@ def test_other_refusals(cache: FrameCache) -> None:
         PairDataset(cache, [], 1)
     with pytest.raises(InputError, match="there is no recording 'c' in the cache"):
         PairDataset(cache, ["c"], 1)
-    slow = CachedRecording("b", "train", 25.0, cache.recordings["b"].path, cache.recordings["b"].shape)
-    mixed = FrameCache(cache.cameras, {**cache.recordings, "b": slow}, "k")
+    slow = dataclasses.replace(cache.recordings["b"], fps=25.0)
+    mixed = FrameCache({**cache.recordings, "b": slow}, "k")
     with pytest.raises(InputError, match="recordings 'a' and 'b' run at 30 and 25 frames per second"):
         PairDataset(mixed, ["a", "b"], 1)

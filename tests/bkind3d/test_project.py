@@ -106,7 +106,7 @@ def test_required_keys(project_file, key: str) -> None:
         ({"up": [0, 0, 0]}, "up must be a direction"),
         ({"up": "z"}, "up must be three numbers"),
         ({"recordings": []}, "expected a list of at least one recording"),
-        ({"recordings": ["take"]}, "recordings[0]: expected the keys name, split, videos"),
+        ({"recordings": ["take"]}, "recordings[0]: expected the keys name, split, calibration, videos"),
         ({"volume": {"center": [0, 0, 0], "size": [1, 0, 1]}}, "every side of size [1.0, 0.0, 1.0] must be greater"),
         ({"volume": {"center": [0, 0, ".nan"], "size": [1, 1, 1]}}, "center must be three finite numbers"),
         ({"volume": {"center": [0, 0, 0]}}, "the key 'size' is required"),

@@ -112,7 +112,7 @@ def test_recording(tmp_path: Path) -> None:
     info = probe_recording(project.recordings[0], project.cameras)
     assert info.frames == 7
     assert info.fps == pytest.approx(30, rel=0.01)
-    assert {camera: video.frames for camera, video in info.videos.items()} == {"cam0": 7, "cam1": 7, "cam2": 7}
+    assert {camera: video.frames for camera, video in info.footage.items()} == {"cam0": 7, "cam1": 7, "cam2": 7}
 
 
 def test_unequal_frame_counts(tmp_path: Path) -> None:

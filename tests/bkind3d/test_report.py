@@ -79,8 +79,14 @@ def filmed(cameras, points):
 def scene():
     cameras = ring_of_cameras()
     frames = filmed(cameras, caterpillar())
-    return Scene("demo", "m", np.array([0.0, 0, 1]), cameras, CENTER, SIDES, {"train": frames, "test": frames},
-                 {"train": "train", "test": "test"})  # fmt: skip
+    names = ("train", "test")
+    return Scene(
+        "demo", "m", np.array([0.0, 0, 1]), CENTER, SIDES,
+        cameras=dict.fromkeys(names, cameras),
+        frames=dict.fromkeys(names, frames),
+        clocks=dict.fromkeys(names, np.arange(FRAMES)),
+        splits={name: name for name in names},
+    )  # fmt: skip
 
 
 def write_run(run, scene, parts=None):
@@ -176,9 +182,9 @@ def write_metrics(path, rng):
 def write_sample(path, scene, points):
     images = scene.frames["train"][12]
     target = np.abs(scene.frames["train"][18].astype(float) - images).mean(axis=3)  # (M, H, W)
-    pixels = clip.project_keypoints(scene.cameras, points[12:13])[0]
+    pixels = clip.project_keypoints(scene.cameras["test"], points[12:13])[0]
     edges = np.array([[j, j + 1] for j in range(7)])
-    pictures.sample_sheet(path, images, pixels, edges, target, 0.7 * target + 5, names=scene.cameras.names)
+    pictures.sample_sheet(path, images, pixels, edges, target, 0.7 * target + 5, names=scene.cameras["test"].names)
 
 
 @pytest.fixture
@@ -302,17 +308,17 @@ def test_sample_sheet_bad_input(tmp_path):
 
 def test_projected_keypoints_lie_on_the_dark_blobs(scene):
     """The frames were drawn by the same projection; a mistake in axes or order would still leave the blobs."""
-    pixels = clip.project_keypoints(scene.cameras, caterpillar())
+    pixels = clip.project_keypoints(scene.cameras["test"], caterpillar())
     assert pixels.shape == (FRAMES, VIEWS, JOINTS, 2)
     f, m, j = 7, 2, 4
-    x = scene.cameras.rotation[m] @ torch.tensor(caterpillar()[f, j]) + scene.cameras.translation[m]
-    expected = (scene.cameras.intrinsics[m] @ (x / x[2]))[:2].numpy()
+    x = scene.cameras["test"].rotation[m] @ torch.tensor(caterpillar()[f, j]) + scene.cameras["test"].translation[m]
+    expected = (scene.cameras["test"].intrinsics[m] @ (x / x[2]))[:2].numpy()
     np.testing.assert_allclose(pixels[f, m, j], expected, atol=1e-9)
 
 
 def test_keypoints_behind_a_camera_are_not_drawn(scene):
-    behind = scene.cameras.centers[0].numpy() * 2 - CENTER  # beyond camera 0, seen from the volume
-    pixels = clip.project_keypoints(scene.cameras, np.stack([[behind, CENTER, np.full(3, np.nan)]]))
+    behind = scene.cameras["test"].centers[0].numpy() * 2 - CENTER  # beyond camera 0, seen from the volume
+    pixels = clip.project_keypoints(scene.cameras["test"], np.stack([[behind, CENTER, np.full(3, np.nan)]]))
     assert np.isnan(pixels[0, 0, 0]).all()
     assert np.isfinite(pixels[0, :, 1]).all()
     assert np.isnan(pixels[0, :, 2]).all()
@@ -483,9 +489,9 @@ def test_poses_that_reach_beyond_the_frames_are_not_shown(tmp_path, scene, with_
 
 def test_frames_and_cameras_come_from_the_runs_project(tmp_path, scene):
     """Real videos and a real calibration: keypoints projected by the run's cameras fall on the dark blobs."""
-    save_toml(scene.cameras, tmp_path / "calibration.toml")
+    save_toml(scene.cameras["test"], tmp_path / "calibration.toml")
     videos = {}
-    for m, name in enumerate(scene.cameras.names):
+    for m, name in enumerate(scene.cameras["test"].names):
         videos[name] = f"{name}.mp4"
         (tmp_path / videos[name]).write_bytes(clip.encode(scene.frames["test"][:20, m], 30.0))
     project = {
@@ -505,7 +511,7 @@ def test_frames_and_cameras_come_from_the_runs_project(tmp_path, scene):
     assert (found.project, found.units, found.splits) == ("filmed", "m", {"walk": "both"})
     np.testing.assert_allclose([*found.center, *found.sides], [*CENTER, *SIDES])
     assert found.frames["walk"].shape == (20, VIEWS, 64, 64, 3)
-    pixels = clip.project_keypoints(found.cameras, caterpillar()[:20]).round().astype(int)  # (F, M, J, 2)
+    pixels = clip.project_keypoints(found.cameras["walk"], caterpillar()[:20]).round().astype(int)  # (F, M, J, 2)
     f, m = np.ogrid[:20, :VIEWS]
     at_keypoints = found.frames["walk"][f[..., None], m[..., None], pixels[..., 1], pixels[..., 0]]
     assert at_keypoints.max() < 75

@@ -1,0 +1,338 @@
+"""Rat7M (Marshall et al., figshare 2021; Dunn et al., Nature Methods 2021): reading it, and writing its layout.
+
+``mocap-s#-d#.mat`` of subject # and day # holds two MATLAB structs, as version 5 or 7.3 (HDF5):
+
+- ``cameras.Camera#``: ``IntrinsicMatrix`` and ``rotationMatrix`` (3 × 3), ``translationVector`` (mm),
+  ``RadialDistortion``, ``TangentialDistortion`` (2), and ``frame`` (F), the index of that camera's frame for each row
+  of ``mocap``: the cameras are not in step. MATLAB multiplies row vectors, [x y z] = [X Y Z] R + t and
+  [u v w] = [x y z] K, so that both matrices are the transposes of OpenCV's; it puts the centre of the first pixel at
+  (1, 1), so that 1 is taken from the principal point, as its own ``cameraIntrinsicsToOpenCV`` does. The distortion is
+  OpenCV's k1 k2, p1 p2.
+- ``mocap.<marker>`` (F, 3), mm, NaN where a marker was not tracked.
+
+The videos ``s#-d#-camera#-<start>.mp4`` are chunks of 3500 frames; ``start`` is the index of the first, counted from 0.
+They may lie anywhere below the root. Rows of ``mocap`` follow one another at the rate of the videos, 30 per second: the
+paper says 120, but its gap of 0.66 s is 20 frames in the published code, and 7 million frames of 6 cameras are the 10.8
+hours that were recorded at 30.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import h5py
+import numpy as np
+import scipy.io
+import torch
+from scipy.io.matlab import MatReadError
+
+from bkind3d.cameras import Cameras
+from bkind3d.data.importing import Take, choose, write_takes
+from bkind3d.data.index import Index
+from bkind3d.data.project import Project, Source, Truth, load_truth
+from bkind3d.data.video import probe_recording, video_size
+from bkind3d.data.volume import Triple
+from bkind3d.errors import InputError
+
+TEST_SUBJECTS = ("5",)  # of 1 to 5
+FPS = 30.0
+CHUNK = 3500  # frames
+SIDE = 1000.0  # mm, of the paper's volume
+
+MARKERS = (
+    "HeadF HeadB HeadL SpineF SpineM SpineL Offset1 Offset2 HipL HipR "
+    "ElbowL ArmL ShoulderL ShoulderR ElbowR ArmR KneeR KneeL ShinL ShinR"
+)
+BONES = (
+    "HeadF-HeadB HeadF-HeadL HeadB-HeadL HeadB-SpineF SpineF-SpineM SpineM-SpineL "
+    "SpineF-ShoulderL ShoulderL-ElbowL ElbowL-ArmL SpineF-ShoulderR ShoulderR-ElbowR ElbowR-ArmR "
+    "SpineL-HipL HipL-KneeL KneeL-ShinL SpineL-HipR HipR-KneeR KneeR-ShinR"
+)
+
+_VIDEO = re.compile(r"(s\d+-d\d+)-camera(\d+)-(\d+)\.mp4", re.IGNORECASE)
+# Fields of a camera, and how many numbers each holds.
+_LENS = {
+    "IntrinsicMatrix": (9,),
+    "rotationMatrix": (9,),
+    "translationVector": (3,),
+    "RadialDistortion": (2, 3),
+    "TangentialDistortion": (2,),
+}
+_PIXEL_ORIGIN = 1.0  # MATLAB's index of the first pixel
+_STEP = 1.4  # factor by which frames may advance faster or slower than rows, on average: dropped frames, no other rate
+_MILLIMETRES = {"m": 1000.0, "cm": 10.0, "mm": 1.0, "um": 0.001}
+
+
+Lens = dict[str, np.ndarray]
+
+
+def rat7m_project(
+    root: Path,
+    out: Path,
+    *,
+    sessions: list[str] | None = None,
+    every: int = 1,
+    gap: str | int = "0.66 s",
+    moments: int | None = None,
+    fps: float | None = None,
+    center: Triple | None = None,
+    side: float = SIDE,
+) -> Path:
+    """Write a project of Rat7M, whose videos stay where they are.
+
+    Subjects 1 to 4 train, subject 5 tests. The cache of all moments would need a terabyte: the paper trains on every
+    240th, which is ``every=240``.
+
+    Args:
+        root: folder below which the mocap files and the videos lie.
+        out: folder for the project, made when missing.
+        sessions: such as s1-d1; all that are there when left out.
+        every: distance in frames of the moments to keep, with their partners in training pairs.
+        gap: distance of the two frames of a training pair, for the partners.
+        moments: number of moments to take from the start of each session, where not all chunks are there.
+        fps: rows of the mocap arrays per second; 30, and one row per video frame, when left out.
+        center: of the volume, mm; the point where the cameras' optical axes meet when left out.
+        side: of the volume, mm.
+
+    Returns:
+        The path of ``project.yaml``.
+
+    Raises:
+        InputError: a file, a video or an array is missing or misshapen, rows and video frames advance at different
+            rates, or the project exists.
+    """
+    files = {path.stem.removeprefix("mocap-"): path for path in sorted(root.rglob("mocap-s*-d*.mat"))}
+    if not files:
+        raise InputError(f"{root}: no mocap-s#-d#.mat is below this folder")
+    videos = _find_videos(root)
+    takes, rigs = [], {}
+    for session in choose("sessions", sessions, files):
+        take, rigs[session] = _take(session, files[session], videos, fps)
+        takes.append(take.first(moments).thinned(every, gap))
+    return write_takes(out, "Rat7M", takes, rigs, center, side)
+
+
+def _find_videos(root: Path) -> dict[tuple[str, str], tuple[Path, ...]]:
+    """(session, number of the camera) -> its chunks in order."""
+    found: dict[tuple[str, str], dict[int, Path]] = {}
+    for path in root.rglob("*.mp4"):
+        if match := _VIDEO.fullmatch(path.name):
+            chunks = found.setdefault((match[1].lower(), match[2]), {})
+            start = int(match[3])
+            if start in chunks:
+                raise InputError(f"{path}: is there twice, also as {chunks[start]}; remove one of them")
+            chunks[start] = path.absolute()
+    return {key: tuple(path for _, path in sorted(chunks.items())) for key, chunks in found.items()}
+
+
+def _take(
+    session: str, path: Path, videos: Mapping[tuple[str, str], tuple[Path, ...]], fps: float | None
+) -> tuple[Take, Cameras]:
+    lenses, markers = _read_session(path)
+    footage: dict[str, Source] = {}
+    for name in lenses:
+        number = re.sub(r"\D", "", name)
+        if (session, number) not in videos:
+            raise InputError(f"{path}: of its {name} there is no video {session}-camera{number}-<start>.mp4")
+        footage[name] = videos[session, number]
+    names, points = list(markers), np.stack(list(markers.values()), axis=1)
+    bones = [bone.split("-") for bone in BONES.split() if set(bone.split("-")) <= set(names)]
+    if fps is None:
+        _require_one_frame_a_row(path, lenses)
+    truth = Truth(
+        points3d=points,
+        names=names,
+        edges=np.array([[names.index(start), names.index(end)] for start, end in bones], dtype=np.int64).reshape(-1, 2),
+        fps=fps or FPS,
+    )
+    sizes = [video_size(chunks[0]) for chunks in footage.values() if isinstance(chunks, tuple)]
+    split = "test" if session[1:].split("-")[0] in TEST_SUBJECTS else "train"
+    try:
+        frames = np.stack([lens["frame"] for lens in lenses.values()], axis=1)
+        index = Index(tuple(lenses), frames, np.arange(len(points)), fps or FPS)
+        return Take(session, split, session, footage, index, truth), _cameras(lenses, sizes)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read_session(path: Path) -> tuple[dict[str, Lens], dict[str, np.ndarray]]:
+    """Lenses by camera, and positions (F, 3) by marker, in the published order: HDF5 does not keep it."""
+    content = _read_mat(path)
+    for key in ("cameras", "mocap"):
+        if not isinstance(content.get(key), dict) or not content[key]:
+            raise InputError(f"{path}: has no struct {key!r}; expected cameras.Camera1, ... and mocap.HeadF, ...")
+    order = [*(name for name in MARKERS.split() if name in content["mocap"]), *content["mocap"]]
+    markers = {name: np.atleast_2d(content["mocap"][name]).astype(np.float64) for name in order}
+    moments = len(next(iter(markers.values())))
+    for name, values in markers.items():
+        if values.shape != (moments, 3):
+            raise InputError(f"{path}: mocap.{name} is {values.shape}, expected ({moments}, 3)")
+    return {name: _read_lens(path, name, lens, moments) for name, lens in content["cameras"].items()}, markers
+
+
+def _read_lens(path: Path, name: str, content: Any, moments: int) -> Lens:
+    lens = {}
+    for key, sizes in (*_LENS.items(), ("frame", (moments,))):
+        if not isinstance(content, dict) or key not in content:
+            raise InputError(f"{path}: cameras.{name} lacks {key!r}")
+        lens[key] = np.atleast_1d(content[key]).astype(np.float64)
+        if lens[key].size not in sizes:
+            raise InputError(f"{path}: cameras.{name}.{key} has {lens[key].size} numbers, expected {sizes[0]}")
+    lens["frame"] = lens["frame"].ravel()
+    if not (lens["frame"] == np.round(lens["frame"])).all():
+        raise InputError(f"{path}: cameras.{name}.frame must hold whole numbers")
+    lens["frame"] = lens["frame"].astype(np.int64)
+    return lens
+
+
+def _require_one_frame_a_row(path: Path, lenses: Mapping[str, Lens]) -> None:
+    for name, lens in lenses.items():
+        step = np.diff(lens["frame"]).mean() if len(lens["frame"]) > 1 else 1.0
+        if not 1 / _STEP < step < _STEP:
+            raise InputError(
+                f"{path}: cameras.{name}.frame advances by {step:.3g} per row of mocap, not by one; give the rows per "
+                "second with --fps"
+            )
+
+
+def _cameras(lenses: Mapping[str, Lens], sizes: list[tuple[int, int]]) -> Cameras:
+    """Cameras in OpenCV's form from those of MATLAB."""
+
+    def stacked(key: str) -> np.ndarray:
+        return np.stack([lens[key] for lens in lenses.values()])
+
+    intrinsics = stacked("IntrinsicMatrix").transpose(0, 2, 1).copy()
+    intrinsics[:, :2, 2] -= _PIXEL_ORIGIN
+    radial, tangential = (
+        [lens[key].ravel() for lens in lenses.values()] for key in ("RadialDistortion", "TangentialDistortion")
+    )
+    lens_models = [np.concatenate([k[:2], p, k[2:], np.zeros(3 - len(k))]) for k, p in zip(radial, tangential)]
+    return Cameras(
+        names=tuple(lenses),
+        intrinsics=torch.from_numpy(intrinsics),
+        distortion=torch.from_numpy(np.stack(lens_models)),
+        rotation=torch.from_numpy(stacked("rotationMatrix").transpose(0, 2, 1).copy()),
+        translation=torch.from_numpy(stacked("translationVector").reshape(-1, 3)),
+        image_size=torch.tensor(sizes),
+        units="mm",
+    )
+
+
+def _read_mat(path: Path) -> dict[str, Any]:
+    """A MATLAB file as nested dictionaries of arrays in MATLAB's orientation."""
+    try:
+        if h5py.is_hdf5(path):  # version 7.3
+            with h5py.File(path) as file:
+                return _plain(file)
+        return scipy.io.loadmat(path, simplify_cells=True)
+    except (OSError, ValueError, TypeError, MatReadError) as error:
+        raise InputError(f"{path}: not a readable MATLAB file ({error})") from None
+
+
+def _plain(group: h5py.Group) -> dict[str, Any]:
+    """HDF5 holds a MATLAB array with its axes reversed."""
+    return {
+        name: _plain(item) if isinstance(item, h5py.Group) else np.asarray(item[()]).T
+        for name, item in group.items()
+        if not name.startswith("#")
+    }
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def write_rat7m(
+    project: Project, recordings: Sequence[str], out: Path, *, chunk: int = CHUNK, crf: int = 12
+) -> dict[str, str]:
+    """Write recordings of a project in the layout of Rat7M.
+
+    Test recordings become sessions of subject 5, all others of subject 1, a day each; cameras become Camera1, Camera2,
+    ... in their order. Lengths are converted to mm. Bones are not part of the layout, nor is the clock: rows are taken
+    as one after another.
+
+    Args:
+        project: the project.
+        recordings: names of recordings, each with truth.
+        out: folder, made when missing.
+        chunk: frames per video file.
+        crf: quality of the H.264 encoding, 0 (lossless) to 51.
+
+    Returns:
+        Recording name -> session.
+
+    Raises:
+        InputError: a recording is unknown, lacks truth or cannot be read, a joint's name is none that MATLAB takes, or
+            the folder holds such a session or cannot be written.
+    """
+    sessions: dict[str, str] = {}
+    for name in recordings:
+        subject = TEST_SUBJECTS[0] if project.recording(name).split == "test" else "1"
+        day = 1 + sum(session.startswith(f"s{subject}-") for session in sessions.values())
+        sessions[name] = f"s{subject}-d{day}"
+        if (out / sessions[name]).exists():
+            raise InputError(f"{out / sessions[name]}: this session exists; remove it or choose another folder")
+    for name, session in sessions.items():
+        _write_session(project, name, out, session, chunk, crf)
+    return sessions
+
+
+def _write_session(project: Project, name: str, out: Path, session: str, chunk: int, crf: int) -> None:
+    recording = project.recording(name)
+    cameras = project.cameras_of(recording)
+    truth = load_truth(recording, project)
+    for joint in truth.names:
+        if not re.fullmatch(r"[A-Za-z]\w{0,62}", joint, flags=re.ASCII):
+            raise InputError(f"{recording.truth}: joint {joint!r} is no name of a MATLAB field")
+    if (cameras.image_size % 2).any():
+        raise InputError(f"recording {name!r}: H.264 needs images of even width and height")
+    info = probe_recording(recording, cameras)
+    scale = _MILLIMETRES[project.units]
+    lenses = {}
+    try:
+        (out / session).mkdir(parents=True)
+        for place, camera in enumerate(cameras.names):
+            numbers, frames = np.unique(info.index.frames[:, place], return_inverse=True)
+            stem = out / session / f"{session}-camera{place + 1}"
+            _write_chunks(stem, (frame for _, frame in info.footage[camera].read(numbers)), info.fps, chunk, crf)
+            lenses[f"Camera{place + 1}"] = _matlab_lens(cameras, place, scale) | {"frame": frames[None]}
+        markers = {joint: scale * truth.points3d[:, place] for place, joint in enumerate(truth.names)}
+        content = {"cameras": lenses, "mocap": markers}
+        scipy.io.savemat(out / f"mocap-{session}.mat", content, long_field_names=True, do_compression=True)
+    except OSError as error:
+        raise InputError(f"{error.filename or out}: cannot be written ({error.strerror or error})") from None
+
+
+def _matlab_lens(cameras: Cameras, place: int, scale: float) -> Lens:
+    """One camera in MATLAB's form."""
+    intrinsics = cameras.intrinsics[place].numpy().copy()
+    intrinsics[:2, 2] += _PIXEL_ORIGIN
+    k1, k2, p1, p2, k3 = cameras.distortion[place].tolist()
+    return {
+        "IntrinsicMatrix": intrinsics.T,
+        "rotationMatrix": cameras.rotation[place].numpy().T,
+        "translationVector": scale * cameras.translation[place].numpy()[None],
+        "RadialDistortion": np.array([[k1, k2, k3] if k3 else [k1, k2]]),
+        "TangentialDistortion": np.array([[p1, p2]]),
+    }
+
+
+def _write_chunks(stem: Path, frames: Iterator[np.ndarray], fps: float, chunk: int, crf: int) -> None:
+    """H.264 files <stem>-0.mp4, <stem>-<chunk>.mp4, ... of the frames (H, W, 3) uint8 RGB."""
+    options = {"crf": str(crf), "preset": "veryfast"}
+    for start in itertools.count(0, chunk):
+        first = next(frames, None)
+        if first is None:
+            return
+        with av.open(f"{stem}-{start}.mp4", "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+            stream.height, stream.width = first.shape[:2]
+            stream.pix_fmt = "yuv420p"
+            for frame in itertools.chain([first], itertools.islice(frames, chunk - 1)):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
