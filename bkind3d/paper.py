@@ -41,7 +41,7 @@ class Row:
     Args:
         name: As the table shows it.
         settings: What makes it differ from the subject's settings, "section.name" -> value.
-        paper: The row's name among the paper's own numbers (`bkind3d.probe.PAPER_ROWS`); empty where the paper has none.
+        paper: The row's name among the paper's own numbers (`bkind3d.probe.PAPER_ROWS`); empty where it has none.
     """
 
     name: str
@@ -278,9 +278,8 @@ def markdown(
     seeds = len({result["seed"] for result in results})
     per, units = millimetres(results[0]["units"])
     theirs = {row["name"]: row for row in PAPER_ROWS if row["dataset"] == table.dataset}
-    head = [
-        "", f"PMPJPE ({units})", f"MPJPE ({units})", "to mean pose", "untrained MPJPE", "dead", "active edges", "minutes",
-    ]  # fmt: skip
+    errors = [f"PMPJPE ({units})", f"MPJPE ({units})", "to mean pose", "untrained MPJPE"]
+    head = ["", *errors, "dead", "active edges", "minutes"]
     if table.dataset:
         head += ["paper: PMPJPE (mm)", "paper: MPJPE (mm)"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
@@ -314,8 +313,8 @@ def markdown(
         f"{environment['versions']['torch']}, bkind3d {environment['versions']['bkind3d']}), "
         f"{datetime.now(UTC):%Y-%m-%d}.",
         f"Settings for all rows: {json.dumps(settings)}." if settings else "Settings: the subject's own.",
-        "MPJPE after removing the mean shift, PMPJPE after rigid alignment, on frames that training never saw; a linear "
-        f"regression ({', '.join(f'{key} {value}' for key, value in subject.probe.items()) or 'without bias'}).",
+        "MPJPE after removing the mean shift, PMPJPE after rigid alignment, on frames that training never saw; a "
+        f"linear regression ({', '.join(f'{key} {value}' for key, value in subject.probe.items()) or 'without bias'}).",
     ]
     if table.dataset:
         about.append(f"The paper's columns ({PAPER_SOURCE}) are {OTHER_DATA}.")
