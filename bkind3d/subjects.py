@@ -143,9 +143,9 @@ def _film_human(folder: Path, film: Film, progress: bool) -> Path:
     return human_project(folder, film.source)
 
 
-# A distance that is shorter than the animal needs to leave its silhouette is predicted from the looks of frame t, past the
-# keypoints: on the rat, nearly all of them died at 0.4 s and at 0.67 s (docs/paper.md).
-_LONG_GAPS: list[str | int] = ["0.5 s", "1 s", "2 s"]
+# Where the distance is shorter than the animal needs to leave its silhouette, the difference can be predicted from the
+# looks of frame t, past the keypoints: on the rat, nearly all of them died at 0.4 s and at 0.67 s (docs/paper.md).
+_LONG_GAPS: list[str | int] = ["1 s", "2 s", "4 s"]
 
 SUBJECTS = {
     "animal": Subject(
