@@ -69,7 +69,7 @@ def summarise_skeleton(
     joint, distance = assign_joints(keypoints, joints)
     apart = bone_distances(bones, np.asarray(joints).shape[1])[joint][:, joint]  # (J, J), bones between two keypoints
     for row, (i, j) in zip(rows, edges):
-        row["bones"] = _known(apart[i, j])
+        row["bones"] = int(apart[i, j]) if np.isfinite(apart[i, j]) else None
     counted = apart[tuple(edges.T)]
     counted = counted[joint[edges[:, 0]] != joint[edges[:, 1]]]
     by_chance = apart[tuple(every.T)]

@@ -146,6 +146,7 @@ def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
     if evaluation is None:
         return None
     _require("evaluation.json", evaluation, EVALUATION_KEYS, "evaluate")
+    _require("evaluation.json", evaluation["options"], ("regressor",), "evaluate")
     rows, units = evaluation["rows"], evaluation["units"]
     largest = max(row["mpjpe"] for row in rows)
     short = _rounder(min(row[name] for row in rows for name in METRICS))

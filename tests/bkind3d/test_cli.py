@@ -50,7 +50,11 @@ def test_the_whole_way(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     main(["predict", run])
     main(["evaluate", run, "--bias", "--ridge", "auto"])
     table = capsys.readouterr().out
-    assert all(name in table for name in ("BKinD-3D", "untrained network", "mean pose"))
+    assert all(name in table for name in ("BKinD-3D", "untrained network", "mean pose", "ridge auto", "skeleton: "))
+    main(["evaluate", run, "--regressor", "mlp", "--hidden", "8", "--per_joint", "--force"])
+    table = capsys.readouterr().out
+    assert all(words in table for words in ("two-layer MLP fitted on 20", "hidden 8", "epochs chosen", "paw_hind_left"))
+    assert (tmp_path / "run" / "evaluation.csv").read_text().count("\n") == 1 + 3 * 21
     main(["report", run])
     assert (tmp_path / "run" / "report.html").is_file()
     main(["train", "--resume", "--out", run, "--steps", "3"])

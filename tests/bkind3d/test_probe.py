@@ -92,7 +92,8 @@ def test_compare_adds_the_mean_pose_and_says_what_was_done():
     assert "MPJPE, mean shift removed (m)" in table
 
 
-def test_the_regressor_is_named_in_every_output():
+def test_the_regressor_is_named_in_every_output(monkeypatch):
+    monkeypatch.setitem(MLP_SETTINGS, "most_epochs", 30)
     u, y = linear_scene(frames=60)
     options = ProbeOptions(regressor="mlp", hidden=16, seed=3)
     for document in (

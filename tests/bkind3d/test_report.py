@@ -462,6 +462,12 @@ def test_not_a_run_folder(tmp_path):
         ("env.json", "{", r"env\.json: not valid JSON"),
         ("skeleton.json", "[]", r"skeleton\.json: expected a JSON object"),
         ("evaluation.json", '{"rows": []}', r"evaluation\.json: key 'protocol' is missing"),
+        (
+            "evaluation.json",
+            '{"protocol": "", "options": {}, "units": "", "joints": [], "rows": [], "masked": {}, "paper": [], '
+            '"paper_source": "", "note": ""}',
+            r"evaluation\.json: key 'regressor' is missing; run `bkind3d evaluate`",
+        ),
         ("actions.json", '{"rows": []}', r"actions\.json: key 'protocol' is missing; run `bkind3d actions`"),
         ("metrics.csv", "step,loss\n1,abc\n", r"metrics\.csv: a row is not made of numbers"),
         ("metrics.csv", "step,loss\n1\n", r"metrics\.csv: a row is not made of numbers"),

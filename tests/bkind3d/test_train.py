@@ -212,11 +212,24 @@ def test_predict_and_evaluate(config: MakeConfig, tmp_path: Path, rig: Path) -> 
     result = evaluate(run, every=2, progress=False)
     assert [row["name"] for row in result["rows"]] == ["BKinD-3D", UNTRAINED, "mean pose"]
     assert json.loads((run / "evaluation.json").read_text()) == result
+    assert result["skeleton"]["frames"] == 4  # every second of the test recording
+    assert result["skeleton"]["pairs"] == 6
+    assert len(result["skeleton"]["lengths"]) == len(json.loads((run / "skeleton.json").read_text())["edges"])
+    assert result["skeleton"]["agreement"][1]["all_pairs"] is not None
     for again in (lambda: predict(run, progress=False), lambda: evaluate(run, progress=False)):
         with pytest.raises(InputError, match="--force"):
             again()
     with pytest.raises(InputError, match='"nowhere" is not in'):
         predict(run, recordings=["nowhere"], progress=False)
+
+
+def test_evaluation_without_edges(config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = config(steps=1)
+    settings.model.edge_threshold = 1e6
+    train(settings, tmp_path / "run", progress=False)
+    result = evaluate(tmp_path / "run")
+    assert (result["skeleton"]["edges"], result["skeleton"]["lengths"]) == (0, [])
+    assert "skeleton: no edges" in capsys.readouterr().out
 
 
 def test_prediction_does_not_depend_on_the_batch(config: MakeConfig, tmp_path: Path) -> None:
