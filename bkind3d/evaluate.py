@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkind3d.config import Config
-from bkind3d.data import Recording, Truth, load_truth
+from bkind3d.data import CachedRecording, Recording, Truth, load_truth
 from bkind3d.errors import InputError
 from bkind3d.models.volumetric import VolumetricModel
 from bkind3d.predict import predict_recording
@@ -36,10 +36,21 @@ UNTRAINED = "untrained network"
 
 @dataclass(frozen=True)
 class Annotated:
-    """A recording with its truth, which covers every frame."""
+    """A recording with its frames and its truth, which covers every frame."""
 
     recording: Recording
+    cached: CachedRecording
     truth: Truth
+
+    def rows(self, every: int) -> np.ndarray:
+        """Numbers of the frames used, (F,): the first and every `every`-th after it.
+
+        Raises:
+            InputError: `every` is less than 1.
+        """
+        if every < 1:
+            raise InputError(f"every: expected 1 or more, got {every}")
+        return np.arange(0, len(self.truth.points3d), every)
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,6 @@ def evaluate(
     options = ProbeOptions(regressor, bias, scale, ridge, hidden, seed)
     inputs = open_inputs(config, progress=progress)
     train, test = fit_and_test(load_annotated(inputs))
-    if every < 1:
-        raise InputError(f"every: expected 1 or more, got {every}")
     if not train:
         raise InputError(
             f"{config.project}: nothing to evaluate; `truth` is needed in recordings of split train and test, or both"
@@ -145,7 +154,9 @@ def evaluate(
     write_json(path, result)
     write_text(table, joints_csv(result))
     if progress:
-        print("\n".join([format_table(result), *format_skeleton(skeleton), *([format_joints(result)] * per_joint)]))
+        print(format_table(result), format_skeleton(skeleton), sep="\n")
+        if per_joint:
+            print(format_joints(result))
         print(path)
     return result
 
@@ -191,13 +202,13 @@ def load_annotated(inputs: Inputs) -> list[Annotated]:
     for recording in inputs.project.recordings:
         if recording.truth is None:
             continue
-        truth, frames = load_truth(recording, inputs.project), len(inputs.cache.recordings[recording.name])
-        if len(truth.points3d) != frames:
-            raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {frames}")
+        truth, cached = load_truth(recording, inputs.project), inputs.cache.recordings[recording.name]
+        if len(truth.points3d) != len(cached):
+            raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {len(cached)}")
         first = found[0].truth if found else truth
         if truth.names != first.names or not np.array_equal(truth.edges, first.edges):
             raise InputError(f"{recording.truth}: joints or bones differ from those of {found[0].recording.truth}")
-        found.append(Annotated(recording, truth))
+        found.append(Annotated(recording, cached, truth))
     return found
 
 
@@ -217,7 +228,7 @@ def fit_and_test(annotated: Iterable[Annotated]) -> tuple[list[Annotated], list[
 
 def joints_of(annotated: Sequence[Annotated], every: int) -> np.ndarray:
     """True joints (F, K, 3) of the recordings, one after another."""
-    return np.concatenate([one.truth.points3d[::every] for one in annotated])
+    return np.concatenate([one.truth.points3d[one.rows(every)] for one in annotated])
 
 
 def keypoints_of(
