@@ -157,6 +157,21 @@ def blocked_folds(windows: Windows, blocks: int, window: int) -> list[Fold]:
     return folds
 
 
+def check_folds(windows: Windows, folds: Sequence[Fold], behaviours: Sequence[str], options: ActionOptions) -> None:
+    """Refuse what no classifier can be trained on.
+
+    Raises:
+        InputError: fewer than two behaviours in the windows, fewer in all than ``top``, or a fold without training or
+            test windows.
+    """
+    if len(np.unique(windows.label)) < 2:
+        raise InputError("behaviours: at least two must occur in the windows")
+    if options.top > len(behaviours):
+        raise InputError(f"top: expected at most the number of behaviours ({len(behaviours)}), got {options.top}")
+    if any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
+        raise InputError("windows: a fold has none to train or none to test on; use fewer blocks or a shorter window")
+
+
 def compare_actions(
     tracks: Mapping[str, np.ndarray],
     windows: Windows,
@@ -182,15 +197,10 @@ def compare_actions(
         is not tested), means over the seeds, and their standard deviation ``sd`` where there are several.
 
     Raises:
-        InputError: fewer than two behaviours, a fold without training or test windows, or tracks that do not fit.
+        InputError: as :func:`check_folds`, or tracks that do not fit.
     """
+    check_folds(windows, folds, behaviours, options)
     labels, count = windows.label, len(behaviours)
-    if len(np.unique(labels)) < 2:
-        raise InputError("behaviours: at least two must occur in the windows")
-    if options.top > count:
-        raise InputError(f"top: expected at most the number of behaviours ({count}), got {options.top}")
-    if any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
-        raise InputError("windows: a fold has none to train or none to test on; use fewer blocks or a shorter window")
     tested = np.concatenate([fold.test for fold in folds])
     rows = []
     for name, positions in tracks.items():

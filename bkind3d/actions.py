@@ -12,6 +12,7 @@ from bkind3d.action_classifier import (
     ActionOptions,
     Fold,
     blocked_folds,
+    check_folds,
     compare_actions,
     find_windows,
     format_actions,
@@ -86,10 +87,12 @@ def actions(
         folds = split_fold(windows, range(len(train), len(recordings)))
     else:
         folds = blocked_folds(windows, blocks, options.window)
+    check_folds(windows, folds, behaviours, options)
+    true = true_tracks(recordings, every)
     networks = load_networks(run, config, inputs, batch)
     found = keypoints_of(networks, recordings, every=every, batch=batch, progress=progress)
     method, untrained = found
-    tracks = {method: found[method], TRUE_JOINTS: true_tracks(recordings, every), untrained: found[untrained]}
+    tracks = {method: found[method], TRUE_JOINTS: true, untrained: found[untrained]}
     result = compare_actions(tracks, windows, folds, behaviours, options, up=inputs.project.up)
     result |= {
         "protocol": f"1D convolutional network over {options.window} frames ({window:g} s), {_protocol(folds)}",
