@@ -88,7 +88,7 @@ class Windows:
         recording: (W,) number of the recording.
         label: (W,) behaviour.
         unknown: number of frames left out because their behaviour is not known.
-        ends: number left out because they are too near to an end of their recording.
+        cut: number left out because their window reaches over an end of their recording, or over a frame that it lacks.
     """
 
     centre: np.ndarray
@@ -96,7 +96,7 @@ class Windows:
     recording: np.ndarray
     label: np.ndarray
     unknown: int
-    ends: int
+    cut: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,29 +107,32 @@ class Fold:
     test: np.ndarray
 
 
-def find_windows(behaviour: Sequence[np.ndarray], window: int) -> Windows:
+def find_windows(behaviour: Sequence[np.ndarray], frames: Sequence[np.ndarray], window: int, every: int = 1) -> Windows:
     """The windows of recordings.
 
     Args:
-        behaviour: for each recording (T,), the behaviour of each frame, -1 where it is not known.
-        window: frames of a window, odd.
+        behaviour: for each recording (T,), the behaviour of each used frame, -1 where it is not known.
+        frames: for each recording (T,), the increasing numbers of these frames.
+        window: used frames of a window, odd.
+        every: distance of neighbouring frames; a window has no two of another distance.
 
     Raises:
         InputError: no window lies in any recording.
     """
-    radius, rows, unknown, ends = window // 2, [], 0, 0
-    start = 0
-    for number, labels in enumerate(behaviour):
-        frame = np.arange(len(labels))
-        inside = (frame >= radius) & (frame < len(labels) - radius)
+    radius, start, unknown, cut = window // 2, 0, 0, 0
+    rows = []
+    for place, (labels, numbers) in enumerate(zip(behaviour, frames, strict=True)):
+        whole = np.zeros(len(labels), dtype=bool)
+        if len(labels) >= window:
+            whole[radius : len(labels) - radius] = numbers[window - 1 :] - numbers[: 1 - window] == (window - 1) * every
         known = labels >= 0
-        kept = frame[inside & known]
-        rows.append(np.stack([start + kept, start + kept + number * window, np.full(len(kept), number), labels[kept]]))
-        unknown, ends, start = unknown + int((~known).sum()), ends + int((known & ~inside).sum()), start + len(labels)
+        kept = np.flatnonzero(whole & known)
+        rows.append(np.stack([start + kept, start + kept + place * window, np.full(len(kept), place), labels[kept]]))
+        unknown, cut, start = unknown + int((~known).sum()), cut + int((known & ~whole).sum()), start + len(labels)
     centre, time, recording, label = np.concatenate(rows, axis=1).astype(np.int64)
     if len(centre) == 0:
         raise InputError(f"window: no recording holds {window} frames around one of known behaviour; shorten it")
-    return Windows(centre, time, recording, label, unknown, ends)
+    return Windows(centre, time, recording, label, unknown, cut)
 
 
 def split_fold(windows: Windows, test: Sequence[int]) -> list[Fold]:
@@ -152,6 +155,21 @@ def blocked_folds(windows: Windows, blocks: int, window: int) -> list[Fold]:
         apart = (windows.time <= first - window) | (windows.time >= last + window)
         folds.append(Fold(np.flatnonzero(apart), test))
     return folds
+
+
+def check_folds(windows: Windows, folds: Sequence[Fold], behaviours: Sequence[str], options: ActionOptions) -> None:
+    """Refuse what no classifier can be trained on.
+
+    Raises:
+        InputError: fewer than two behaviours in the windows, fewer in all than ``top``, or a fold without training or
+            test windows.
+    """
+    if len(np.unique(windows.label)) < 2:
+        raise InputError("behaviours: at least two must occur in the windows")
+    if options.top > len(behaviours):
+        raise InputError(f"top: expected at most the number of behaviours ({len(behaviours)}), got {options.top}")
+    if any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
+        raise InputError("windows: a fold has none to train or none to test on; use fewer blocks or a shorter window")
 
 
 def compare_actions(
@@ -179,15 +197,10 @@ def compare_actions(
         is not tested), means over the seeds, and their standard deviation ``sd`` where there are several.
 
     Raises:
-        InputError: fewer than two behaviours, a fold without training or test windows, or tracks that do not fit.
+        InputError: as :func:`check_folds`, or tracks that do not fit.
     """
+    check_folds(windows, folds, behaviours, options)
     labels, count = windows.label, len(behaviours)
-    if len(np.unique(labels)) < 2:
-        raise InputError("behaviours: at least two must occur in the windows")
-    if options.top > count:
-        raise InputError(f"top: expected at most the number of behaviours ({count}), got {options.top}")
-    if any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
-        raise InputError("windows: a fold has none to train or none to test on; use fewer blocks or a shorter window")
     tested = np.concatenate([fold.test for fold in folds])
     rows = []
     for name, positions in tracks.items():
@@ -206,7 +219,7 @@ def compare_actions(
         "windows": {
             "tested": np.bincount(labels[tested], minlength=count).tolist(),
             "unknown": windows.unknown,
-            "ends": windows.ends,
+            "cut": windows.cut,
         },
         "rows": rows,
     }

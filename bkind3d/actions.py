@@ -12,6 +12,7 @@ from bkind3d.action_classifier import (
     ActionOptions,
     Fold,
     blocked_folds,
+    check_folds,
     compare_actions,
     find_windows,
     format_actions,
@@ -19,7 +20,7 @@ from bkind3d.action_classifier import (
 )
 from bkind3d.errors import InputError
 from bkind3d.evaluate import Annotated, fit_and_test, joints_of, keypoints_of, load_annotated, load_networks
-from bkind3d.run import Inputs, open_inputs, open_run, refuse_results, write_json
+from bkind3d.run import open_inputs, open_run, refuse_results, write_json
 from bkind3d.tables import plain
 
 NAME = "actions.json"
@@ -72,8 +73,6 @@ def actions(
     path, config = run / NAME, open_run(run)
     refuse_results(path, force=force)
     inputs = open_inputs(config, progress=progress)
-    if every < 1:
-        raise InputError(f"every: expected 1 or more, got {every}")
     train, test = fit_and_test(one for one in load_annotated(inputs) if one.truth.behaviour is not None)
     if not train:
         raise InputError(
@@ -82,16 +81,18 @@ def actions(
         )
     recordings = train + test
     behaviours, labels = behaviour_of(recordings, every)
-    options = ActionOptions(window_in_frames(window, inputs, recordings, every), top, seeds, class_weights, steps)
-    windows = find_windows(labels, options.window)
+    options = ActionOptions(window_in_frames(window, recordings, every), top, seeds, class_weights, steps)
+    windows = find_windows(labels, [one.cached.clock[one.rows(every)] for one in recordings], options.window, every)
     if test:
         folds = split_fold(windows, range(len(train), len(recordings)))
     else:
         folds = blocked_folds(windows, blocks, options.window)
+    check_folds(windows, folds, behaviours, options)
+    true = true_tracks(recordings, every)
     networks = load_networks(run, config, inputs, batch)
     found = keypoints_of(networks, recordings, every=every, batch=batch, progress=progress)
     method, untrained = found
-    tracks = {method: found[method], TRUE_JOINTS: true_tracks(recordings, every), untrained: found[untrained]}
+    tracks = {method: found[method], TRUE_JOINTS: true, untrained: found[untrained]}
     result = compare_actions(tracks, windows, folds, behaviours, options, up=inputs.project.up)
     result |= {
         "protocol": f"1D convolutional network over {options.window} frames ({window:g} s), {_protocol(folds)}",
@@ -116,17 +117,17 @@ def behaviour_of(recordings: Sequence[Annotated], every: int) -> tuple[list[str]
     labels = []
     for one in recordings:
         place = np.array([*(names.index(name) for name in one.truth.behaviours), -1])
-        labels.append(place[np.asarray(one.truth.behaviour)[one.entry.rows(every)]])
+        labels.append(place[np.asarray(one.truth.behaviour)[one.rows(every)]])
     return names, labels
 
 
-def window_in_frames(seconds: float, inputs: Inputs, recordings: Sequence[Annotated], every: int) -> int:
+def window_in_frames(seconds: float, recordings: Sequence[Annotated], every: int) -> int:
     """The odd number of used frames nearest to a length of time.
 
     Raises:
         InputError: recordings of different frame rates.
     """
-    rates = [inputs.cache.recordings[one.recording.name].fps for one in recordings]
+    rates = [one.cached.fps for one in recordings]
     if max(rates) > 1.01 * min(rates):
         raise InputError(
             f"recordings: a window would be two lengths of time at {min(rates):g} and {max(rates):g} frames per second"

@@ -45,8 +45,18 @@ class Annotated:
     """A recording with its frames and its truth, which covers every frame."""
 
     recording: Recording
-    entry: CachedRecording
+    cached: CachedRecording
     truth: Truth
+
+    def rows(self, every: int) -> np.ndarray:
+        """Rows of the frames used, (F,): the first and every `every`-th after it on the recording's clock.
+
+        Raises:
+            InputError: `every` is less than 1.
+        """
+        if every < 1:
+            raise InputError(f"every: expected 1 or more, got {every}")
+        return self.cached.rows(every)
 
 
 @dataclass(frozen=True)
@@ -127,8 +137,6 @@ def evaluate(
     options = ProbeOptions(regressor, bias, scale, ridge, hidden, seed)
     inputs = open_inputs(config, progress=progress)
     train, test = fit_and_test(load_annotated(inputs))
-    if every < 1:
-        raise InputError(f"every: expected 1 or more, got {every}")
     if not train:
         raise InputError(
             f"{config.project}: nothing to evaluate; `truth` is needed in recordings of split train and test, or both"
@@ -152,7 +160,9 @@ def evaluate(
     write_json(path, result)
     write_text(table, joints_csv(result))
     if progress:
-        print("\n".join([format_table(result), *format_skeleton(skeleton), *([format_joints(result)] * per_joint)]))
+        print(format_table(result), format_skeleton(skeleton), sep="\n")
+        if per_joint:
+            print(format_joints(result))
         print(path)
     return result
 
@@ -199,13 +209,13 @@ def load_annotated(inputs: Inputs) -> list[Annotated]:
     for recording in inputs.project.recordings:
         if recording.truth is None:
             continue
-        truth, entry = load_truth(recording, inputs.project), inputs.cache.recordings[recording.name]
-        if len(truth.points3d) != len(entry):
-            raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {len(entry)}")
+        truth, cached = load_truth(recording, inputs.project), inputs.cache.recordings[recording.name]
+        if len(truth.points3d) != len(cached):
+            raise InputError(f"{recording.truth}: {len(truth.points3d)} frames, but the videos have {len(cached)}")
         first = found[0].truth if found else truth
         if truth.names != first.names or not np.array_equal(truth.edges, first.edges):
             raise InputError(f"{recording.truth}: joints or bones differ from those of {found[0].recording.truth}")
-        found.append(Annotated(recording, entry, truth))
+        found.append(Annotated(recording, cached, truth))
     return found
 
 
@@ -225,7 +235,7 @@ def fit_and_test(annotated: Iterable[Annotated]) -> tuple[list[Annotated], list[
 
 def joints_of(annotated: Sequence[Annotated], every: int) -> np.ndarray:
     """True joints (F, K, 3) of the recordings, one after another."""
-    return np.concatenate([one.truth.points3d[one.entry.rows(every)] for one in annotated])
+    return np.concatenate([one.truth.points3d[one.rows(every)] for one in annotated])
 
 
 def keypoints_of(

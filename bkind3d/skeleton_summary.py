@@ -124,19 +124,26 @@ def bone_distances(bones: np.ndarray, joints: int) -> np.ndarray:
     return shortest_path(graph, directed=False, unweighted=True)
 
 
-def format_skeleton(summary: Mapping[str, Any]) -> list[str]:
-    """A skeleton's summary in one or two sentences."""
+def format_skeleton(summary: Mapping[str, Any]) -> str:
+    """A summary as text for the terminal."""
     if not summary["edges"]:
-        return ["skeleton: no edges"]
+        return "skeleton: no edges"
+    return "\n  ".join([f"skeleton: {summary['edges']} of {summary['pairs']} edges active", *describe_edges(summary)])
+
+
+def describe_edges(summary: Mapping[str, Any]) -> list[str]:
+    """A sentence on the lengths of the active edges, and one on the bones where these are known; none without edges."""
+    if not summary["edges"]:
+        return []
     lines = [
-        f"skeleton: {summary['edges']} of {summary['pairs']} edges active; their lengths vary by "
-        f"{percent(summary['cv'])} (SD / mean, median; all pairs of keypoints {percent(summary['cv_all_pairs'])})"
+        f"over {summary['frames']} frames their lengths vary by {percent(summary['cv'])} (SD / mean, median), "
+        f"those of all pairs of keypoints by {percent(summary['cv_all_pairs'])}"
     ]
     if "agreement" in summary:
         near, far = (f"{percent(row['share'])} ({percent(row['all_pairs'])})" for row in summary["agreement"])
         lines.append(
-            f"true bones: of {summary['counted']} edges between different joints, {near} join neighbours and {far} "
-            "joints at most two bones apart (in brackets: all pairs of keypoints)"
+            f"of {summary['counted']} between different true joints, {near} join neighbours and {far} joints at most "
+            "two bones apart (in brackets: all pairs of keypoints)"
         )
     return lines
 

@@ -28,7 +28,7 @@ from bkind3d.report import clip, figures
 from bkind3d.report.inputs import RunFiles, Scene, read_run, run_inputs
 from bkind3d.report.pictures import palette
 from bkind3d.report.scene import SCENE_FRAMES, scene_html
-from bkind3d.skeleton_summary import format_skeleton
+from bkind3d.skeleton_summary import describe_edges
 from bkind3d.tables import percent
 
 NAME = "report.html"
@@ -284,7 +284,7 @@ def _edge_section(skeleton: dict[str, Any] | None, evaluation: dict[str, Any]) -
         "threshold": f"{skeleton['threshold']:g}",
         "total": len(skeleton["all_weights"]),
         "active": [(names[int(i)], names[int(j)], f"{weight:.3f}") for i, j, weight in active],
-        "summary": format_skeleton(evaluation["skeleton"]) if "skeleton" in evaluation else [],
+        "summary": describe_edges(evaluation["skeleton"]) if "skeleton" in evaluation else [],
     }
 
 

@@ -45,9 +45,13 @@ def recording(bouts=24, seed=0):
     return np.concatenate(tracks) + noise, np.concatenate(labels)
 
 
+def windows_of(labels, window):
+    return find_windows(labels, [np.arange(len(one)) for one in labels], window)
+
+
 def scene():
     (train, train_labels), (test, test_labels) = recording(seed=0), recording(16, seed=1)
-    windows = find_windows([train_labels, test_labels], OPTIONS.window)
+    windows = windows_of([train_labels, test_labels], OPTIONS.window)
     return np.concatenate([train, test]), windows, split_fold(windows, [1])
 
 
@@ -80,7 +84,7 @@ def test_shuffled_labels_give_chance():
 
 def test_blocks_in_time_and_no_shared_frame():
     tracks, labels = recording(20)
-    windows = find_windows([labels], OPTIONS.window)
+    windows = windows_of([labels], OPTIONS.window)
     folds = blocked_folds(windows, 3, OPTIONS.window)
     assert np.concatenate([fold.test for fold in folds]).tolist() == list(range(len(windows.time)))
     for fold in folds:
@@ -94,14 +98,21 @@ def test_blocks_in_time_and_no_shared_frame():
 
 def test_windows_stay_inside_their_recording_and_around_known_behaviour():
     labels = [np.array([0, 1, 1, -1, 1, 0, 0, 1]), np.array([1, 0]), np.array([0, 0, 1, 1, 1, -1])]
-    windows = find_windows(labels, 5)
+    windows = windows_of(labels, 5)
     assert windows.centre.tolist() == [2, 4, 5, 12, 13]  # frames 2, 4, 5 of the first, 2 and 3 of the third
     assert windows.label.tolist() == [1, 1, 0, 1, 1]
     assert windows.recording.tolist() == [0, 0, 0, 2, 2]
     assert np.diff(windows.time)[2] >= 5  # windows of two recordings never overlap
-    assert (windows.unknown, windows.ends) == (2, 16 - 2 - 5)
+    assert (windows.unknown, windows.cut) == (2, 16 - 2 - 5)
     with pytest.raises(InputError, match="window: no recording holds 9 frames"):
-        find_windows(labels, 9)
+        windows_of(labels, 9)
+
+
+def test_no_window_reaches_over_a_frame_that_is_missing():
+    numbers = np.array([0, 2, 4, 6, 8, 12, 14, 16, 18, 20, 22])  # every second frame, 10 lacks
+    windows = find_windows([np.zeros(11, int)], [numbers], 5, every=2)
+    assert windows.centre.tolist() == [2, 7, 8]
+    assert windows.cut == 8
 
 
 def test_the_same_for_the_same_seeds_whatever_the_units():
@@ -140,7 +151,7 @@ def test_class_weights_raise_the_rare_behaviour():
     rng = np.random.default_rng(0)
     labels = (np.arange(2000) // 20 % 10 == 0).astype(int)
     tracks = rng.normal(size=(2000, 2, 3)) * (1 + 0.5 * labels)[:, None, None]
-    windows = find_windows([labels[:1000], labels[1000:]], 5)
+    windows = windows_of([labels[:1000], labels[1000:]], 5)
     folds = split_fold(windows, [1])
     recall = {
         weights: compare_actions(
@@ -187,7 +198,7 @@ def test_bad_options(options, message):
 
 
 def test_bad_input():
-    windows = find_windows([np.arange(40) % 2, np.arange(40) % 2], 5)
+    windows = windows_of([np.arange(40) % 2, np.arange(40) % 2], 5)
     folds, tracks = split_fold(windows, [1]), {"a": np.zeros((80, 2, 3))}
 
     def refused(message, tracks=tracks, windows=windows, folds=folds, top=2):
@@ -196,7 +207,7 @@ def test_bad_input():
 
     refused("tracks of a: expected", tracks={"a": np.zeros((70, 2, 3))})
     refused("tracks of a: some positions are not finite", tracks={"a": np.full((80, 2, 3), np.nan)})
-    refused("at least two must occur", windows=find_windows([np.zeros(40, int)], 5))
+    refused("at least two must occur", windows=windows_of([np.zeros(40, int)], 5))
     refused("none to train", folds=split_fold(windows, []))
     refused("top: expected at most", top=3)
     with pytest.raises(InputError, match="blocks: expected between 2"):

@@ -12,17 +12,18 @@ from test_cli import TINY, refused
 
 from bkind3d import actions
 from bkind3d.cli import main
-from bkind3d.data import Recording, Truth, load_project, load_truth, save_truth
+from bkind3d.data import CachedRecording, Recording, Truth, load_project, load_truth, save_truth
 from bkind3d.errors import InputError
 from bkind3d.evaluate import Annotated, fit_and_test
 
 FAST = ["--window=0.14", "--seeds=2", "--steps=3"]  # five frames of the small rig
 
 
-def annotated(points: np.ndarray, split: str = "train", **behaviour: object) -> Annotated:
+def annotated(points: np.ndarray, split: str = "train", fps: float = 30.0, **behaviour: object) -> Annotated:
     names = [f"joint{k}" for k in range(points.shape[1])]
-    truth = Truth(points, names, np.zeros((0, 2), int), 30.0, **behaviour)  # type: ignore[arg-type]
-    return Annotated(Recording(split, split, {}), truth)
+    truth = Truth(points, names, np.zeros((0, 2), int), fps, **behaviour)  # type: ignore[arg-type]
+    cached = CachedRecording(split, split, fps, Path("none.npy"), (len(points), 1, 8, 8, 3))
+    return Annotated(Recording(split, split, {}), cached, truth)
 
 
 def with_behaviour(rig: Path, folder: Path, splits: dict[str, str]) -> Path:
@@ -56,7 +57,7 @@ def test_from_videos_to_a_table(rig: Path, tmp_path: Path, capsys: pytest.Captur
     assert all(row["name"] in printed for row in document["rows"])
     # 20 frames to train on: two left out at each end, one unknown. 8 to test on: likewise.
     assert "over 5 frames (0.14 s), trained on 15 windows of the training recordings, tested on 3" in printed
-    assert document["windows"] == {"tested": [2, 1], "unknown": 2, "ends": 8}
+    assert document["windows"] == {"tested": [2, 1], "unknown": 2, "cut": 8}
     assert document["options"]["window"] == 5
     assert document["options"]["class_weights"] == "balanced"
     assert (document["step"], document["behaviours"]) == (2, ["walk", "rear"])
@@ -102,6 +103,16 @@ def test_gaps_in_true_tracks_are_filled_in_time() -> None:
     assert actions.true_tracks([annotated(points), annotated(holes)], every=1).shape == (12, 2, 3)
     with pytest.raises(InputError, match="no joint is annotated in every recording"):
         actions.true_tracks([annotated(np.full((6, 3, 3), np.nan))], every=1)
+
+
+def test_window_in_frames() -> None:
+    slow, fast = (annotated(np.zeros((4, 3, 3)), fps=fps) for fps in (30.0, 50.0))
+    assert actions.window_in_frames(1.0, [slow, slow], 1) == 31
+    assert actions.window_in_frames(1.0, [fast], 5) == 11
+    with pytest.raises(InputError, match="two lengths of time at 30 and 50 frames per second"):
+        actions.window_in_frames(1.0, [slow, fast], 1)
+    with pytest.raises(InputError, match="every: expected 1 or more"):
+        actions.true_tracks([slow], 0)
 
 
 def test_splits() -> None:

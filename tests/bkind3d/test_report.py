@@ -384,7 +384,7 @@ def test_report_names_numbers_and_units(full_report):
         assert f"{row['name']}</td>" in text
         assert f"{row['mpjpe']:.4f}" in text
     for expected in ("MPJPE, absolute (m)", "1.2 × 1.2 × 0.6 m", "ridge auto; ridge chosen: BKinD-3D 1e-0", "Human3.6M",
-                     "105 mm", "7 of 45", "Skeleton: 7 of 45 edges active; their lengths vary by", "5 min 40 s",
+                     "105 mm", "7 of 45", "Over 45 frames their lengths vary by", "5 min 40 s",
                      "dead, centre", "90 % ± 1.2", "95 %", "groom (17)", "kp09, 0.004", "step 300",
                      "2.13.0"):  # fmt: skip
         assert expected in text, expected

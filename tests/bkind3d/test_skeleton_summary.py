@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bkind3d.errors import InputError
-from bkind3d.skeleton_summary import assign_joints, bone_distances, format_skeleton, summarise_skeleton
+from bkind3d.skeleton_summary import assign_joints, bone_distances, describe_edges, format_skeleton, summarise_skeleton
 
 CHAIN = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])  # five joints in a row
 
@@ -32,7 +32,10 @@ def test_lengths_of_a_rigid_and_of_a_breathing_edge():
     assert summary["cv"] == pytest.approx(0.5**0.5 / 2)  # median of the two
     assert (summary["edges"], summary["pairs"], summary["frames"]) == (2, 3, 100)
     assert "agreement" not in summary
-    assert format_skeleton(summary)[0].startswith("skeleton: 2 of 3 edges active; their lengths vary by 35 %")
+    assert format_skeleton(summary).splitlines() == [
+        "skeleton: 2 of 3 edges active",
+        "  over 100 frames their lengths vary by 35 % (SD / mean, median), those of all pairs of keypoints by 7 %",
+    ]
 
 
 def test_a_keypoint_is_given_to_the_joint_that_it_moves_with_wherever_it_lies():
@@ -58,9 +61,9 @@ def test_agreement_with_the_bones():
         {"bones": 1, "share": pytest.approx(1 / 3), "all_pairs": pytest.approx(2 / 9)},
         {"bones": 2, "share": pytest.approx(2 / 3), "all_pairs": pytest.approx(5 / 9)},
     ]
-    first, second = format_skeleton(summary)
-    assert first.startswith("skeleton: 4 of 10 edges active")
-    assert "of 3 edges between different joints, 33 % (22 %) join neighbours and 67 % (56 %)" in second
+    text = format_skeleton(summary)
+    assert text.startswith("skeleton: 4 of 10 edges active")
+    assert "of 3 between different true joints, 33 % (22 %) join neighbours and 67 % (56 %) joints at most two" in text
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
@@ -78,7 +81,8 @@ def test_no_edges():
     assert (summary["edges"], summary["cv"], summary["lengths"], summary["counted"]) == (0, None, [], 0)
     assert [row["share"] for row in summary["agreement"]] == [None, None]
     assert summary["agreement"][0]["all_pairs"] == pytest.approx(0.4)
-    assert format_skeleton(summary) == ["skeleton: no edges"]
+    assert format_skeleton(summary) == "skeleton: no edges"
+    assert describe_edges(summary) == []
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
@@ -87,7 +91,7 @@ def test_single_keypoint_and_coinciding_keypoints():
     assert summarise_skeleton(joints[:, :1], np.zeros((0, 2)), joints, CHAIN)["cv_all_pairs"] is None
     together = summarise_skeleton(joints[:, [1, 1]], np.array([[0, 1]]), joints, CHAIN)
     assert together["lengths"][0] == {"keypoints": [0, 1], "mean": 0, "sd": 0, "cv": None, "bones": 0}
-    assert "–" in format_skeleton(together)[0]
+    assert "vary by – (SD / mean, median)" in format_skeleton(together)
 
 
 def test_unannotated_joints_take_no_part():
