@@ -298,13 +298,13 @@ def _probe_chunks(
         first, path = chunks[place]
         file = replace(_recalled(path, ledger, even=even), first=first)
         needed = numbers[places == place][-1]
+        after = chunks[place + 1][1].name if place + 1 < len(chunks) else "no other file"
         if needed > file.last:
             raise InputError(
-                f"camera {camera!r}: frame {needed} is in no file: {path} ends with frame {file.last}; "
-                f"{_chunk_from(path, file.last + 1)} is missing"
+                f"camera {camera!r}: frame {needed} is in no file: {path} ends with frame {file.last}, {after} "
+                f"follows; {_chunk_from(path, file.last + 1)} is missing"
             )
         if place + 1 < len(chunks) and file.last >= firsts[place + 1]:
-            after = chunks[place + 1][1].name
             raise InputError(f"{path}: reaches to frame {file.last}, but {after} starts before that")
         if files and (file.width, file.height) != (files[0].width, files[0].height):
             size, other = _times((file.width, file.height)), _times((files[0].width, files[0].height))
