@@ -3,7 +3,7 @@
 A recording is one file ``<name>-<key>.npy``, (T, M, H, W, 3) uint8, and a ``.json`` beside it that is written last: as
 long as that is not there, the recording is not cached. The key is a hash of all that the frames depend on (the bytes of
 the footage, which of its frames are used, the calibration, size, crop), so a cache is never stale and never has to be
-cleared to be right.
+cleared to be right. Bytes are read again only of files that have changed (:mod:`bkind3d.data.ledger`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bkind3d.cameras import Cameras
+from bkind3d.data.ledger import Ledger
 from bkind3d.data.project import Project
 from bkind3d.data.remap import Box, Remap, image_boxes, network_cameras, volume_boxes
 from bkind3d.data.video import RecordingInfo, probe_recording
@@ -156,10 +157,10 @@ def build_cache(
         raise InputError(f"crop: {crop!r} must be one of {', '.join(CROPS)}")
     if min(height, width) < 1:
         raise InputError(f"image size: {width}×{height} must be at least 1×1")
-    sources = _sources(project, crop, height, width)
     cached = {}
-    with _locked(directory):
-        digests = _hash_files([path for source in sources.values() for path in source.paths], progress)
+    with _locked(directory) as ledger:
+        sources = _sources(project, crop, height, width, ledger)
+        digests = _hash_files([path for source in sources.values() for path in source.paths], ledger, progress)
         for recording in project.recordings:
             source = sources[recording.name]
             index = source.info.index
@@ -179,7 +180,7 @@ def build_cache(
     return FrameCache(recordings=cached, key=together.hexdigest())
 
 
-def _sources(project: Project, crop: str, height: int, width: int) -> dict[str, _Source]:
+def _sources(project: Project, crop: str, height: int, width: int, ledger: Ledger) -> dict[str, _Source]:
     """What each recording's frames are made from, by its name; the boxes of each calibration are found once."""
     volume = project.working_volume()
     crops = {}
@@ -192,13 +193,16 @@ def _sources(project: Project, crop: str, height: int, width: int) -> dict[str, 
     for recording in project.recordings:
         cameras = project.cameras_of(recording)
         boxes, network = crops[recording.calibration or project.calibration]
-        sources[recording.name] = _Source(probe_recording(recording, cameras), cameras, boxes, network)
+        sources[recording.name] = _Source(probe_recording(recording, cameras, ledger), cameras, boxes, network)
     return sources
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the folder for one process: of several that want the same cache one builds it, the others find it built."""
+def _locked(directory: Path) -> Iterator[Ledger]:
+    """Hold the folder for one process: of several that want the same cache one builds it, the others find it built.
+
+    Gives the folder's ledger, which is saved however the block ends.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / ".lock").open("w")
@@ -210,7 +214,12 @@ def _locked(directory: Path) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for leftover in directory.glob("*.part"):  # of a process that was killed: who holds the lock is alone
             leftover.unlink()
-        yield
+        ledger = Ledger(directory / ".ledger")
+        try:
+            yield ledger
+        finally:
+            with contextlib.suppress(OSError):  # a full disk costs another look at the files, nothing else
+                ledger.save()
 
 
 def _hidden(progress: bool) -> bool | None:
@@ -218,20 +227,21 @@ def _hidden(progress: bool) -> bool | None:
     return None if progress else True
 
 
-def _hash_files(paths: list[Path], progress: bool) -> dict[Path, str]:
-    digests: dict[Path, str] = {}
-    total = sum(path.stat().st_size for path in paths)
+def _hash_files(paths: list[Path], ledger: Ledger, progress: bool) -> dict[Path, str]:
+    total = sum(path.stat().st_size for path in paths if not ledger.knows("digest", path))
     with tqdm(
         total=total, desc="hashing videos", unit="B", unit_scale=True, disable=_hidden(progress), leave=False
     ) as bar:
-        for path in paths:
+
+        def find(path: Path) -> str:
             digest = hashlib.blake2b(digest_size=16)
             with path.open("rb") as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)
                     bar.update(len(block))
-            digests[path] = digest.hexdigest()
-    return digests
+            return digest.hexdigest()
+
+        return {path: ledger.recall("digest", path, find) for path in paths}
 
 
 def _key(source: _Source, digests: dict[Path, str]) -> str:

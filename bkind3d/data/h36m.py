@@ -9,7 +9,7 @@ elsewhere for each subject; their calibration comes in a file of its own, which 
 - ``cameras.h5`` (of "A simple yet effective baseline", Martinez et al. 2017): X_c = R (X - T), R laid out by columns.
 
 The world is in mm, its z axis points up, the floor is at z = 0. The lens model of the data set's own code differs from
-OpenCV's in the mixed tangential terms, by less than half a pixel at the corners of an image; OpenCV's is used.
+OpenCV's in the tangential terms of xy and x², by less than a pixel of 1000 at the corners; OpenCV's is used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TEST = ("S9", "S11")
 FPS = 50.0
 SIDE = 7500.0  # mm, of the paper's volume
 
-# The 17 joints that the paper's evaluation uses, by their place among the 32.
+# The 17 joints that the published code evaluates, by their place among the 32.
 JOINTS = {
     "Hip": 0,
     "RHip": 1,

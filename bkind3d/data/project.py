@@ -108,7 +108,7 @@ class Project:
 
     def cameras_of(self, recording: Recording) -> Cameras:
         """The cameras that filmed a recording."""
-        return recording.cameras or self.cameras
+        return self.cameras if recording.cameras is None else recording.cameras
 
     def rigs(self) -> dict[Path, Cameras]:
         """All different calibrations, by their files, in the order of the recordings."""

@@ -35,7 +35,7 @@ from scipy.io.matlab import MatReadError
 from bkind3d.cameras import Cameras
 from bkind3d.data.importing import Take, choose, write_takes
 from bkind3d.data.index import Index
-from bkind3d.data.project import Project, Source, Truth, load_truth
+from bkind3d.data.project import Project, Truth, load_truth
 from bkind3d.data.video import probe_recording, video_size
 from bkind3d.data.volume import Triple
 from bkind3d.errors import InputError
@@ -67,7 +67,6 @@ _LENS = {
 _PIXEL_ORIGIN = 1.0  # MATLAB's index of the first pixel
 _STEP = 1.4  # factor by which frames may advance faster or slower than rows, on average: dropped frames, no other rate
 _MILLIMETRES = {"m": 1000.0, "cm": 10.0, "mm": 1.0, "um": 0.001}
-
 
 Lens = dict[str, np.ndarray]
 
@@ -135,7 +134,7 @@ def _take(
     session: str, path: Path, videos: Mapping[tuple[str, str], tuple[Path, ...]], fps: float | None
 ) -> tuple[Take, Cameras]:
     lenses, markers = _read_session(path)
-    footage: dict[str, Source] = {}
+    footage = {}
     for name in lenses:
         number = re.sub(r"\D", "", name)
         if (session, number) not in videos:
@@ -151,7 +150,7 @@ def _take(
         edges=np.array([[names.index(start), names.index(end)] for start, end in bones], dtype=np.int64).reshape(-1, 2),
         fps=fps or FPS,
     )
-    sizes = [video_size(chunks[0]) for chunks in footage.values() if isinstance(chunks, tuple)]
+    sizes = [video_size(chunks[0]) for chunks in footage.values()]
     split = "test" if session[1:].split("-")[0] in TEST_SUBJECTS else "train"
     try:
         frames = np.stack([lens["frame"] for lens in lenses.values()], axis=1)

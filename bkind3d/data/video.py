@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 
 from bkind3d.cameras import Cameras
 from bkind3d.data.index import Index, load_index
+from bkind3d.data.ledger import Ledger
 from bkind3d.data.project import Recording, Source, is_images
 from bkind3d.errors import InputError
 
@@ -219,8 +221,13 @@ def read_frames(info: VideoInfo, wanted: np.ndarray | None = None) -> Iterator[n
         )
 
 
-def probe_recording(recording: Recording, cameras: Cameras) -> RecordingInfo:
+def probe_recording(recording: Recording, cameras: Cameras, ledger: Ledger | None = None) -> RecordingInfo:
     """Probe all footage of a recording and match it with each other, with its index and with the calibration.
+
+    Args:
+        recording: the recording.
+        cameras: that filmed it.
+        ledger: of what is known of its videos, so that those that have not changed are not read.
 
     Raises:
         InputError: a video is unusable (:func:`probe_video`), a chunk or an image is missing, footage has another image
@@ -231,7 +238,7 @@ def probe_recording(recording: Recording, cameras: Cameras) -> RecordingInfo:
     footage: dict[str, Footage] = {}
     for place, camera in enumerate(cameras.names):
         numbers = None if index is None else np.unique(index.frames[:, place])
-        footage[camera] = _probe_footage(camera, recording.videos[camera], numbers)
+        footage[camera] = _probe_footage(camera, recording.videos[camera], numbers, ledger)
     for camera, size in zip(cameras.names, cameras.image_size.tolist()):
         if list(footage[camera].size) != size:
             file = footage[camera].parts[0][1]
@@ -242,15 +249,15 @@ def probe_recording(recording: Recording, cameras: Cameras) -> RecordingInfo:
     return RecordingInfo(footage, index or _index_in_step(recording, footage))
 
 
-def _probe_footage(camera: str, source: Source, numbers: np.ndarray | None) -> Footage:
+def _probe_footage(camera: str, source: Source, numbers: np.ndarray | None, ledger: Ledger | None) -> Footage:
     """Footage that holds the frames of those numbers, or all that there is."""
     if isinstance(source, tuple):
-        return _probe_chunks(camera, source, numbers)
+        return _probe_chunks(camera, source, numbers, ledger)
     if is_images(source):
         if numbers is None:
             raise InputError(f"camera {camera!r}: images {source} need an 'index', which says when each was taken")
         return _probe_images(camera, source, numbers)
-    video = probe_video(source, even=numbers is None)
+    video = _recalled(source, ledger, even=numbers is None)
     if numbers is not None and numbers[-1] > video.last:
         raise InputError(
             f"camera {camera!r}: the index asks for frame {numbers[-1]}, but {source} has {video.frames} frames, "
@@ -259,7 +266,20 @@ def _probe_footage(camera: str, source: Source, numbers: np.ndarray | None) -> F
     return VideoFootage((video,))
 
 
-def _probe_chunks(camera: str, paths: tuple[Path, ...], numbers: np.ndarray | None) -> VideoFootage:
+def _recalled(path: Path, ledger: Ledger | None, *, even: bool) -> VideoInfo:
+    """As :func:`probe_video`, from the ledger where there is one."""
+
+    def find(path: Path) -> list[Any]:
+        info = probe_video(path, even=even)
+        return [info.frames, info.fps, info.width, info.height]
+
+    frames, fps, width, height = ledger.recall(f"video {even=}", path, find) if ledger else find(path)
+    return VideoInfo(path, frames, fps, width, height)
+
+
+def _probe_chunks(
+    camera: str, paths: tuple[Path, ...], numbers: np.ndarray | None, ledger: Ledger | None
+) -> VideoFootage:
     """The chunks that hold the frames of those numbers, or all of them, which must then be without a gap."""
     chunks = sorted((_first_number(path), path) for path in paths)
     firsts = np.array([first for first, _ in chunks])
@@ -276,15 +296,15 @@ def _probe_chunks(camera: str, paths: tuple[Path, ...], numbers: np.ndarray | No
     files: list[VideoInfo] = []
     for place in np.unique(places).tolist():
         first, path = chunks[place]
-        file = replace(probe_video(path, even=even), first=first)
+        file = replace(_recalled(path, ledger, even=even), first=first)
         needed = numbers[places == place][-1]
+        after = chunks[place + 1][1].name if place + 1 < len(chunks) else "no other file"
         if needed > file.last:
             raise InputError(
-                f"camera {camera!r}: frame {needed} is in no file: {path} ends with frame {file.last}; "
-                f"{_chunk_from(path, file.last + 1)} is missing"
+                f"camera {camera!r}: frame {needed} is in no file: {path} ends with frame {file.last}, {after} "
+                f"follows; {_chunk_from(path, file.last + 1)} is missing"
             )
         if place + 1 < len(chunks) and file.last >= firsts[place + 1]:
-            after = chunks[place + 1][1].name
             raise InputError(f"{path}: reaches to frame {file.last}, but {after} starts before that")
         if files and (file.width, file.height) != (files[0].width, files[0].height):
             size, other = _times((file.width, file.height)), _times((files[0].width, files[0].height))

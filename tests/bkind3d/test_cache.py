@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,8 @@ from small_rig import DISTORTION, counted_frames, ring, write_project, write_vid
 from bkind3d.cameras import Cameras
 from bkind3d.data import Project, Volume, build_cache, load_project
 from bkind3d.data import cache as cache_module
+from bkind3d.data import video as video_module
+from bkind3d.data.ledger import Ledger
 from bkind3d.data.remap import Remap, image_boxes, network_cameras, volume_boxes
 from bkind3d.errors import InputError
 
@@ -202,6 +205,34 @@ def test_reused_when_nothing_changed_and_rebuilt_when_something_did(tmp_path: Pa
     assert len(built) == 5
 
 
+def test_unchanged_videos_are_not_read_again(tmp_path: Path, monkeypatch) -> None:
+    """Neither probed nor hashed; one that changes is, however alike, and a lost ledger costs time alone."""
+    path, folder = write_project(tmp_path), tmp_path / "cache"
+    first = build(load_project(path), folder).key
+    probed = []
+    original = video_module.probe_video
+    monkeypatch.setattr(
+        video_module, "probe_video", lambda path, **o: (probed.append(path.name), original(path, **o))[1]
+    )
+    assert build(load_project(path), folder).key == first
+    assert probed == []
+    video = tmp_path / "cam1.mkv"
+    content, before = video.read_bytes(), video.stat()
+    altered = bytearray(content)
+    altered[len(content) // 2] ^= 1  # of the same size, and dated back
+    video.write_bytes(altered)
+    os.utime(video, ns=(before.st_atime_ns, before.st_mtime_ns))
+    digest = cache_module._hash_files([video], Ledger(folder / ".ledger"), False)[video]
+    assert digest == hashlib.blake2b(altered, digest_size=16).hexdigest()
+    video.write_bytes(content)
+    assert build(load_project(path), folder).key == first
+    assert probed == ["cam1.mkv"]
+    for text in ("", "[]", "{"):
+        (folder / ".ledger").write_text(text)
+        assert build(load_project(path), folder).key == first
+    assert len(probed) == 1 + 3 * 3
+
+
 def test_a_lost_or_short_file_is_built_again(tmp_path: Path) -> None:
     project = open_project(tmp_path)
     recording = build(project, tmp_path / "cache").recording("take")
@@ -230,7 +261,8 @@ def test_full_disk_while_writing(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(InputError, match=r"cache: the disk is full: the frames of recording 'take' need .* GB; free"):
         build(project, folder)
     monkeypatch.undo()
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", before.with_suffix(".json").name, before.name]
+    kept = [".ledger", ".lock", before.with_suffix(".json").name, before.name]
+    assert sorted(path.name for path in folder.iterdir()) == kept
     assert build(project, folder).recording("take").frames.any()
 
 
@@ -256,7 +288,7 @@ def test_damaged_video_stops_the_build(tmp_path: Path) -> None:
     project.recordings[0].videos["cam1"].write_bytes(content)
     with pytest.raises(InputError, match=r"cam1.mkv: decoding failed after \d+ of 12 frames"):
         build(project, tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".ledger", ".lock"]
 
 
 def slow_build(path: Path, folder: Path, started) -> None:

@@ -114,14 +114,14 @@ def test_the_missing_chunk_is_named(project_file: Path) -> None:
     path = with_videos(project_file, cam1=[chunks[0], chunks[2]])
     message = refused_by_cache(path)
     assert "camera 'cam1': frame 8 is in no file" in message
-    assert "cam1-0.mkv ends with frame 4; cam1-5.mkv is missing" in message
+    assert "cam1-0.mkv ends with frame 4, cam1-9.mkv follows; cam1-5.mkv is missing" in message
 
     def indexed(numbers: list[int]) -> str:
         index = write_index(path.parent / "index.npz", {"cam0": [0, 1], "cam1": numbers}, [0, 1])
         return refused_by_cache(changed(path, index=index))
 
     assert "frame 6 is in no file" in indexed([4, 6])
-    assert "cam1-9.mkv ends with frame 11; cam1-12.mkv is missing" in indexed([9, 12])
+    assert "cam1-9.mkv ends with frame 11, no other file follows; cam1-12.mkv is missing" in indexed([9, 12])
     with_videos(path, cam1=[chunks[2]])
     assert "cam1-9.mkv, the first, starts at 9; a chunk before it is missing" in indexed([4, 9])
 

@@ -167,7 +167,8 @@ def test_a_missing_chunk_is_named(tmp_path: Path) -> None:
     project = load_project(rat7m_project(tmp_path / "data", tmp_path / "out"))
     message = refused(probe_recording, project.recordings[0], project.cameras)
     assert "camera 'Camera2': frame 14 is in no file" in message
-    assert "s1-d1-camera2-5.mp4 ends with frame 9; s1-d1-camera2-10.mp4 is missing" in message
+    assert "s1-d1-camera2-5.mp4 ends with frame 9, s1-d1-camera2-15.mp4 follows" in message
+    assert "s1-d1-camera2-10.mp4 is missing" in message
     less = load_project(rat7m_project(tmp_path / "data", tmp_path / "less", moments=5))
     assert probe_recording(less.recordings[0], less.cameras).frames == 5
     missing.write_bytes(content)

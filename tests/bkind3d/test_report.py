@@ -1,3 +1,4 @@
+import dataclasses
 import html
 import io
 import json
@@ -491,6 +492,17 @@ def test_poses_that_reach_beyond_the_frames_are_not_shown(tmp_path, scene, with_
     (run / "poses").mkdir()
     Poses(np.zeros((2, 3, 3)), np.zeros((2, 3)), 30, "m", "test", frames=[0, FRAMES]).save(run / "poses" / "test.nc")
     assert "<video" not in build_report(run).read_text(encoding="utf-8")
+
+
+def test_poses_are_shown_on_the_frames_of_their_numbers(tmp_path, scene):
+    """On a clock that leaves numbers out, a pose's number is not the row of its frame."""
+    run = write_run(tmp_path / "run", scene, [])
+    (run / "poses").mkdir()
+    clock = 10 + 3 * np.arange(FRAMES)
+    Poses(np.zeros((2, 3, 3)), np.zeros((2, 3)), 30, "m", "test", frames=[16, 22]).save(run / "poses" / "test.nc")
+    sparse = dataclasses.replace(scene, clocks={"train": clock, "test": clock})
+    assert page.choose_recording(read_run(run), sparse).rows.tolist() == [2, 4]
+    assert page.choose_recording(read_run(run), dataclasses.replace(scene, clocks={"test": clock + 1})) is None
 
 
 def test_frames_and_cameras_come_from_the_runs_project(tmp_path, scene):

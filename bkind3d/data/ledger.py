@@ -1,0 +1,62 @@
+"""What was once found out about large files, so that they need not be read for it again.
+
+A file counts as unchanged as long as its size and its two times of change are the same. The ledger is a JSON file that
+may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Ledger:
+    """Findings about files, on disk once :meth:`save` was called.
+
+    Args:
+        path: of the JSON file; one that is missing or no JSON counts as empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._findings: dict[str, list[Any]] = {}
+        self._changed = False
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return
+        if isinstance(content, dict):
+            self._findings = content
+
+    def knows(self, kind: str, file: Path) -> bool:
+        """Whether a finding of that kind is there and the file unchanged."""
+        entry = self._findings.get(_key(kind, file))
+        return entry is not None and entry[0] == _stamp(file)
+
+    def recall(self, kind: str, file: Path, find: Callable[[Path], Any]) -> Any:
+        """The finding of that kind about a file: what JSON can hold; found by ``find`` where it is not known."""
+        if not self.knows(kind, file):
+            stamp = _stamp(file)
+            self._findings[_key(kind, file)] = [stamp, find(file)]
+            self._changed = True
+        return self._findings[_key(kind, file)][1]
+
+    def save(self) -> None:
+        """Write what is new, so that a reader never sees half a file."""
+        if self._changed:
+            partial = self.path.with_suffix(".part")
+            partial.write_text(json.dumps(self._findings), encoding="utf-8")
+            os.replace(partial, self.path)
+            self._changed = False
+
+
+def _key(kind: str, file: Path) -> str:
+    return f"{kind} {file.absolute()}"
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
