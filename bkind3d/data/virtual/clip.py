@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation, Slerp
 
 from bkind3d.errors import InputError
 
+_QPOS = 74  # of the rodent: place, quaternion, and 67 joints
 _SMOOTHING = 0.06  # seconds, standard deviation: the fit of single frames is noisy
 
 
@@ -36,13 +37,13 @@ class Posture:
         return (1 - share) * self.qpos[low] + share * self.qpos[low + 1], Slerp(np.arange(last + 1), self.tilt)(place)
 
 
-def load_postures(path: Path, joints: int, share: float) -> tuple[Posture, Posture]:
+def load_postures(path: Path, share: float) -> tuple[Posture, Posture]:
     """Read a motion file; its first `share` is for training, the rest for testing.
 
-    The file is an npz with qpos (T, 7 + joints) and fps.
+    The file is an npz with qpos (T, 74) of the rodent, and fps.
 
     Raises:
-        InputError: the file cannot be read, lacks an array, or holds no finite motion of that many joints.
+        InputError: the file cannot be read, lacks an array, or holds no motion of the rodent.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -51,10 +52,12 @@ def load_postures(path: Path, joints: int, share: float) -> tuple[Posture, Postu
         raise InputError(f"{path}: not an npz file of arrays ({error})") from None
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]}; expected qpos and fps") from None
-    if qpos.ndim != 2 or qpos.shape[1] != 7 + joints or len(qpos) < 10:
-        raise InputError(f"{path}: qpos {qpos.shape} must be (frames, {7 + joints}), of at least 10 frames")
+    if qpos.ndim != 2 or qpos.shape[1] != _QPOS or len(qpos) < 10:
+        raise InputError(f"{path}: qpos {qpos.shape} must be (frames, {_QPOS}), of at least 10 frames")
     if not np.isfinite(qpos).all() or not 0 < fps < np.inf:
         raise InputError(f"{path}: qpos and fps must be finite numbers, and fps above 0")
+    if np.abs(np.linalg.norm(qpos[:, 3:7], axis=1) - 1).max() > 0.01:
+        raise InputError(f"{path}: qpos[:, 3:7] must be a unit quaternion, w first, in every frame")
     cut = round(share * len(qpos))
     cut = min(max(cut, 2), len(qpos) - 2)
     return Posture(qpos[:cut], fps), Posture(qpos[cut:], fps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import io
 import os
 import sys
@@ -14,7 +15,8 @@ from PIL import Image
 
 from bkind3d.errors import InputError
 
-_LIBRARIES = {"egl": ("libEGL.so.1", "libOpenGL.so.0"), "osmesa": ("libOSMesa.so.8",)}
+_LIBRARIES = {"egl": ("libEGL.so.1", "libGL.so.1"), "osmesa": ("libOSMesa.so.8",)}
+_FAILURES = (AttributeError, ImportError, OSError, RuntimeError)  # each library fails in its own way
 _MEND = (
     "MuJoCo finds no library to draw without a screen; on Debian: apt-get install libegl1 libgl1 libgl1-mesa-dri, or "
     "apt-get install libosmesa6"
@@ -30,28 +32,36 @@ def load_mujoco() -> ModuleType:
     if "MUJOCO_GL" not in os.environ and sys.platform == "linux":
         os.environ["MUJOCO_GL"] = _offscreen()
     try:
-        import dm_control  # noqa: F401
+        import dm_control.mjcf  # noqa: F401
         import mujoco
     except ModuleNotFoundError as error:
         raise InputError(
             f"the virtual rig needs {error.name}, which is not installed: pip install 'bkind3d[sim]'"
         ) from None
+    except _FAILURES as error:
+        raise _cannot_draw(error) from error
     return mujoco
 
 
-def open_context(height: int, width: int) -> Any:
-    """A `mujoco.GLContext` for pictures of that size, made current; to be freed after use.
+def open_drawing(model: Any, height: int, width: int) -> tuple[Any, Any]:
+    """A `mujoco.GLContext` of that size, made current, and the `mujoco.MjrContext` of a model: to be freed after use.
 
     Raises:
         InputError: there is nothing to draw with.
     """
+    mujoco = load_mujoco()
+    backend = os.environ.get("MUJOCO_GL")
+    model.vis.global_.offheight, model.vis.global_.offwidth = height, width
     try:
-        context = load_mujoco().GLContext(width, height)
+        # MuJoCo chooses when it is first imported, which may have been before MUJOCO_GL was set.
+        module = importlib.import_module(f"mujoco.{backend}") if backend in _LIBRARIES else mujoco
+        context = module.GLContext(width, height)
         context.make_current()
-        return context
-    except (AttributeError, ImportError, RuntimeError, OSError) as error:  # each backend fails in its own way
-        backend = os.environ.get("MUJOCO_GL", "the default")
-        raise InputError(f"MUJOCO_GL: {backend} cannot draw here ({_first_line(error)}). {_MEND}") from error
+        drawing = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+    except (*_FAILURES, mujoco.FatalError) as error:
+        raise _cannot_draw(error) from error
+    mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, drawing)
+    return context, drawing
 
 
 def picture_asset(picture: np.ndarray) -> Any:
@@ -78,5 +88,6 @@ def _loads(library: str) -> bool:
     return True
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _cannot_draw(error: Exception) -> InputError:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return InputError(f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: cannot draw here ({reason}). {_MEND}")

@@ -21,14 +21,14 @@ TEMPER = Temper(
     moving="walk",
     resting="stand",
     poses={"raise": (1.8, 2.8), "bend": (1.8, 2.8), "squat": (1.8, 2.8)},
-    rests=(0.6, 1.4),
+    rests=(1.0, 2.0),
     reach=0.4,
     least_walk=0.4,
     cruise=(0.4, 0.8),
     turning=1.8,
     ease=4.5,
 )
-GAIT = Gait(partners=(-1, -1), swing=0.34, trigger=0.12, lift=0.09, foresight=0.25, farthest=0.25)
+GAIT = Gait(partners=(-1, -1), swing=0.34, trigger=0.09, lift=0.09, foresight=0.25, farthest=0.25)
 
 POINTS = (
     Point("Head", "head", (0.0, 0.10, 0.0)),
@@ -63,8 +63,8 @@ LIMBS = {
 
 _UPRIGHT = Rotation.from_quat([0.5, 0.5, 0.5, 0.5])  # the model's left, up, forward to the world's y, z, x
 _LEG_LENGTH = 0.80  # hip to ankle, not quite stretched
-_ANKLE_HEIGHT, _TOE_HEIGHT = 0.065, 0.025
-_FOOT = 0.105  # ankle to toes on the floor
+_ANKLE_HEIGHT, _TOE_HEIGHT = 0.065, 0.042
+_FOOT, _HEEL = 0.105, 0.06  # ankle to toes, and to the middle of the foot, along the floor
 _STANCE = 0.10  # of each ankle to its side
 _SIDES = np.array([1.0, -1.0])  # left, right
 _PIVOT = 0.06  # seconds in which a lifted foot turns to the heading
@@ -98,10 +98,11 @@ def animate(puppet: Puppet, frames: int, fps: float, rng: np.random.Generator, p
     dt = path.times[1]
     forward = np.stack([np.cos(path.heading), np.sin(path.heading)], axis=-1)
     left = np.stack([-forward[:, 1], forward[:, 0]], axis=-1)
-    ankles = step_feet(path.position[:, None] + _STANCE * _SIDES[:, None] * left[:, None], dt, GAIT)
+    middles = (path.position + _HEEL * forward)[:, None] + _STANCE * _SIDES[:, None] * left[:, None]
+    feet = _feet(step_feet(middles, dt, GAIT), path.heading, dt)
+    ankles = feet[:, :2]
     _swing_arms(puppet, angles, np.einsum("sld,sd->sl", ankles[..., :2] - path.position[:, None], forward))
     angles = puppet.within_ranges(angles)
-    feet = _foot_headings(path.heading, ankles[..., 2], dt)
     _, bend, squat = path.poses.T
     hips = np.column_stack([path.position - 0.10 * (bend + squat)[:, None] * forward, _hip_heights(path, ankles, dt)])
     hips[:, 2] -= 0.36 * squat
@@ -109,7 +110,7 @@ def animate(puppet: Puppet, frames: int, fps: float, rng: np.random.Generator, p
     points: list[np.ndarray] = []
     for i in range(len(path.times))[keep]:
         q = puppet.hang(angles[i], Rotation.from_euler("z", path.heading[i]) * lean[i], ("HipL", "HipR"), hips[i])
-        q = puppet.stand(puppet.reach(q, _foot_targets(ankles[i], feet[i]), qpos[-1] if qpos else q))
+        q = puppet.stand(puppet.reach(q, feet[i], qpos[-1] if qpos else q))
         qpos.append(q)
         points.append(puppet.place(q))
     return Animation(np.stack(qpos), np.stack(points), path.behaviour[keep])
@@ -121,20 +122,17 @@ def _hip_heights(path: Path, ankles: np.ndarray, dt: float) -> np.ndarray:
     return _ANKLE_HEIGHT + gaussian_filter1d(np.sqrt(_LEG_LENGTH**2 - np.minimum(away, 0.5) ** 2), 0.06 / dt)
 
 
-def _foot_headings(heading: np.ndarray, lifted: np.ndarray, dt: float) -> np.ndarray:
-    """(S, 2) directions of the feet, which turn to the heading (S,) only while they are lifted (S, 2) off the floor."""
-    out = np.empty_like(lifted)
-    out[0] = heading[0]
-    for i in range(1, len(out)):
-        out[i] = out[i - 1] + (heading[i] - out[i - 1]) * -np.expm1(-dt / _PIVOT) * (lifted[i] > 0)
-    return out
-
-
-def _foot_targets(ankles: np.ndarray, headings: np.ndarray) -> np.ndarray:
-    """Both ankles, then both toes (4, 3); a lifted foot hangs from its ankle."""
-    forward = np.stack([np.cos(headings), np.sin(headings), np.zeros(2)], axis=-1)
-    toes = ankles * [1.0, 1.0, 0.6] + _FOOT * forward
-    return np.concatenate([ankles, toes]) + np.outer(np.repeat([_ANKLE_HEIGHT, _TOE_HEIGHT], 2), [0, 0, 1])
+def _feet(middles: np.ndarray, heading: np.ndarray, dt: float) -> np.ndarray:
+    """Ankles, then toes (S, 4, 3), of feet stepped to (S, 2, 3), which turn to the heading (S,) only in the air."""
+    turned = np.empty(middles.shape[:2])
+    turned[0] = heading[0]
+    for i in range(1, len(turned)):
+        lifted = middles[i, :, 2] > 0
+        turned[i] = turned[i - 1] + (heading[i] - turned[i - 1]) * -np.expm1(-dt / _PIVOT) * lifted
+    forward = np.stack([np.cos(turned), np.sin(turned), np.zeros_like(turned)], axis=-1)
+    ankles = middles - _HEEL * forward + [0, 0, _ANKLE_HEIGHT]
+    toes = middles * [1.0, 1.0, 0.6] + (_FOOT - _HEEL) * forward + [0, 0, _TOE_HEIGHT]  # a lifted foot hangs down
+    return np.concatenate([ankles, toes], axis=1)
 
 
 def _posture(puppet: Puppet, path: Path, rng: np.random.Generator) -> tuple[np.ndarray, Rotation]:

@@ -124,7 +124,7 @@ class _Bouts:
             angles = heading + self.rng.uniform(0.3, 0.95, 6) * np.pi * self.rng.choice([-1, 1], 6)
             self.target_heading = angles[np.argmin([self.headings[self._bin(angle)] for angle in angles])]
         else:
-            self.kind = min(self.acts, key=lambda kind: self.acts[kind] + self.rng.uniform(0, 1.0))
+            self.kind = min(self.acts, key=lambda kind: self.acts[kind] + self.rng.uniform(0, 0.5))
             durations = self.temper.poses.get(self.kind, self.temper.rests)
             self.left = self.rng.uniform(*durations)
 
@@ -172,7 +172,7 @@ def _walk(steps: int, dt: float, temper: Temper, rng: np.random.Generator) -> Pa
         if done or bouts.left <= 0:
             bouts.next(position, heading)
     moves = (out[:, 3] > 0.2 * temper.cruise[0]) | (np.abs(out[:, 4]) > 0.2 * temper.turning)
-    behaviour = np.where(taken.max(axis=1) > 0.5, 2 + taken.argmax(axis=1), np.where(moves, 0, 1))
+    behaviour = np.where(taken.max(axis=1) > 0.3, 2 + taken.argmax(axis=1), np.where(moves, 0, 1))
     taken = taken.clip(0, 1)
     taken = taken * taken * (3 - 2 * taken)
     return Path(dt * np.arange(steps), out[:, :2], out[:, 2], out[:, 3], out[:, 4], taken, behaviour)

@@ -38,7 +38,7 @@ class Puppet:
         model: `mujoco.MjModel`.
         points: that are tracked.
         limbs: name of the point at each limb's end, and the joints that move it.
-        soles: bodies that stand on the floor; their geoms are capsules or ellipsoids.
+        soles: bodies that stand on the model's `floor`.
         scale: metres; damping and tolerance of reaching go with it.
     """
 
@@ -62,6 +62,7 @@ class Puppet:
         self.ranges = model.jnt_range[joints].T
         soles_bodies = [model.body(f"walker/{name}").id for name in soles]
         self.soles = np.flatnonzero(np.isin(model.geom_bodyid, soles_bodies))
+        self.floor = model.geom("floor").id
         self.scale = scale
 
     def addresses(self, joints: Iterable[str]) -> np.ndarray:
@@ -115,14 +116,11 @@ class Puppet:
     def stand(self, qpos: np.ndarray) -> np.ndarray:
         """Lift or drop the root until the lowest sole touches the floor; returns a new qpos."""
         self.place(qpos)
-        return np.concatenate([qpos[:2], [qpos[2] - self._lowest()], qpos[3:]])
-
-    def _lowest(self) -> float:
-        up = self.data.geom_xmat.reshape(-1, 3, 3)[self.soles, 2]  # the vertical in each geom's frame
-        size = self.model.geom_size[self.soles]
-        capsule = self.model.geom_type[self.soles] == self.mujoco.mjtGeom.mjGEOM_CAPSULE
-        extent = np.where(capsule, size[:, 0] + np.abs(up[:, 2]) * size[:, 1], np.linalg.norm(up * size, axis=1))
-        return float((self.data.geom_xpos[self.soles, 2] - extent).min())
+        gaps = [
+            self.mujoco.mj_geomDistance(self.model, self.data, self.floor, sole, self.scale, None)
+            for sole in self.soles
+        ]
+        return np.concatenate([qpos[:2], [qpos[2] - min(gaps)], qpos[3:]])
 
     def height(self, body: str) -> float:
         """Height of a body's origin as it stands."""

@@ -76,6 +76,9 @@ def virtual_rig(
     if motion is not None and subject != "rat":
         raise InputError(f"motion: only the rat follows a motion file, not the {subject}")
     load_mujoco()
+    postures: tuple[Posture | None, Posture | None] = (None, None)
+    if motion is not None:
+        postures = load_postures(Path(motion), frames / (frames + test_frames))
     directory = Path(directory).absolute()
     with new_rig(directory, "virtual", force) as target:
         camera_seed, train_seed, test_seed, room_seed, sensor_seed = np.random.SeedSequence(seed).spawn(5)
@@ -83,7 +86,6 @@ def virtual_rig(
         lenses = {name: Lens(cameras.select([name])) for name in cameras.names}
         model = build_model(actor, cameras, lenses, np.random.default_rng(room_seed))
         puppet = Puppet(model, actor.points, actor.limbs, actor.soles, actor.scale)
-        postures = _postures(motion, model.nq - 7, frames / (frames + test_frames))
         animations = {
             split: actor.animate(puppet, length, fps, np.random.default_rng(split_seed), posture)
             for split, length, split_seed, posture in zip(
@@ -111,10 +113,6 @@ def virtual_rig(
             for (split, animation), seeds in zip(animations.items(), sensor_seeds.tolist()):
                 _film(target / split, cameras, stage, puppet, animation, fps, crf, seeds, bar)
     return directory / "project.yaml"
-
-
-def _postures(motion: Path | str | None, joints: int, share: float) -> tuple[Posture | None, Posture | None]:
-    return (None, None) if motion is None else load_postures(Path(motion), joints, share)
 
 
 def _film(

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from bkind3d.cameras import Cameras
 from bkind3d.data.studio import smooth_noise
-from bkind3d.data.virtual.engine import load_mujoco, open_context, picture_asset
+from bkind3d.data.virtual.engine import load_mujoco, open_drawing, picture_asset
 from bkind3d.data.virtual.subject import ROOM_GROUP, SUBJECT_GROUP, Subject
 
 _FINER = 2  # samples per pixel along each axis
@@ -125,10 +125,7 @@ class Stage:
         self.model, self.data, self.lenses = model, data, lenses
         lens = next(iter(lenses.values()))
         self.size = _FINER * lens.height, _FINER * lens.width
-        model.vis.global_.offheight, model.vis.global_.offwidth = self.size
-        self.context = open_context(*self.size)
-        self.drawing = self.mujoco.MjrContext(model, self.mujoco.mjtFontScale.mjFONTSCALE_100)
-        self.mujoco.mjr_setBuffer(self.mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.drawing)
+        self.context, self.drawing = open_drawing(model, *self.size)
         self.scene = self.mujoco.MjvScene(model, maxgeom=model.ngeom + 10)
         for flag in ("SHADOW", "REFLECTION", "HAZE"):
             self.scene.flags[getattr(self.mujoco.mjtRndFlag, f"mjRND_{flag}")] = False
