@@ -19,6 +19,7 @@ hours that were recorded at 30.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -55,7 +56,8 @@ BONES = (
     "SpineL-HipL HipL-KneeL KneeL-ShinL SpineL-HipR HipR-KneeR KneeR-ShinR"
 )
 
-_VIDEO = re.compile(r"(s\d+-d\d+)-camera(\d+)-(\d+)\.mp4", re.IGNORECASE)
+_MOCAP = re.compile(r"mocap-(s\d+-d\d+)\.mat")
+_VIDEO = re.compile(r"(s\d+-d\d+)-camera(\d+)-(\d+)\.mp4")
 # Fields of a camera, and how many numbers each holds.
 _LENS = {
     "IntrinsicMatrix": (9,),
@@ -106,23 +108,24 @@ def rat7m_project(
         InputError: a file, a video or an array is missing or misshapen, rows and video frames advance at different
             rates, or the project exists.
     """
-    files = {path.stem.removeprefix("mocap-"): path for path in sorted(root.rglob("mocap-s*-d*.mat"))}
-    if not files:
+    there = sorted(Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    mocaps = {match[1]: path for path in there if (match := _MOCAP.fullmatch(path.name))}
+    if not mocaps:
         raise InputError(f"{root}: no mocap-s#-d#.mat is below this folder")
-    videos = _find_videos(root)
+    videos = _by_camera(there)
     takes, rigs = [], {}
-    for session in choose("sessions", sessions, files):
-        take, rigs[session] = _take(session, files[session], videos, fps)
+    for session in choose("sessions", sessions, mocaps):
+        take, rigs[session] = _take(session, mocaps[session], videos, fps)
         takes.append(take.first(moments).thinned(every, gap))
     return write_takes(out, "Rat7M", takes, rigs, center, side)
 
 
-def _find_videos(root: Path) -> dict[tuple[str, str], tuple[Path, ...]]:
+def _by_camera(files: list[Path]) -> dict[tuple[str, str], tuple[Path, ...]]:
     """(session, number of the camera) -> its chunks in order."""
     found: dict[tuple[str, str], dict[int, Path]] = {}
-    for path in root.rglob("*.mp4"):
+    for path in files:
         if match := _VIDEO.fullmatch(path.name):
-            chunks = found.setdefault((match[1].lower(), match[2]), {})
+            chunks = found.setdefault((match[1], match[2]), {})
             start = int(match[3])
             if start in chunks:
                 raise InputError(f"{path}: is there twice, also as {chunks[start]}; remove one of them")

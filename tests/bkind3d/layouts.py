@@ -104,9 +104,10 @@ def matlab_camera(number: int, session: str) -> MatlabCamera:
 
 @dataclass
 class Rat7M:
-    """A written data set: positions (F, 20, 3) and frames (F, M) by session."""
+    """A written data set: positions (F, 20, 3), frames (F, M) and the content of the .mat file by session."""
 
     root: Path
+    content: dict[str, dict[str, Any]] = field(default_factory=dict)
     points: dict[str, np.ndarray] = field(default_factory=dict)
     frames: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -118,7 +119,6 @@ def write_rat7m_layout(
     cameras: int = 3,
     chunk: int = 5,
     wrong: str = "",
-    version: str = "5",
 ) -> Rat7M:
     """Sessions of ``moments`` rows; camera m starts late and drops a frame of its own.
 
@@ -141,9 +141,11 @@ def write_rat7m_layout(
         unknown = points.copy()
         unknown[1, 2] = np.nan  # HeadL, which is not drawn
         written.points[session], written.frames[session] = unknown, np.stack(columns, axis=1)
-        content = {"cameras": lenses, "mocap": {name: unknown[:, k] for k, name in enumerate(MARKERS)}}
-        write = write_mat73 if version == "7.3" else write_mat5
-        write(root / f"mocap-{session}.mat", content)
+        written.content[session] = {
+            "cameras": lenses,
+            "mocap": {name: unknown[:, k] for k, name in enumerate(MARKERS)},
+        }
+        write_mat5(root / f"mocap-{session}.mat", written.content[session])
     return written
 
 

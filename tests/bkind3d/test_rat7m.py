@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from blobs import centers_of_blobs, farthest, open_dataset
-from layouts import DRAWN, HEIGHT, MARKERS, WIDTH, write_mat5, write_rat7m_layout
+from layouts import DRAWN, HEIGHT, MARKERS, WIDTH, write_mat5, write_mat73, write_rat7m_layout
 from small_rig import ring, write_project
 
 from bkind3d.check import check_project
@@ -96,7 +96,10 @@ def test_mistakes_that_no_rig_can_have(tmp_path: Path, wrong: str, message: str)
 
 def test_version_7_3(rat7m, tmp_path: Path) -> None:
     written, path = rat7m
-    write_rat7m_layout(tmp_path / "data", version="7.3")
+    (tmp_path / "data").mkdir()
+    for session, content in written.content.items():
+        (tmp_path / "data" / session).symlink_to(written.root / session)
+        write_mat73(tmp_path / "data" / f"mocap-{session}.mat", content)
     newer = load_project(rat7m_project(tmp_path / "data", tmp_path / "out"))
     older = load_project(path)
     for one, other in zip(newer.recordings, older.recordings):
