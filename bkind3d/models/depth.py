@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkind3d.models.discovery import DiscoveryModel, Lifted, box_center
+from bkind3d.models.discovery import DiscoveryModel, Lifted, box_center, box_radius
 from bkind3d.models.heatmaps import locate, peak
 from bkind3d_kernels import VoxelGrid
 from bkind3d_kernels.geometry import exact_matmul, project_points
@@ -40,10 +40,10 @@ def center_depth(projections: Tensor, grid: VoxelGrid) -> Tensor:
 def expected_depth(probability: Tensor, depths: Tensor, projections: Tensor, grid: VoxelGrid) -> Tensor:
     r"""Depth of each keypoint in each view, expected under its heatmap.
 
-    .. math:: z = z_c + r \sum_q p(q) \tanh D(q), \quad r = \min(s, 0.95 \, |z_c|)
+    .. math:: z = z_c + r \sum_q p(q) \tanh D(q), \quad r = \min(R, 0.95 \, |z_c|)
 
-    with the depth z_c of the box's centre and its longest side s: an untrained network starts at the centre's depth,
-    the whole box can be reached, and no keypoint gets behind its camera.
+    with the depth z_c of the box's centre and the distance R of its corners from it: an untrained network starts around
+    the centre's depth, the whole box can be reached from every side, and no keypoint gets behind its camera.
 
     Args:
         probability: Heatmaps p (N, M, J, h, w).
@@ -55,7 +55,7 @@ def expected_depth(probability: Tensor, depths: Tensor, projections: Tensor, gri
         (N, M, J), in the unit of the projections' depth.
     """
     center = center_depth(projections, grid)[..., None]
-    reach = torch.minimum(grid.side.to(center.dtype), 0.95 * center.abs())
+    reach = torch.minimum(box_radius(grid).view(-1, 1, 1), 0.95 * center.abs())
     return center + reach * (probability * depths.tanh()).sum((-2, -1))
 
 

@@ -213,3 +213,9 @@ def box_center(grid: VoxelGrid) -> Tensor:
     """Centre of the box that a grid fills, (N or 1, 3), world units."""
     middle = (grid.affine.new_tensor(grid.shape) - 1) / 2
     return grid.index_to_world(middle.view(1, 1, 3))[:, 0]
+
+
+def box_radius(grid: VoxelGrid) -> Tensor:
+    """Distance of the corners of that (rectangular) box from its centre, (N or 1,), world units."""
+    sides = grid.affine[..., :3] * (grid.affine.new_tensor(grid.shape) - 1)
+    return sides.square().sum((-2, -1)).sqrt() / 2

@@ -19,8 +19,8 @@ from bkind3d.config import Config, DataConfig, LossConfig, Method, ModelConfig, 
 from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
 from bkind3d.losses import PENALTIES, Objective, difference_target, frame_target
-from bkind3d.models.depth import backproject, center_depth
-from bkind3d.models.discovery import DiscoveryModel, box_center
+from bkind3d.models.depth import backproject, center_depth, expected_depth
+from bkind3d.models.discovery import DiscoveryModel, box_center, box_radius
 from bkind3d.models.keypoint3d import Keypoint3dModel, consistency_error
 from bkind3d.models.points import draw_points
 from bkind3d.models.triangulation import reprojection_error
@@ -153,7 +153,7 @@ def raw_depth(points: Tensor) -> Tensor:
     """What depth maps must hold at each point of each view, (N, M, J), by the documented parametrisation."""
     _, depth = project_points(cameras(), points[:, None])
     center = center_depth(cameras(), GRID)[..., None]
-    return ((depth - center) / torch.minimum(GRID.side, 0.95 * center)).atanh()
+    return ((depth - center) / torch.minimum(box_radius(GRID), 0.95 * center)).atanh()
 
 
 def test_triangulation_lands_on_the_points() -> None:
@@ -225,6 +225,17 @@ def test_backproject_inverts_project_points() -> None:
         pixels, depth = project_points(projections, points[:, None])
         lifted = backproject(pixels, depth, projections)
         torch.testing.assert_close(lifted, points[:, None].expand_as(lifted), rtol=0, atol=1e-5)
+
+
+def test_depth_reaches_the_corners_of_the_box() -> None:
+    """The radius of the box, by hand: half of √(1² + 1.2² + 0.6²); a whole depth map of ±∞ lands there."""
+    assert float(box_radius(GRID)) == pytest.approx(0.5 * 2.8**0.5)
+    maps = torch.zeros(1, 3, 5, 24, 32)
+    for sign in (-1.0, 1.0):
+        maps[:, :, 4] = sign * torch.inf
+        depth = expected_depth(torch.full((1, 3, 4, 24, 32), 1 / 768), maps[:, :, 4:], cameras(), GRID)
+        expected = center_depth(cameras(), GRID)[..., None] + sign * box_radius(GRID)
+        torch.testing.assert_close(depth, expected.expand(1, 3, 4))
 
 
 def test_depth_stays_in_front_of_a_camera_inside_the_box() -> None:
