@@ -20,6 +20,7 @@ from bkind3d.data.virtual.puppet import Puppet
 from bkind3d.data.virtual.rat import RAT
 from bkind3d.data.virtual.rig import SUBJECTS
 from bkind3d.data.virtual.stage import Lens, Stage, build_model
+from bkind3d.demo import demo
 from bkind3d.errors import InputError
 
 if importlib.util.find_spec("dm_control") is None and not os.environ.get("CI"):
@@ -348,6 +349,16 @@ def test_without_the_extra(tmp_path, monkeypatch, package):
     with pytest.raises(InputError, match=rf"{package}.*pip install 'bkind3d\[sim\]'") as caught:
         virtual_rig(tmp_path / "rig", **SMALL)
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_demo_that_cannot_run_leaves_nothing(clip, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"^motion: only the subject rat"):
+        demo("human-sim", out=tmp_path / "run", motion=clip)
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    for subject in ("rat", "human-sim"):
+        with pytest.raises(InputError, match=r"bkind3d\[sim\]"):
+            demo(subject, out=tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 

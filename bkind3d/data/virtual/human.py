@@ -181,7 +181,7 @@ HUMAN = Subject(
         wobble=0.2,
         target=(0.0, 0.0, 0.92),
         miss=0.05,
-        framed=rim((0.75, 0.0), (0.70, 1.85)),
+        framed=rim((0.75, 0.0), (0.65, 2.0)),
     ),
     tile=2.0,
     temper=TEMPER,
