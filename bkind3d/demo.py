@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from bkind3d.check import check_project
-from bkind3d.data import load_project
+from bkind3d.data import Project, load_project
+from bkind3d.data.rat7m import IN_MILLIMETRES, rat7m_project, write_rat7m
 from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
 from bkind3d.predict import predict
@@ -30,6 +31,7 @@ def demo(
     views: int | None = None,
     steps: int | None = None,
     source: Path | None = None,
+    layout: Literal["project", "rat7m"] = "project",
     force: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -49,6 +51,7 @@ def demo(
         steps: Training steps; what fits into the promised time when left out.
         source: "human": folder of the clip, if it is on disk; it is downloaded when left out. "rat": file of joint
             angles that its posture follows (npz: qpos, fps); scripted when left out.
+        layout: "rat7m" writes a simulated subject in the layout of Rat7M first, and reads it back from there (mm).
         force: Replace an earlier run in the folder.
         progress: Whether to show progress bars.
 
@@ -62,11 +65,16 @@ def demo(
     out = out or Path("runs") / ("demo" if subject == "animal" else subject)
     chosen, film = SUBJECTS[subject], Film(seed, frames, test_frames, views, source)
     chosen.refuse(film)
+    if layout == "rat7m" and not chosen.simulated:
+        raise InputError(f"layout: only what is simulated is written in the layout of Rat7M; here it is {chosen.title}")
     refuse_existing(out, force=force)
     data = out.parent / f"{out.name}-data"
     claim(data, force=force)
     say("film", f"{chosen.title} -> {data}")
     project = chosen.film(data / "rig", film, progress)
+    if layout == "rat7m":
+        say("import", f"the same in the layout of Rat7M -> {data / 'rat7m'}")
+        project = through_rat7m(load_project(project), data)
     config = chosen.config(project, seed, steps)
     say("check", f"{project}")
     check_project(
@@ -84,6 +92,15 @@ def demo(
     report = build_report(out)
     say("report", f"{report}  ({(time.perf_counter() - started) / 60:.1f} minutes in all)")
     return report
+
+
+def through_rat7m(project: Project, data: Path) -> Path:
+    """Write all recordings in the layout of Rat7M and import them from there; returns the new project file."""
+    write_rat7m(project, [recording.name for recording in project.recordings], data / "rat7m")
+    volume, scale = project.working_volume(), IN_MILLIMETRES[project.units]
+    x, y, z = volume.center
+    center = (x * scale, y * scale, z * scale)
+    return rat7m_project(data / "rat7m", data / "imported", center=center, side=max(volume.size) * scale)
 
 
 def claim(data: Path, *, force: bool) -> None:

@@ -68,7 +68,7 @@ _LENS = {
 }
 _PIXEL_ORIGIN = 1.0  # MATLAB's index of the first pixel
 _STEP = 1.4  # factor by which frames may advance faster or slower than rows, on average: dropped frames, no other rate
-_MILLIMETRES = {"m": 1000.0, "cm": 10.0, "mm": 1.0, "um": 0.001}
+IN_MILLIMETRES = {"m": 1000.0, "cm": 10.0, "mm": 1.0, "um": 0.001}
 
 Lens = dict[str, np.ndarray]
 
@@ -294,7 +294,7 @@ def _write_session(project: Project, name: str, out: Path, session: str, chunk: 
     if (cameras.image_size % 2).any():
         raise InputError(f"recording {name!r}: H.264 needs images of even width and height")
     info = probe_recording(recording, cameras)
-    scale = _MILLIMETRES[project.units]
+    scale = IN_MILLIMETRES[project.units]
     lenses = {}
     try:
         (out / session).mkdir(parents=True)
