@@ -8,19 +8,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bkind3d.health import Health
+from bkind3d.losses import PENALTIES
 
 BLUE, ORANGE, GREY = "#3465a4", "#c4621b", "#8a9099"
 TEXT = "#2b2f36"
 
 
 def loss_curves(metrics: dict[str, np.ndarray]) -> dict[str, str]:
-    """Panels over the training steps: title -> SVG."""
+    """Panels over the training steps: title -> SVG; a loss of one method alone only where that method has it."""
     groups: dict[str, tuple[list[str], bool]] = {
         "Loss": (["loss", "reconstruction"], True),
         "Regularisers": (["length", "separation"], False),
         "Active edges": (["active_edges"], False),
         "Gradient norm": (["grad_norm"], True),
     }
+    for name in PENALTIES:
+        if name in metrics and metrics[name].any():
+            groups[name.capitalize()] = ([name], True)
     return {title: _curves(metrics, names, logarithmic) for title, (names, logarithmic) in groups.items()}
 
 
