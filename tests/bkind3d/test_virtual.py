@@ -353,8 +353,8 @@ def test_without_the_extra(tmp_path, monkeypatch, package):
 
 
 def test_a_demo_that_cannot_run_leaves_nothing(clip, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"^motion: only the subject rat"):
-        demo("human-sim", out=tmp_path / "run", motion=clip)
+    with pytest.raises(InputError, match=r"^source: a virtual human comes from no file"):
+        demo("human-sim", out=tmp_path / "run", source=clip)
     monkeypatch.setitem(sys.modules, "mujoco", None)
     for subject in ("rat", "human-sim"):
         with pytest.raises(InputError, match=r"bkind3d\[sim\]"):
