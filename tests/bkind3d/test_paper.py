@@ -16,9 +16,17 @@ from bkind3d.run import checkpoints, open_run
 
 TINY = {
     "data.height": 32, "data.width": 32, "data.gap": 4, "model.pyramid_channels": 8, "model.channels": 4,
-    "model.voxels": 8, "model.volume_channels": (4, 4, 8), "model.edge_strides": (8, 4), "model.edge_sigmas": (1.0, 1.5),
-    "model.decoder_channels": (8, 8), "train.batch": 2,
+    "model.voxels": 8, "model.volume_channels": (4, 4, 8), "model.edge_strides": (8, 4),
+    "model.edge_sigmas": (1.0, 1.5), "model.decoder_channels": (8, 8), "train.batch": 2,
 }  # fmt: skip
+
+
+METHODS = {
+    "Keypoint3D": "keypoint3d",
+    "triangulation + reprojection": "triangulation",
+    "depth map": "depth",
+    "BKinD-3D (volumetric)": "volumetric",
+}
 
 
 @pytest.fixture
@@ -60,7 +68,7 @@ def test_a_table_is_what_its_runs_say(out: Path, in_process: list[str]) -> None:
         assert float(row["untrained_mpjpe"]) == evaluation["rows"][1]["mpjpe"]
         config = open_run(run)
         assert (config.train.steps, str(config.train.seed)) == (2, row["seed"])
-        assert config.method == dict(zip((r.name for r in TABLES["2"].rows), ("keypoint3d", "triangulation", "depth", "volumetric")))[row["row"]]  # fmt: skip
+        assert config.method == METHODS[row["row"]]
     text = written.read_text()
     mine = [float(row["mpjpe"]) * 1000 for row in results[-2:]]
     line = next(line for line in text.splitlines() if line.startswith("| BKinD-3D (volumetric)"))
