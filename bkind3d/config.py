@@ -60,6 +60,9 @@ class ModelConfig:
         unseen: Whether a view that does not see a voxel takes part with the value 0 ("zero", paper) or not at all.
         logit_gain: Factor before the softmax over the volume. At 1 the logits start flat, every keypoint starts in the
             centre of the volume, and nothing is learned.
+        turn_volume: Whether the volume is turned about the vertical by a random angle in training, anew for each moment
+            (as Iskakov et al. 2019 do). Otherwise a keypoint may become "the point farthest to the east", which draws
+            the animal's outline but belongs to no part of it.
         heatmap_gain: Factor before the softmax over the pixels of a heatmap, for the methods that find keypoints in
             single views (published Keypoint3D: 5), for the same reason. At 15 they start sharp, and views that
             disagree then stay apart: triangulation learned less.
@@ -91,6 +94,7 @@ class ModelConfig:
     aggregation: Literal["softmax", "mean", "sum", "max"] = "softmax"
     unseen: Literal["zero", "exclude"] = "zero"
     logit_gain: float = 15.0
+    turn_volume: bool = True
     heatmap_gain: float = 5.0
     bottleneck: Literal["edges", "points"] = "edges"
     edge_activation: Literal["softplus", "relu"] = "softplus"

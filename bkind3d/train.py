@@ -241,8 +241,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         images = images.float() / 255.0
+        grid = self.model.training_grid(self.grid, self.inputs.project.up, 2 * len(images))
         with self.accelerator.autocast():
-            found: Reconstruction = self.wrapped(images, projections, self.grid)
+            found: Reconstruction = self.wrapped(images, projections, grid)
         target = self.model.target(images, self.config.loss)
         terms = self.objective(found, target, self.model.skeleton, self.epoch)
         self.optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -120,6 +121,16 @@ class DiscoveryModel(nn.Module, ABC):
             size: (H, W) of the images.
             grid: Where to look.
         """
+
+    def training_grid(self, grid: VoxelGrid, up: Sequence[float], moments: int) -> VoxelGrid:
+        """Where to look in a training step.
+
+        Args:
+            grid: Where to look in general.
+            up: The world's vertical.
+            moments: Number of moments, 2N, frames t and t + gap.
+        """
+        return grid
 
     def detect(self, images: Tensor, projections: Tensor, grid: VoxelGrid) -> Keypoints:
         """Find the keypoints of each moment.

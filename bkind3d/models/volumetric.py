@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
+from kornia.geometry.conversions import axis_angle_to_rotation_matrix
 from torch import Tensor
 
-from bkind3d.models.discovery import DiscoveryModel, Lifted
+from bkind3d.models.discovery import DiscoveryModel, Lifted, box_center
 from bkind3d.models.volume import VolumeNetwork
 from bkind3d_kernels import SoftArgmax3d, Unproject, VoxelGrid
 from bkind3d_kernels.geometry import rescale_projections
@@ -37,3 +42,27 @@ class VolumetricModel(DiscoveryModel):
         to_maps = rescale_projections(projections, size, (maps.shape[-2], maps.shape[-1]))
         volume = self.unproject(maps, to_maps, grid)
         return Lifted(*self.soft_argmax(self.volume(volume), grid))
+
+    def training_grid(self, grid: VoxelGrid, up: Sequence[float], moments: int) -> VoxelGrid:
+        """The grid, turned about the vertical by a random angle for each moment; arguments as `DiscoveryModel`."""
+        if not self.config.turn_volume:
+            return grid
+        return turned(grid, up, 2 * math.pi * torch.rand(moments))
+
+
+def turned(grid: VoxelGrid, up: Sequence[float], angles: Tensor) -> VoxelGrid:
+    """A grid turned about the vertical through its centre.
+
+    Args:
+        grid: One grid for all samples, affine (1, 3, 4).
+        up: The world's vertical.
+        angles: (N,) radians.
+
+    Returns:
+        A grid for each angle, affine (N, 3, 4).
+    """
+    axis = torch.nn.functional.normalize(torch.tensor(up, dtype=torch.float64), dim=0)
+    turn = axis_angle_to_rotation_matrix(angles[:, None].double() * axis).to(grid.affine)
+    center = box_center(grid)[..., None]
+    linear, origin = grid.affine.split((3, 1), dim=-1)
+    return VoxelGrid(torch.cat([turn @ linear, turn @ (origin - center) + center], dim=-1), grid.shape)
