@@ -1,10 +1,14 @@
 """The networks: shapes, symmetry over views, key names, weight files, and gradients that reach everything."""
 
+import math
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.spatial.transform import Rotation
 
 from bkind3d.config import ModelConfig
 from bkind3d.errors import InputError
@@ -12,7 +16,7 @@ from bkind3d.models.encoder import ResNetEncoder, SmallEncoder, build_encoder
 from bkind3d.models.skeleton import Skeleton
 from bkind3d.models.vgg import CONVOLUTIONS, WIDTHS, VggFeatures
 from bkind3d.models.volume import VolumeNetwork
-from bkind3d.models.volumetric import VolumetricModel
+from bkind3d.models.volumetric import VolumetricModel, turned
 from bkind3d_kernels import VoxelGrid
 
 TINY = ModelConfig(
@@ -251,3 +255,25 @@ def test_vgg_from_hed_file(tmp_path) -> None:
         VggFeatures("vgg19", str(tmp_path / "hed.weights.h5"), 2)
     with pytest.raises(InputError, match="not the HED weights"):
         VggFeatures("vgg16", str(tmp_path / "hed.weights.h5"), 3)
+
+
+@pytest.mark.parametrize("up", [(0.0, 0.0, 1.0), (0.0, -2.0, 0.0), (1.0, 1.0, 1.0)])
+def test_the_volume_turns_about_the_vertical_through_its_centre(up: tuple[float, float, float]) -> None:
+    grid = VoxelGrid.box((0.5, -1.0, 2.0), (1.0, 1.2, 0.6), (5, 7, 4)).to(dtype=torch.float64)
+    angles = torch.tensor([0.0, 0.3, math.pi / 2, math.pi])
+    center, axis = torch.tensor([0.5, -1.0, 2.0]).double(), np.array(up) / np.linalg.norm(up)
+    still = grid.coordinates()[0] - center
+    for angle, points in zip(angles, turned(grid, up, angles).coordinates(), strict=True):
+        matrix = Rotation.from_rotvec(float(angle) * axis).as_matrix()
+        torch.testing.assert_close(points - center, still @ torch.from_numpy(matrix).T, rtol=0, atol=1e-6)
+
+
+def test_every_moment_of_a_training_step_has_a_turn_of_its_own() -> None:
+    grid = VoxelGrid.cube((0.0, 0.0, 0.0), 1.0, 4)
+    config = replace(TINY, turn_volume=True)
+    torch.manual_seed(0)
+    first = VolumetricModel(config, 1).training_grid(grid, (0, 0, 1), 6)
+    assert first.affine.shape == (6, 3, 4)
+    assert torch.pdist(first.affine[:, 0, :2]).min() > 1e-3
+    torch.testing.assert_close(first.affine[:, 2], grid.affine[0, 2].expand(6, 4), rtol=0, atol=1e-6)
+    assert VolumetricModel(replace(config, turn_volume=False), 1).training_grid(grid, (0, 0, 1), 6) is grid
