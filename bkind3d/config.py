@@ -61,8 +61,9 @@ class ModelConfig:
         logit_gain: Factor before the softmax over the volume. At 1 the logits start flat, every keypoint starts in the
             centre of the volume, and nothing is learned.
         turn_volume: Whether the volume is turned about the vertical by a random angle in training, anew for each moment
-            (as Iskakov et al. 2019 do). Otherwise a keypoint may become "the point farthest to the east", which draws
-            the animal's outline but belongs to no part of it.
+            (as Iskakov et al. 2019 do), so that `loss.equivariance` can ask for keypoints that do not depend on it.
+            Otherwise a keypoint may become "the point farthest to the east", which draws the animal's outline but
+            belongs to no part of it (docs/paper.md). The second look costs a half more in the volume network.
         heatmap_gain: Factor before the softmax over the pixels of a heatmap, for the methods that find keypoints in
             single views (published Keypoint3D: 5), for the same reason. At 15 they start sharp, and views that
             disagree then stay apart: triangulation learned less.
@@ -94,7 +95,7 @@ class ModelConfig:
     aggregation: Literal["softmax", "mean", "sum", "max"] = "softmax"
     unseen: Literal["zero", "exclude"] = "zero"
     logit_gain: float = 15.0
-    turn_volume: bool = True
+    turn_volume: bool = False
     heatmap_gain: float = 5.0
     bottleneck: Literal["edges", "points"] = "edges"
     edge_activation: Literal["softplus", "relu"] = "softplus"
@@ -131,6 +132,8 @@ class LossConfig:
         consistency: Weight of the spread of the views' keypoints in the Keypoint3D method, whose unit is the square of
             the volume's longest side. A still background leaves its reconstruction loss near 0.03: a weight of 0.1
             already holds keypoints still as well, because still ones agree best.
+        equivariance: Weight of the distance between the keypoints of one moment in two turns of the volume, for the
+            volumetric method where `model.turn_volume` is set; its unit is the square of the volume's longest side.
     """
 
     target: Literal["ssim", "contrast-structure"] = "ssim"
@@ -147,6 +150,7 @@ class LossConfig:
     length_momentum: float = 0.99
     reprojection: float = 1.0
     consistency: float = 0.01
+    equivariance: float = 10.0
 
 
 @dataclass
@@ -266,6 +270,7 @@ def validate(config: Config) -> None:
         ("loss.separation_sigma", loss.separation_sigma, loss.separation_sigma > 0, "a number above 0"),
         ("loss.length_momentum", loss.length_momentum, 0 <= loss.length_momentum < 1, "0 or more and below 1"),
         ("loss.reprojection", loss.reprojection, loss.reprojection >= 0, "0 or more"),
+        ("loss.equivariance", loss.equivariance, loss.equivariance >= 0, "0 or more"),
         ("loss.consistency", loss.consistency, loss.consistency >= 0, "0 or more"),
         ("train.steps", train.steps, train.steps >= 0, "0 or more"),
         ("train.lr", train.lr, train.lr > 0, "a number above 0"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # a model knows its target, which is made here
     from bkind3d.models.discovery import Reconstruction
 
 # Terms that some methods add to the objective, each with its weight in `LossConfig`.
-PENALTIES = ("reprojection", "consistency")
+PENALTIES = ("reprojection", "consistency", "equivariance")
 SSIM_SIGMA = 1.5
 LUMINANCE_CONSTANT = 0.01**2
 

@@ -70,6 +70,7 @@ TABLES = {
             _TRIANGULATION,
             _DEPTH,
             Row("BKinD-3D (volumetric)", {}, "BKinD-3D, 15 keypoints"),
+            Row("volumetric, never turned", {"model.turn_volume": False}),
         ),
     ),
     "3": Table(

@@ -54,6 +54,8 @@ class Subject:
         keypoints: Number of keypoints to discover.
         steps: Training steps of the demo.
         edge_lr: Learning rate of the edges.
+        length: Weight of the length loss.
+        turn_volume: Whether the volume is turned in training: for a subject whose outline does not tell head from tail.
         probe: Options of the evaluation.
         takes_source: Whether files can be named that it comes from, or that move it.
         simulated: Whether frames and views can be chosen.
@@ -66,6 +68,8 @@ class Subject:
     keypoints: int
     steps: int
     edge_lr: float = 1e-2
+    length: float = 0.02
+    turn_volume: bool = False
     probe: dict[str, Any] = field(default_factory=dict)
     takes_source: bool = False
     simulated: bool = True
@@ -98,8 +102,8 @@ class Subject:
         return Config(
             project=project,
             data=replace(self.data),
-            model=replace(SMALL_MODEL, keypoints=self.keypoints),
-            loss=replace(SMALL_LOSS),
+            model=replace(SMALL_MODEL, keypoints=self.keypoints, turn_volume=self.turn_volume),
+            loss=replace(SMALL_LOSS, length=self.length),
             train=replace(SMALL_TRAIN, edge_lr=self.edge_lr, steps=self.steps if steps is None else steps, seed=seed),
         )
 
@@ -154,13 +158,13 @@ SUBJECTS = {
     ),
     "rat": Subject(
         title="a virtual rat", make=_film_rat, takes_source=True, needs=load_mujoco,
-        data=DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), keypoints=15, steps=400,
-        probe={"every": 2},
+        data=DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), keypoints=15, steps=400, length=0.005,
+        turn_volume=True, probe={"every": 2},
     ),
     "human-sim": Subject(
         title="a virtual human", make=_film_human_sim, needs=load_mujoco,
-        data=DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), keypoints=15, steps=400,
-        probe={"every": 2},
+        data=DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), keypoints=15, steps=400, length=0.005,
+        turn_volume=True, probe={"every": 2},
     ),
     "human": Subject(
         title="four real videos of a man balancing", make=_film_human, takes_source=True, simulated=False,

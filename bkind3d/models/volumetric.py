@@ -40,14 +40,42 @@ class VolumetricModel(DiscoveryModel):
     def lift(self, maps: Tensor, projections: Tensor, size: tuple[int, int], grid: VoxelGrid) -> Lifted:
         """Aggregate the maps in the volume and find each keypoint there; arguments as `DiscoveryModel.lift`."""
         to_maps = rescale_projections(projections, size, (maps.shape[-2], maps.shape[-1]))
-        volume = self.unproject(maps, to_maps, grid)
-        return Lifted(*self.soft_argmax(self.volume(volume), grid))
+        found = Lifted(*self._locate(maps, to_maps, grid))
+        if self.training and len(grid.affine) > 1:
+            found.penalties["equivariance"] = self._turn_error(found.positions, maps, to_maps, grid)
+        return found
+
+    def _locate(self, maps: Tensor, to_maps: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor]:
+        """Positions (N, J, 3) and confidence (N, J) of the keypoints in one grid."""
+        return self.soft_argmax(self.volume(self.unproject(maps, to_maps, grid)), grid)
 
     def training_grid(self, grid: VoxelGrid, up: Sequence[float], moments: int) -> VoxelGrid:
         """The grid, turned about the vertical by a random angle for each moment; arguments as `DiscoveryModel`."""
         if not self.config.turn_volume:
             return grid
         return turned(grid, up, 2 * math.pi * torch.rand(moments))
+
+    def _turn_error(self, positions: Tensor, maps: Tensor, to_maps: Tensor, grid: VoxelGrid) -> Tensor:
+        r"""How far keypoints depend on the turn of the volume that they are found in.
+
+        .. math:: \frac{1}{N J s^2} \sum_{n, j} \| u_j(n, \theta_n) - u_j(n, \theta_{n + 1}) \|^2
+
+        Frames t, the first half of the moments, are looked at again in the grids of other moments: the box is the same,
+        the turn is not.
+
+        Args:
+            positions: (2N, J, 3), found in `grid`.
+            maps: (2N, M, C, h, w).
+            to_maps: (2N, M, 3, 4), world to pixels of the maps.
+            grid: One for each moment.
+
+        Returns:
+            Scalar, in units of the squared longest side of the volume.
+        """
+        half = len(maps) // 2
+        other = VoxelGrid(grid.affine.roll(1, 0)[:half], grid.shape)
+        again, _ = self._locate(maps[:half], to_maps[:half], other)
+        return ((again - positions[:half]) / grid.side).square().sum(-1).mean()
 
 
 def turned(grid: VoxelGrid, up: Sequence[float], angles: Tensor) -> VoxelGrid:
