@@ -277,3 +277,21 @@ def test_every_moment_of_a_training_step_has_a_turn_of_its_own() -> None:
     assert torch.pdist(first.affine[:, 0, :2]).min() > 1e-3
     torch.testing.assert_close(first.affine[:, 2], grid.affine[0, 2].expand(6, 4), rtol=0, atol=1e-6)
     assert VolumetricModel(replace(config, turn_volume=False), 1).training_grid(grid, (0, 0, 1), 6) is grid
+
+
+def test_the_turn_error_is_the_distance_between_two_looks() -> None:
+    torch.manual_seed(0)
+    model, images, projections = (
+        VolumetricModel(replace(TINY, turn_volume=True), 1),
+        torch.rand(2, 2, 3, 3, 32, 32),
+        ring(3, 32),
+    )
+    still = VoxelGrid.cube((0.0, 0.0, 0.0), 2.0, 8)
+    grid = model.training_grid(still, (0, 0, 1), 4)
+    found = model(images, projections, grid)
+    other = VoxelGrid(grid.affine[[3, 0]], grid.shape)
+    again = model.detect(images[:, 0], projections, other)
+    expected = (again.positions - found.positions[:, 0]).square().sum(-1).mean() / 4
+    torch.testing.assert_close(found.penalties["equivariance"], expected)
+    assert expected > 1e-5
+    assert model.eval()(images, projections, still).penalties == {}
