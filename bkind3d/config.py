@@ -150,7 +150,7 @@ class LossConfig:
     length_momentum: float = 0.99
     reprojection: float = 1.0
     consistency: float = 0.01
-    equivariance: float = 10.0
+    equivariance: float = 30.0
 
 
 @dataclass
