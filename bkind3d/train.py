@@ -241,7 +241,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         images = images.float() / 255.0
-        grid = self.model.training_grid(self.grid, self.inputs.project.up, 2 * len(images))
+        # From (seed, step) alone, like the order of pairs: a resumed run draws the same.
+        generator = torch.Generator().manual_seed((self.config.train.seed << 32) + self.step)
+        grid = self.model.training_grid(self.grid, self.inputs.project.up, 2 * len(images), generator)
         with self.accelerator.autocast():
             found: Reconstruction = self.wrapped(images, projections, grid)
         target = self.model.target(images, self.config.loss)

@@ -122,13 +122,16 @@ class DiscoveryModel(nn.Module, ABC):
             grid: Where to look.
         """
 
-    def training_grid(self, grid: VoxelGrid, up: Sequence[float], moments: int) -> VoxelGrid:
+    def training_grid(
+        self, grid: VoxelGrid, up: Sequence[float], moments: int, generator: torch.Generator
+    ) -> VoxelGrid:
         """Where to look in a training step.
 
         Args:
             grid: Where to look in general.
             up: The world's vertical.
             moments: Number of moments, 2N, frames t and t + gap.
+            generator: Of what is random in this step.
         """
         return grid
 

@@ -49,11 +49,13 @@ class VolumetricModel(DiscoveryModel):
         """Positions (N, J, 3) and confidence (N, J) of the keypoints in one grid."""
         return self.soft_argmax(self.volume(self.unproject(maps, to_maps, grid)), grid)
 
-    def training_grid(self, grid: VoxelGrid, up: Sequence[float], moments: int) -> VoxelGrid:
+    def training_grid(
+        self, grid: VoxelGrid, up: Sequence[float], moments: int, generator: torch.Generator
+    ) -> VoxelGrid:
         """The grid, turned about the vertical by a random angle for each moment; arguments as `DiscoveryModel`."""
         if not self.config.turn_volume:
             return grid
-        return turned(grid, up, 2 * math.pi * torch.rand(moments))
+        return turned(grid, up, 2 * math.pi * torch.rand(moments, generator=generator))
 
     def _turn_error(self, positions: Tensor, maps: Tensor, to_maps: Tensor, grid: VoxelGrid) -> Tensor:
         r"""How far keypoints depend on the turn of the volume that they are found in.

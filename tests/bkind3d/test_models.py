@@ -272,11 +272,14 @@ def test_every_moment_of_a_training_step_has_a_turn_of_its_own() -> None:
     grid = VoxelGrid.cube((0.0, 0.0, 0.0), 1.0, 4)
     config = replace(TINY, turn_volume=True)
     torch.manual_seed(0)
-    first = VolumetricModel(config, 1).training_grid(grid, (0, 0, 1), 6)
+    first = VolumetricModel(config, 1).training_grid(grid, (0, 0, 1), 6, torch.Generator())
     assert first.affine.shape == (6, 3, 4)
     assert torch.pdist(first.affine[:, 0, :2]).min() > 1e-3
     torch.testing.assert_close(first.affine[:, 2], grid.affine[0, 2].expand(6, 4), rtol=0, atol=1e-6)
-    assert VolumetricModel(replace(config, turn_volume=False), 1).training_grid(grid, (0, 0, 1), 6) is grid
+    assert (
+        VolumetricModel(replace(config, turn_volume=False), 1).training_grid(grid, (0, 0, 1), 6, torch.Generator())
+        is grid
+    )
 
 
 def test_the_turn_error_is_the_distance_between_two_looks() -> None:
@@ -287,7 +290,7 @@ def test_the_turn_error_is_the_distance_between_two_looks() -> None:
         ring(3, 32),
     )
     still = VoxelGrid.cube((0.0, 0.0, 0.0), 2.0, 8)
-    grid = model.training_grid(still, (0, 0, 1), 4)
+    grid = model.training_grid(still, (0, 0, 1), 4, torch.Generator())
     found = model(images, projections, grid)
     other = VoxelGrid(grid.affine[[3, 0]], grid.shape)
     again = model.detect(images[:, 0], projections, other)

@@ -40,6 +40,7 @@ def config(rig: Path, tmp_path: Path) -> MakeConfig:
             model=ModelConfig(
                 keypoints=4, encoder="small", pyramid_channels=8, channels=4, voxels=8, volume_channels=(4, 4, 8),
                 volume_stem=3, volume_blocks=1, edge_strides=(8, 4), edge_sigmas=(1.0, 1.5), decoder_channels=(8, 8),
+                turn_volume=True,
             ),
             loss=LossConfig(target_channels="grey", network="none", pixel_scales=2, regularise_after=1.0),
             train=TrainConfig(
