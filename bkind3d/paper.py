@@ -27,7 +27,7 @@ from bkind3d.data import load_project
 from bkind3d.errors import InputError
 from bkind3d.evaluate import UNTRAINED, evaluate
 from bkind3d.probe import MEAN_POSE, PAPER_ROWS, PAPER_SOURCE
-from bkind3d.run import checkpoints, open_run, write_text
+from bkind3d.run import checkpoints, open_run, write_json, write_text
 from bkind3d.subjects import SUBJECTS, Film, Subject
 from bkind3d.train import resume, train
 
@@ -151,9 +151,7 @@ def paper(
         raise InputError("paper: budget, jobs and threads must be 1 or more, and seeds one or more different numbers")
     chosen, about = TABLES[table], SUBJECTS[subject]
     folder = out / subject
-    project = folder / "data" / "project.yaml"
-    if not project.is_file():
-        about.film(folder / "data", Film(source=source), progress)
+    project = film_once(about, folder, source, progress)
     data = identity(project)
 
     def plan(row: Row, seed: int) -> Job:
@@ -171,7 +169,7 @@ def paper(
     results = [
         {"row": row.name, "seed": seed} | summary(planned[row.name, seed].run) for row in chosen.rows for seed in seeds
     ]
-    stem = folder / f"table-{table}-{budget}"
+    stem = folder / f"table-{table}-{budget}-steps{f'-{short_hash(settings)}' if settings else ''}"
     write_csv(stem.with_suffix(".csv"), results)
     text = markdown(chosen, about, results, budget, settings or {}, planned[chosen.rows[0].name, seeds[0]].run)
     write_text(stem.with_suffix(".md"), text)
@@ -182,8 +180,31 @@ def paper(
 def key(config: Config, data: str, probe: dict[str, Any]) -> str:
     """Hash of everything that decides a row's result."""
     settings = {name: value for name, value in to_dict(config).items() if name not in ("project", "cache")}
-    content = json.dumps([settings, data, probe], sort_keys=True)
-    return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
+    return short_hash([settings, data, probe])
+
+
+def short_hash(content: Any) -> str:
+    """Twelve digits that stand for what JSON can hold."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def film_once(subject: Subject, folder: Path, source: Path | None, progress: bool) -> Path:
+    """The project file of the subject's videos, which are made where there are none yet.
+
+    Raises:
+        InputError: The videos were made from another source, or cannot be made.
+    """
+    note, project = folder / "film.json", folder / "data" / "project.yaml"
+    wanted = {"source": None if source is None else str(source.resolve())}
+    if not project.is_file():
+        subject.film(folder / "data", Film(source=source), progress)
+        write_json(note, wanted)
+    made = json.loads(note.read_text()) if note.is_file() else {"source": None}
+    if made != wanted:
+        raise InputError(
+            f"source: the videos in {folder / 'data'} were made from {made['source']}; choose another --out"
+        )
+    return project
 
 
 def identity(project: Path) -> str:
@@ -208,6 +229,12 @@ def change(config: Config, name: str, value: Any) -> None:
         target = getattr(target, section, None)
     if target is None or last not in getattr(target, "__dataclass_fields__", {}):
         raise InputError(f"settings: there is no setting {name!r}; `bkind3d train --help` lists them")
+    before = getattr(target, last)
+    if isinstance(before, tuple) and isinstance(value, list):
+        value = tuple(value)
+    kinds = {float: (float, int), str: (str, int, list)}.get(type(before), (type(before),))  # a gap is any of the last
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(before, bool)):
+        raise InputError(f"settings: {name} is of the kind of {before!r}, got {value!r}")
     setattr(target, last, deepcopy(value))
 
 

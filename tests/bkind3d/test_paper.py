@@ -133,6 +133,8 @@ def test_the_key_depends_on_what_decides_the_result(rig: Path, tmp_path: Path) -
     same = Config(project=tmp_path / "elsewhere.yaml", cache=tmp_path)
     assert key(config, data, {}) == key(same, data, {})
     change(same, "model.voxels", 48)
+    change(same, "model.edge_strides", [32, 16, 8, 4, 2])
+    assert same.model.edge_strides == config.model.edge_strides
     assert key(config, data, {}) != key(same, data, {})
     assert key(config, data, {}) != key(config, data, {"every": 2})
     shutil.copytree(rig.parent, tmp_path / "rig", ignore=shutil.ignore_patterns("cache"))
@@ -149,6 +151,11 @@ def test_bad_input(out: Path) -> None:
             paper("3", "animal", budget=1, settings=settings, out=out, progress=False)
     with pytest.raises(InputError, match=r"model\.voxels"):
         paper("3", "animal", budget=1, settings={"model.voxels": 1}, out=out, progress=False)
+    for settings in ({"model.voxels": "many"}, {"model.voxels": True}, {"model.turn_volume": 1}, {"method": 3.5}):
+        with pytest.raises(InputError, match="is of the kind of"):
+            paper("3", "animal", budget=1, settings=settings, out=out, progress=False)
+    with pytest.raises(InputError, match=r"source: the videos in .* were made from None"):
+        paper("3", "animal", budget=1, source=out, out=out, progress=False)
     with pytest.raises(InputError, match="budget"):
         paper("3", "animal", budget=0, out=out, progress=False)
     with pytest.raises(InputError, match="seeds"):
