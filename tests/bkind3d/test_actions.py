@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from small_rig import ring
 from test_cli import TINY, refused
 
 from bkind3d import actions
@@ -22,7 +23,8 @@ FAST = ["--window=0.14", "--seeds=2", "--steps=3"]  # five frames of the small r
 def annotated(points: np.ndarray, split: str = "train", fps: float = 30.0, **behaviour: object) -> Annotated:
     names = [f"joint{k}" for k in range(points.shape[1])]
     truth = Truth(points, names, np.zeros((0, 2), int), fps, **behaviour)  # type: ignore[arg-type]
-    cached = CachedRecording(split, split, fps, Path("none.npy"), (len(points), 1, 8, 8, 3))
+    shape = (len(points), 1, 8, 8, 3)
+    cached = CachedRecording(split, split, fps, Path("none.npy"), shape, ring(1), np.arange(len(points)))
     return Annotated(Recording(split, split, {}), cached, truth)
 
 
