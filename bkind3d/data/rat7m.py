@@ -22,11 +22,9 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import h5py
 import numpy as np
 import scipy.io
@@ -37,6 +35,7 @@ from bkind3d.cameras import Cameras
 from bkind3d.data.importing import Take, choose, write_takes
 from bkind3d.data.index import Index
 from bkind3d.data.project import Project, Truth, load_truth
+from bkind3d.data.studio import h264_video
 from bkind3d.data.video import probe_recording, video_size
 from bkind3d.data.volume import Triple
 from bkind3d.errors import InputError
@@ -326,15 +325,11 @@ def _matlab_lens(cameras: Cameras, place: int, scale: float) -> Lens:
 
 def _write_chunks(stem: Path, frames: Iterator[np.ndarray], fps: float, chunk: int, crf: int) -> None:
     """H.264 files <stem>-0.mp4, <stem>-<chunk>.mp4, ... of the frames (H, W, 3) uint8 RGB."""
-    options = {"crf": str(crf), "preset": "veryfast"}
     for start in itertools.count(0, chunk):
         first = next(frames, None)
         if first is None:
             return
-        with av.open(f"{stem}-{start}.mp4", "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-            stream.height, stream.width = first.shape[:2]
-            stream.pix_fmt = "yuv420p"
+        height, width = first.shape[:2]
+        with h264_video(Path(f"{stem}-{start}.mp4"), (width, height), fps, crf) as write:
             for frame in itertools.chain([first], itertools.islice(frames, chunk - 1)):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+                write(frame)

@@ -138,13 +138,13 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], width: int) -
 
 
 @contextmanager
-def h264_video(path: Path, size: tuple[int, int], fps: int, crf: int) -> Iterator[Callable[[np.ndarray], None]]:
+def h264_video(path: Path, size: tuple[int, int], fps: float, crf: int) -> Iterator[Callable[[np.ndarray], None]]:
     """Open a video to write; the function it gives takes one RGB picture (H, W, 3) uint8 after the other."""
     with av.open(str(path), "w") as container:
         # The encoder's decisions must depend on the pictures alone, not on the machine, nor on what memory happens to
         # hold: with AVX-512, x264's macroblock tree reads past rows whose width is no multiple of 128 pixels.
         options = {"crf": str(crf), "preset": "veryfast", "x264-params": "cpu-independent=1"}
-        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
         stream.codec_context.thread_count = 1
         yield lambda picture: container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

@@ -10,12 +10,13 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import test_models
 import torch
 import yaml
 from small_rig import ring
 from torch import Tensor, nn
 
-from bkind3d.config import Config, DataConfig, LossConfig, Method, ModelConfig, TrainConfig, load_config, save_config
+from bkind3d.config import Config, DataConfig, LossConfig, Method, TrainConfig, load_config, save_config
 from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
 from bkind3d.losses import PENALTIES, Objective, difference_target, frame_target
@@ -33,20 +34,7 @@ from bkind3d_kernels.geometry import project_points, rescale_points
 
 METHODS: tuple[Method, ...] = get_args(Method)
 HEATMAP_METHODS: tuple[Method, ...] = ("triangulation", "depth", "keypoint3d")
-TINY = ModelConfig(
-    keypoints=4,
-    encoder="small",
-    pyramid_channels=8,
-    channels=4,
-    map_stride=2,
-    voxels=8,
-    volume_channels=(4, 4, 8),
-    volume_stem=3,
-    volume_blocks=1,
-    edge_strides=(8, 4),
-    edge_sigmas=(1.0, 1.5),
-    decoder_channels=(8, 8),
-)
+TINY = replace(test_models.TINY, map_stride=2)
 LOSS = LossConfig(target_channels="grey", network="none", pixel_scales=2, regularise_after=0.0)
 GRID = VoxelGrid.box((0.1, -0.1, 0.0), (1.0, 1.2, 0.6), (7, 8, 5))
 SIZE = (48, 64)
