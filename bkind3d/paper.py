@@ -119,6 +119,10 @@ def paper(
     jobs: int = 1,
     threads: int = 1,
     settings: dict[str, Any] | None = None,
+    frames: int | None = None,
+    test_frames: int | None = None,
+    views: int | None = None,
+    every: int | None = None,
     source: Path | None = None,
     out: Path = Path("runs/paper"),
     progress: bool = True,
@@ -137,6 +141,11 @@ def paper(
         jobs: Rows trained at the same time.
         threads: CPU threads of each; results depend on it in the last digits.
         settings: Settings for all rows, "section.name: value"; a row's own come last.
+        frames: Training frames to simulate; like the next two, the subject's own number when left out. A regression
+            on few frames fits them and not the animal: with many keypoints, give it minutes of video.
+        test_frames: Test frames to simulate.
+        views: Cameras to simulate.
+        every: Distance between the frames of the regression; the subject's own when left out.
         source: Files that the subject's videos come from, or that move it, as for `bkind3d demo`.
         out: Folder of the data, the runs and the tables.
         progress: Whether to show a progress bar.
@@ -147,11 +156,15 @@ def paper(
     Raises:
         InputError: A setting that cannot be used, or data that cannot be made.
     """
-    if budget < 1 or jobs < 1 or threads < 1 or not seeds or len(set(seeds)) < len(seeds):
-        raise InputError("paper: budget, jobs and threads must be 1 or more, and seeds one or more different numbers")
+    if min(budget, jobs, threads, 1 if every is None else every) < 1 or not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(
+            "paper: budget, jobs, threads and every must be 1 or more, and seeds one or more different numbers"
+        )
     chosen, about = TABLES[table], SUBJECTS[subject]
     folder = out / subject
-    project = film_once(about, folder, source, progress)
+    probe = about.probe if every is None else about.probe | {"every": every}
+    film = Film(0, frames, test_frames, views, source)
+    project = film_once(about, folder, film, progress)
     data = identity(project)
 
     def plan(row: Row, seed: int) -> Job:
@@ -162,16 +175,23 @@ def paper(
         for name, value in {**(settings or {}), **row.settings}.items():
             change(config, name, value)
         validate(config)
-        return Job(config, folder / f"{config.method}-{key(config, data, about.probe)}-seed{seed}", about.probe)
+        return Job(config, folder / f"{config.method}-{key(config, data, probe)}-seed{seed}", probe)
 
     planned = {(row.name, seed): plan(row, seed) for row in chosen.rows for seed in seeds}
     finish(list(planned.values()), jobs, progress)
     results = [
         {"row": row.name, "seed": seed} | summary(planned[row.name, seed].run) for row in chosen.rows for seed in seeds
     ]
-    stem = folder / f"table-{table}-{budget}-steps{f'-{short_hash(settings)}' if settings else ''}"
+    special = (settings or {}) | ({} if every is None else {"every": every})
+    stem = folder / f"table-{table}-{budget}-steps{f'-{short_hash(special)}' if special else ''}"
     write_csv(stem.with_suffix(".csv"), results)
-    text = markdown(chosen, about, results, budget, settings or {}, planned[chosen.rows[0].name, seeds[0]].run)
+    notes = [
+        f"Videos: {', '.join(f'{name} {size}' for name, size in film.sizes().items()) or 'of the usual length'}.",
+        f"Settings for all rows: {json.dumps(settings)}." if settings else "Settings: the subject's own.",
+        "MPJPE after removing the mean shift, PMPJPE after rigid alignment, on frames that training never saw; a "
+        f"linear regression ({', '.join(f'{name} {value}' for name, value in probe.items()) or 'without bias'}).",
+    ]
+    text = markdown(chosen, about.title, results, budget, notes, planned[chosen.rows[0].name, seeds[0]].run)
     write_text(stem.with_suffix(".md"), text)
     tqdm.write(text)
     return stem.with_suffix(".md")
@@ -188,22 +208,20 @@ def short_hash(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-def film_once(subject: Subject, folder: Path, source: Path | None, progress: bool) -> Path:
+def film_once(subject: Subject, folder: Path, film: Film, progress: bool) -> Path:
     """The project file of the subject's videos, which are made where there are none yet.
 
     Raises:
-        InputError: The videos were made from another source, or cannot be made.
+        InputError: The videos were made otherwise, or cannot be made.
     """
     note, project = folder / "film.json", folder / "data" / "project.yaml"
-    wanted = {"source": None if source is None else str(source.resolve())}
+    wanted = {"source": None if film.source is None else str(film.source.resolve())} | film.sizes()
     if not project.is_file():
-        subject.film(folder / "data", Film(source=source), progress)
+        subject.film(folder / "data", film, progress)
         write_json(note, wanted)
     made = json.loads(note.read_text()) if note.is_file() else {"source": None}
     if made != wanted:
-        raise InputError(
-            f"source: the videos in {folder / 'data'} were made from {made['source']}; choose another --out"
-        )
+        raise InputError(f"out: the videos in {folder / 'data'} were made with {made}; choose another --out")
     return project
 
 
@@ -300,7 +318,7 @@ def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def markdown(
-    table: Table, subject: Subject, results: Sequence[dict[str, Any]], budget: int, settings: dict[str, Any], run: Path
+    table: Table, subject: str, results: Sequence[dict[str, Any]], budget: int, notes: Sequence[str], run: Path
 ) -> str:
     """The table for reading: mean ± standard deviation over seeds, beside the paper's numbers."""
     seeds = len({result["seed"] for result in results})
@@ -336,13 +354,11 @@ def markdown(
     about = [
         f"# {table.title}",
         "",
-        f"Here on {subject.title}: {budget} steps for every row, mean ± standard deviation over {seeds} seed(s), "
+        f"Here on {subject}: {budget} steps for every row, mean ± standard deviation over {seeds} seed(s), "
         f"{environment['device']} with {environment['cpu_threads']} thread(s) a row ({environment['machine']}, torch "
         f"{environment['versions']['torch']}, bkind3d {environment['versions']['bkind3d']}), "
         f"{datetime.now(UTC):%Y-%m-%d}.",
-        f"Settings for all rows: {json.dumps(settings)}." if settings else "Settings: the subject's own.",
-        "MPJPE after removing the mean shift, PMPJPE after rigid alignment, on frames that training never saw; a "
-        f"linear regression ({', '.join(f'{key} {value}' for key, value in subject.probe.items()) or 'without bias'}).",
+        *notes,
     ]
     if table.dataset:
         about.append(f"The paper's columns ({PAPER_SOURCE}) are {OTHER_DATA}.")

@@ -9,10 +9,12 @@ import pytest
 
 from bkind3d import paper as module
 from bkind3d.config import Config
+from bkind3d.data import load_project, load_truth
 from bkind3d.errors import InputError
-from bkind3d.paper import TABLES, change, identity, key, paper
+from bkind3d.paper import TABLES, change, film_once, identity, key, paper
 from bkind3d.probe import PAPER_ROWS
 from bkind3d.run import checkpoints, open_run
+from bkind3d.subjects import SUBJECTS, Film
 
 TINY = {
     "data.height": 32, "data.width": 32, "data.gap": 4, "model.pyramid_channels": 8, "model.channels": 4,
@@ -59,8 +61,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_a_table_is_what_its_runs_say(out: Path, in_process: list[str]) -> None:
     written = paper(
-        "2", "animal", budget=2, seeds=[0, 3], settings=TINY | {"model.turn_volume": True}, out=out, progress=False
-    )
+        "2", "animal", budget=2, seeds=[0, 3], settings=TINY | {"model.turn_volume": True}, every=3, out=out,
+        progress=False,
+    )  # fmt: skip
     results = rows(written.with_suffix(".csv"))
     assert [(row["row"], row["seed"]) for row in results] == [(r.name, s) for r in TABLES["2"].rows for s in ("0", "3")]
     assert len(in_process) == 10
@@ -68,6 +71,7 @@ def test_a_table_is_what_its_runs_say(out: Path, in_process: list[str]) -> None:
         run = out / "animal" / row["run"]
         evaluation = json.loads((run / "evaluation.json").read_text())
         assert float(row["mpjpe"]) == evaluation["rows"][0]["mpjpe"]
+        assert evaluation["every"] == 3
         assert float(row["untrained_mpjpe"]) == evaluation["rows"][1]["mpjpe"]
         config = open_run(run)
         assert (config.train.steps, str(config.train.seed)) == (2, row["seed"])
@@ -145,6 +149,20 @@ def test_the_key_depends_on_what_decides_the_result(rig: Path, tmp_path: Path) -
     assert identity(copy) != data
 
 
+def test_videos_are_made_once_and_as_asked(tmp_path: Path) -> None:
+    film = Film(frames=6, test_frames=4, views=4)
+    project = film_once(SUBJECTS["animal"], tmp_path, film, progress=False)
+    made = [
+        (len(load_truth(one, load_project(project)).points3d), len(one.videos))
+        for one in load_project(project).recordings
+    ]
+    assert made == [(6, 4), (4, 4)]
+    stamp = project.stat().st_mtime_ns
+    assert film_once(SUBJECTS["animal"], tmp_path, film, progress=False).stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match=r"were made with .*'frames': 6.*; choose another --out"):
+        film_once(SUBJECTS["animal"], tmp_path, Film(frames=7, test_frames=4, views=4), progress=False)
+
+
 def test_bad_input(out: Path) -> None:
     for settings in ({"model.voxel": 3}, {"modle.voxels": 3}, {"voxels": 3}):
         with pytest.raises(InputError, match="there is no setting"):
@@ -154,10 +172,13 @@ def test_bad_input(out: Path) -> None:
     for settings in ({"model.voxels": "many"}, {"model.voxels": True}, {"model.turn_volume": 1}, {"method": 3.5}):
         with pytest.raises(InputError, match="is of the kind of"):
             paper("3", "animal", budget=1, settings=settings, out=out, progress=False)
-    with pytest.raises(InputError, match=r"source: the videos in .* were made from None"):
-        paper("3", "animal", budget=1, source=out, out=out, progress=False)
+    for film in ({"source": out}, {"frames": 50}, {"test_frames": 50}, {"views": 3}):
+        with pytest.raises(InputError, match=r"the videos in .* were made with {'source': None}; choose another --out"):
+            paper("3", "animal", budget=1, **film, out=out, progress=False)
     with pytest.raises(InputError, match="budget"):
         paper("3", "animal", budget=0, out=out, progress=False)
+    with pytest.raises(InputError, match="every must be 1 or more"):
+        paper("3", "animal", budget=1, every=0, out=out, progress=False)
     with pytest.raises(InputError, match="seeds"):
         paper("3", "animal", budget=1, seeds=[1, 1], out=out, progress=False)
 
