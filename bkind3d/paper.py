@@ -14,7 +14,7 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
@@ -95,7 +95,7 @@ TABLES = {
         "",
         tuple(
             Row(f"{voxels} voxels, {size} px", {"model.voxels": voxels, "data.height": size, "data.width": size})
-            for voxels, size in ((16, 64), (24, 64), (24, 96), (32, 96), (32, 128), (48, 128))
+            for voxels, size in ((8, 32), (16, 48), (24, 64), (24, 96), (32, 96), (32, 128), (48, 128))
         ),
     ),
 }
@@ -114,6 +114,7 @@ def paper(
     table: Literal["2", "3", "4", "resolution"] = "2",
     subject: Literal["animal", "rat", "human-sim", "human"] = "rat",
     *,
+    rows: list[str] | None = None,
     budget: int = 600,
     seeds: list[int] = [0, 1, 2],  # noqa: B006  (a list on the command line; never changed)
     jobs: int = 1,
@@ -136,6 +137,7 @@ def paper(
             voxels and pixels, which the paper does not vary.
         subject: Whose videos: "animal" (capsules, simulated), "rat" or "human-sim" (dm_control's, rendered), or
             "human" (four real videos). The data are the same for all rows and seeds.
+        rows: Names of the rows, as the table shows them; all when left out.
         budget: Training steps of every row.
         seeds: Seeds of the networks and of the order of the pairs; each row is trained once with each.
         jobs: Rows trained at the same time.
@@ -161,6 +163,11 @@ def paper(
             "paper: budget, jobs, threads and every must be 1 or more, and seeds one or more different numbers"
         )
     chosen, about = TABLES[table], SUBJECTS[subject]
+    if rows is not None:
+        names = [row.name for row in chosen.rows]
+        if not rows or not set(rows) <= set(names):
+            raise InputError(f"rows: table {table} has the rows {', '.join(map(repr, names))}; got {rows}")
+        chosen = replace(chosen, rows=tuple(row for row in chosen.rows if row.name in rows))
     folder = out / subject
     probe = about.probe if every is None else about.probe | {"every": every}
     film = Film(0, frames, test_frames, views, source)
@@ -182,7 +189,7 @@ def paper(
     results = [
         {"row": row.name, "seed": seed} | summary(planned[row.name, seed].run) for row in chosen.rows for seed in seeds
     ]
-    special = (settings or {}) | ({} if every is None else {"every": every})
+    special = (settings or {}) | {name: value for name, value in {"every": every, "rows": rows}.items() if value}
     stem = folder / f"table-{table}-{budget}-steps{f'-{short_hash(special)}' if special else ''}"
     write_csv(stem.with_suffix(".csv"), results)
     notes = [

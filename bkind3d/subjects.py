@@ -55,6 +55,7 @@ class Subject:
         steps: Training steps of the demo.
         edge_lr: Learning rate of the edges.
         length: Weight of the length loss.
+        separation: Weight of the separation loss.
         turn_volume: Whether the volume is turned in training: for a subject whose outline does not tell head from tail.
         probe: Options of the evaluation.
         takes_source: Whether files can be named that it comes from, or that move it.
@@ -69,6 +70,7 @@ class Subject:
     steps: int
     edge_lr: float = 1e-2
     length: float = 0.02
+    separation: float = 0.01
     turn_volume: bool = False
     probe: dict[str, Any] = field(default_factory=dict)
     takes_source: bool = False
@@ -103,7 +105,7 @@ class Subject:
             project=project,
             data=replace(self.data),
             model=replace(SMALL_MODEL, keypoints=self.keypoints, turn_volume=self.turn_volume),
-            loss=replace(SMALL_LOSS, length=self.length),
+            loss=replace(SMALL_LOSS, length=self.length, separation=self.separation),
             train=replace(SMALL_TRAIN, edge_lr=self.edge_lr, steps=self.steps if steps is None else steps, seed=seed),
         )
 
@@ -123,9 +125,7 @@ SMALL_MODEL = ModelConfig(
     edge_threshold=1.5,
 )
 # The maps themselves are compared, at three resolutions: a VGG would take longer than all the rest.
-SMALL_LOSS = LossConfig(
-    target_channels="grey", network="none", pixel_scales=3, length=0.02, separation=0.01, regularise_after=0.0
-)
+SMALL_LOSS = LossConfig(target_channels="grey", network="none", pixel_scales=3, regularise_after=0.0)
 SMALL_TRAIN = TrainConfig(batch=4, lr=2e-3, edge_lr=1e-2, warmup=20, sample_every=100, save_every=100)
 
 

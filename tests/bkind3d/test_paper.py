@@ -88,6 +88,9 @@ def test_rows_are_kept_shared_and_gone_on_with(out: Path, in_process: list[str])
     def table(number: str, **changes: object) -> Path:
         return paper(number, "animal", budget=2, seeds=[0], settings=TINY | changes, out=out, progress=False)  # type: ignore[arg-type]
 
+    some = paper("3", "animal", rows=["depth map"], budget=2, seeds=[0], settings=TINY, out=out, progress=False)
+    assert [row["row"] for row in rows(some.with_suffix(".csv"))] == ["depth map"]
+    assert len(in_process) == 1
     table("3")
     assert len(in_process) == 3
     first = table("3").read_text()
@@ -179,6 +182,9 @@ def test_bad_input(out: Path) -> None:
         paper("3", "animal", budget=0, out=out, progress=False)
     with pytest.raises(InputError, match="every must be 1 or more"):
         paper("3", "animal", budget=1, every=0, out=out, progress=False)
+    for chosen in ([], ["depth map", "depth"]):
+        with pytest.raises(InputError, match=r"rows: table 3 has the rows .*'depth map'"):
+            paper("3", "animal", budget=1, rows=chosen, out=out, progress=False)
     with pytest.raises(InputError, match="seeds"):
         paper("3", "animal", budget=1, seeds=[1, 1], out=out, progress=False)
 
