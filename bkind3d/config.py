@@ -60,10 +60,11 @@ class ModelConfig:
         unseen: Whether a view that does not see a voxel takes part with the value 0 ("zero", paper) or not at all.
         logit_gain: Factor before the softmax over the volume. At 1 the logits start flat, every keypoint starts in the
             centre of the volume, and nothing is learned.
-        turn_volume: Whether the volume is turned about the vertical by a random angle in training, anew for each moment
-            (as Iskakov et al. 2019 do), so that `loss.equivariance` can ask for keypoints that do not depend on it.
-            Otherwise a keypoint may become "the point farthest to the east", which draws the animal's outline but
-            belongs to no part of it (docs/paper.md). The second look costs a half more in the volume network.
+        turn_volume: Whether the volume is turned about the vertical by a random angle in training (as Iskakov et al.
+            2019 do), and shifted by up to 8 % of its sides, anew for each moment, so that `loss.equivariance` can ask
+            for keypoints that do not depend on it. Otherwise a keypoint may become "the point farthest to the east",
+            which draws the animal's outline but belongs to no part of it (docs/paper.md). The second look costs a half
+            more in the volume network.
         heatmap_gain: Factor before the softmax over the pixels of a heatmap, for the methods that find keypoints in
             single views (published Keypoint3D: 5), for the same reason. At 15 they start sharp, and views that
             disagree then stay apart: triangulation learned less.
@@ -132,8 +133,8 @@ class LossConfig:
         consistency: Weight of the spread of the views' keypoints in the Keypoint3D method, whose unit is the square of
             the volume's longest side. A still background leaves its reconstruction loss near 0.03: a weight of 0.1
             already holds keypoints still as well, because still ones agree best.
-        equivariance: Weight of the distance between the keypoints of one moment in two turns of the volume, for the
-            volumetric method where `model.turn_volume` is set; its unit is the square of the volume's longest side.
+        equivariance: Weight of the squared distance between the keypoints of one moment in two turns of the volume,
+            relative to how far each keypoint moves, for the volumetric method where `model.turn_volume` is set.
     """
 
     target: Literal["ssim", "contrast-structure"] = "ssim"
@@ -150,7 +151,7 @@ class LossConfig:
     length_momentum: float = 0.99
     reprojection: float = 1.0
     consistency: float = 0.01
-    equivariance: float = 30.0
+    equivariance: float = 1.0
 
 
 @dataclass

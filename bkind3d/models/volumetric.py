@@ -14,6 +14,9 @@ from bkind3d.models.volume import VolumeNetwork
 from bkind3d_kernels import SoftArgmax3d, Unproject, VoxelGrid
 from bkind3d_kernels.geometry import rescale_projections
 
+SHIFT = 0.08  # of the box's sides: how far a turned volume is shifted at most
+STILL = 0.01  # of the box's longest side: a keypoint that moves less than this does not move
+
 
 class VolumetricModel(DiscoveryModel):
     """Maps of all views, unprojected into one volume, and a 3D soft-argmax in it; arguments as `DiscoveryModel`."""
@@ -52,16 +55,24 @@ class VolumetricModel(DiscoveryModel):
     def training_grid(
         self, grid: VoxelGrid, up: Sequence[float], moments: int, generator: torch.Generator
     ) -> VoxelGrid:
-        """The grid, turned about the vertical by a random angle for each moment; arguments as `DiscoveryModel`."""
+        """The grid, turned and shifted at random for each moment; arguments as `DiscoveryModel`.
+
+        Without the shift, the places on the axis of the turn would be the same in all turns, and keypoints that stand
+        still there in mid-air would agree.
+        """
         if not self.config.turn_volume:
             return grid
-        return turned(grid, up, 2 * math.pi * torch.rand(moments, generator=generator))
+        angles = 2 * math.pi * torch.rand(moments, generator=generator)
+        return turned(grid, up, angles, SHIFT * (2 * torch.rand(moments, 3, generator=generator) - 1))
 
     def _turn_error(self, positions: Tensor, maps: Tensor, to_maps: Tensor, grid: VoxelGrid) -> Tensor:
         r"""How far keypoints depend on the turn of the volume that they are found in.
 
-        .. math:: \frac{1}{N J s^2} \sum_{n, j} \| u_j(n, \theta_n) - u_j(n, \theta_{n + 1}) \|^2
+        .. math:: \frac{1}{J} \sum_j
+            \frac{\langle \| u_j(n, \theta_n) - u_j(n, \theta_{n + 1}) \|^2 \rangle_{n \leq N}}
+            {2 \langle \| u_j(n, \theta_n) - \bar u_j \|^2 \rangle_{n \leq 2N} + (s / 100)^2}
 
+        Relative to how far each keypoint moves, since a bare distance is smallest for keypoints that stand still.
         Frames t, the first half of the moments, are looked at again in the grids of other moments: the box is the same,
         the turn is not.
 
@@ -72,21 +83,24 @@ class VolumetricModel(DiscoveryModel):
             grid: One for each moment.
 
         Returns:
-            Scalar, in units of the squared longest side of the volume.
+            Scalar: 0 where all looks agree, about 1 where they have nothing in common.
         """
         half = len(maps) // 2
         other = VoxelGrid(grid.affine.roll(1, 0)[:half], grid.shape)
         again, _ = self._locate(maps[:half], to_maps[:half], other)
-        return ((again - positions[:half]) / grid.side).square().sum(-1).mean()
+        error = (again - positions[:half]).square().sum(-1).mean(0)
+        spread = (positions - positions.mean(0)).square().sum(-1).mean(0)
+        return (error / (2 * spread + (STILL * grid.side) ** 2)).mean()
 
 
-def turned(grid: VoxelGrid, up: Sequence[float], angles: Tensor) -> VoxelGrid:
-    """A grid turned about the vertical through its centre.
+def turned(grid: VoxelGrid, up: Sequence[float], angles: Tensor, shift: Tensor | None = None) -> VoxelGrid:
+    """A grid turned about the vertical through its centre, and shifted.
 
     Args:
         grid: One grid for all samples, affine (1, 3, 4).
         up: The world's vertical.
         angles: (N,) radians.
+        shift: (N, 3), along the sides of the turned box in parts of them; none when left out.
 
     Returns:
         A grid for each angle, affine (N, 3, 4).
@@ -95,4 +109,8 @@ def turned(grid: VoxelGrid, up: Sequence[float], angles: Tensor) -> VoxelGrid:
     turn = axis_angle_to_rotation_matrix(angles[:, None].double() * axis).to(grid.affine)
     center = box_center(grid)[..., None]
     linear, origin = grid.affine.split((3, 1), dim=-1)
-    return VoxelGrid(torch.cat([turn @ linear, turn @ (origin - center) + center], dim=-1), grid.shape)
+    linear, origin = turn @ linear, turn @ (origin - center) + center
+    if shift is not None:
+        voxels = shift.to(grid.affine) * (grid.affine.new_tensor(grid.shape) - 1)
+        origin = origin + linear @ voxels[..., None]
+    return VoxelGrid(torch.cat([linear, origin], dim=-1), grid.shape)

@@ -16,7 +16,7 @@ from bkind3d.models.encoder import ResNetEncoder, SmallEncoder, build_encoder
 from bkind3d.models.skeleton import Skeleton
 from bkind3d.models.vgg import CONVOLUTIONS, WIDTHS, VggFeatures
 from bkind3d.models.volume import VolumeNetwork
-from bkind3d.models.volumetric import VolumetricModel, turned
+from bkind3d.models.volumetric import SHIFT, VolumetricModel, turned
 from bkind3d_kernels import VoxelGrid
 
 TINY = ModelConfig(
@@ -268,21 +268,34 @@ def test_the_volume_turns_about_the_vertical_through_its_centre(up: tuple[float,
         torch.testing.assert_close(points - center, still @ torch.from_numpy(matrix).T, rtol=0, atol=1e-6)
 
 
-def test_every_moment_of_a_training_step_has_a_turn_of_its_own() -> None:
+def test_a_shift_goes_along_the_sides_of_the_turned_grid() -> None:
+    grid = VoxelGrid.box((0.5, -1.0, 2.0), (1.0, 1.2, 0.6), (5, 7, 4)).to(dtype=torch.float64)
+    angles = torch.tensor([0.0, math.pi / 2])
+    shift = torch.tensor([[0.1, 0.2, -0.5], [0.1, 0.2, -0.5]])
+    moved = turned(grid, (0, 0, 1), angles, shift).coordinates() - turned(grid, (0, 0, 1), angles).coordinates()
+    sides = torch.tensor([1.0, 1.2, 0.6]).double() * (torch.tensor(grid.shape) - 1) / torch.tensor(grid.shape)
+    x, y, z = (shift[0] * sides).tolist()
+    expected = torch.tensor([[x, y, z], [-y, x, z]]).double()
+    torch.testing.assert_close(moved, expected[:, None].expand_as(moved), rtol=0, atol=1e-6)
+
+
+def test_every_moment_of_a_training_step_has_a_turn_and_a_shift_of_its_own() -> None:
     grid = VoxelGrid.cube((0.0, 0.0, 0.0), 1.0, 4)
     config = replace(TINY, turn_volume=True)
-    torch.manual_seed(0)
-    first = VolumetricModel(config, 1).training_grid(grid, (0, 0, 1), 6, torch.Generator())
-    assert first.affine.shape == (6, 3, 4)
-    assert torch.pdist(first.affine[:, 0, :2]).min() > 1e-3
-    torch.testing.assert_close(first.affine[:, 2], grid.affine[0, 2].expand(6, 4), rtol=0, atol=1e-6)
-    assert (
-        VolumetricModel(replace(config, turn_volume=False), 1).training_grid(grid, (0, 0, 1), 6, torch.Generator())
-        is grid
-    )
+    first = VolumetricModel(config, 1).training_grid(grid, (0, 0, 1), 50, torch.Generator())
+    assert first.affine.shape == (50, 3, 4)
+    assert torch.pdist(first.affine[:, 0, :2]).min() > 1e-5
+    torch.testing.assert_close(first.affine[:, 2, :3], grid.affine[0, 2, :3].expand(50, 3), rtol=0, atol=1e-6)
+    centers = (first.coordinates().mean(1) @ torch.eye(3)).abs() / (1.0 * 3 / 4)
+    assert 0.9 * SHIFT < centers[:, 2].max() <= SHIFT + 1e-6
+    assert centers[:, :2].norm(dim=-1).max() <= SHIFT * 2**0.5 + 1e-6
+    again = VolumetricModel(config, 1).training_grid(grid, (0, 0, 1), 50, torch.Generator())
+    assert torch.equal(first.affine, again.affine)
+    still = VolumetricModel(replace(config, turn_volume=False), 1)
+    assert still.training_grid(grid, (0, 0, 1), 6, torch.Generator()) is grid
 
 
-def test_the_turn_error_is_the_distance_between_two_looks() -> None:
+def test_the_turn_error_compares_two_looks_with_the_motion() -> None:
     torch.manual_seed(0)
     model, images, projections = (
         VolumetricModel(replace(TINY, turn_volume=True), 1),
@@ -294,7 +307,9 @@ def test_the_turn_error_is_the_distance_between_two_looks() -> None:
     found = model(images, projections, grid)
     other = VoxelGrid(grid.affine[[3, 0]], grid.shape)
     again = model.detect(images[:, 0], projections, other)
-    expected = (again.positions - found.positions[:, 0]).square().sum(-1).mean() / 4
+    error = (again.positions - found.positions[:, 0]).square().sum(-1).mean(0)
+    spread = found.positions.flatten(0, 1).var(0, correction=0).sum(-1)
+    expected = (error / (2 * spread + 0.02**2)).mean()
     torch.testing.assert_close(found.penalties["equivariance"], expected)
     assert expected > 1e-5
     assert model.eval()(images, projections, still).penalties == {}
