@@ -159,12 +159,12 @@ SUBJECTS = {
     "rat": Subject(
         title="a virtual rat", make=_film_rat, takes_source=True, needs=load_mujoco,
         data=DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), keypoints=15, steps=400, length=0.005,
-        separation=0.002, turn_volume=True, probe={"every": 2},
+        separation=0.005, turn_volume=True, probe={"every": 2},
     ),
     "human-sim": Subject(
         title="a virtual human", make=_film_human_sim, needs=load_mujoco,
         data=DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), keypoints=15, steps=400, length=0.005,
-        separation=0.002, turn_volume=True, probe={"every": 2},
+        separation=0.005, turn_volume=True, probe={"every": 2},
     ),
     "human": Subject(
         title="four real videos of a man balancing", make=_film_human, takes_source=True, simulated=False,
