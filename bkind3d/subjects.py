@@ -150,6 +150,10 @@ def _film_human(folder: Path, film: Film, progress: bool) -> Path:
 # Where the distance is shorter than the animal needs to leave its silhouette, the difference can be predicted from the
 # looks of frame t, past the keypoints: on the rat, nearly all of them died at 0.4 s and at 0.67 s (docs/paper.md).
 _LONG_GAPS: list[str | int] = ["1 s", "2 s", "4 s"]
+_RENDERED: dict[str, Any] = {
+    "data": DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), "keypoints": 15, "steps": 400,
+    "length": 0.005, "separation": 0.005, "turn_volume": True, "probe": {"every": 2},
+}  # fmt: skip
 
 SUBJECTS = {
     "animal": Subject(
@@ -158,13 +162,11 @@ SUBJECTS = {
     ),
     "rat": Subject(
         title="a virtual rat", make=_film_rat, takes_source=True, needs=load_mujoco,
-        data=DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), keypoints=15, steps=400, length=0.005,
-        separation=0.005, turn_volume=True, probe={"every": 2},
+        **_RENDERED,
     ),
     "human-sim": Subject(
         title="a virtual human", make=_film_human_sim, needs=load_mujoco,
-        data=DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), keypoints=15, steps=400, length=0.005,
-        separation=0.005, turn_volume=True, probe={"every": 2},
+        **_RENDERED,
     ),
     "human": Subject(
         title="four real videos of a man balancing", make=_film_human, takes_source=True, simulated=False,

@@ -93,14 +93,14 @@ class VolumetricModel(DiscoveryModel):
         return (error / (2 * spread + (STILL * grid.side) ** 2)).mean()
 
 
-def turned(grid: VoxelGrid, up: Sequence[float], angles: Tensor, shift: Tensor | None = None) -> VoxelGrid:
+def turned(grid: VoxelGrid, up: Sequence[float], angles: Tensor, shift: Tensor) -> VoxelGrid:
     """A grid turned about the vertical through its centre, and shifted.
 
     Args:
         grid: One grid for all samples, affine (1, 3, 4).
         up: The world's vertical.
         angles: (N,) radians.
-        shift: (N, 3), along the sides of the turned box in parts of them; none when left out.
+        shift: (N, 3), along the sides of the turned box in parts of them.
 
     Returns:
         A grid for each angle, affine (N, 3, 4).
@@ -110,7 +110,5 @@ def turned(grid: VoxelGrid, up: Sequence[float], angles: Tensor, shift: Tensor |
     center = box_center(grid)[..., None]
     linear, origin = grid.affine.split((3, 1), dim=-1)
     linear, origin = turn @ linear, turn @ (origin - center) + center
-    if shift is not None:
-        voxels = shift.to(grid.affine) * (grid.affine.new_tensor(grid.shape) - 1)
-        origin = origin + linear @ voxels[..., None]
-    return VoxelGrid(torch.cat([linear, origin], dim=-1), grid.shape)
+    voxels = shift.to(grid.affine) * (grid.affine.new_tensor(grid.shape) - 1)
+    return VoxelGrid(torch.cat([linear, origin + linear @ voxels[..., None]], dim=-1), grid.shape)

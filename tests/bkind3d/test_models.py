@@ -263,7 +263,7 @@ def test_the_volume_turns_about_the_vertical_through_its_centre(up: tuple[float,
     angles = torch.tensor([0.0, 0.3, math.pi / 2, math.pi])
     center, axis = torch.tensor([0.5, -1.0, 2.0]).double(), np.array(up) / np.linalg.norm(up)
     still = grid.coordinates()[0] - center
-    for angle, points in zip(angles, turned(grid, up, angles).coordinates(), strict=True):
+    for angle, points in zip(angles, turned(grid, up, angles, torch.zeros(4, 3)).coordinates(), strict=True):
         matrix = Rotation.from_rotvec(float(angle) * axis).as_matrix()
         torch.testing.assert_close(points - center, still @ torch.from_numpy(matrix).T, rtol=0, atol=1e-6)
 
@@ -272,11 +272,11 @@ def test_a_shift_goes_along_the_sides_of_the_turned_grid() -> None:
     grid = VoxelGrid.box((0.5, -1.0, 2.0), (1.0, 1.2, 0.6), (5, 7, 4)).to(dtype=torch.float64)
     angles = torch.tensor([0.0, math.pi / 2])
     shift = torch.tensor([[0.1, 0.2, -0.5], [0.1, 0.2, -0.5]])
-    moved = turned(grid, (0, 0, 1), angles, shift).coordinates() - turned(grid, (0, 0, 1), angles).coordinates()
+    there, here = (turned(grid, (0, 0, 1), angles, moved).coordinates() for moved in (shift, torch.zeros(2, 3)))
     sides = torch.tensor([1.0, 1.2, 0.6]).double()
     x, y, z = (shift[0] * sides).tolist()
     expected = torch.tensor([[x, y, z], [-y, x, z]]).double()
-    torch.testing.assert_close(moved, expected[:, None, None, None].expand_as(moved), rtol=0, atol=1e-6)
+    torch.testing.assert_close(there - here, expected[:, None, None, None].expand_as(here), rtol=0, atol=1e-6)
 
 
 def test_every_moment_of_a_training_step_has_a_turn_and_a_shift_of_its_own() -> None:
