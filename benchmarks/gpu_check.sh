@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# Numbers, behaviour and times on a machine with a GPU, in one command, under 8 minutes and without a network.
+# Numbers, behaviour and times on a machine with a GPU, in one command, under 7 minutes and without a network.
 #
 #   benchmarks/gpu_check.sh [FOLDER]       default benchmarks/results/<date>-<device>
 #   WHEEL='dist/bkind3d-*.whl' benchmarks/gpu_check.sh FOLDER
 #
 # FOLDER then holds info.txt (date, GPU, commit, versions), numerics.csv, checks.csv, largest_volume.csv, times/ (see
 # docs/benchmarks.md), a log of each stage, stages.csv and report.txt. A stage that fails or takes too long does not keep
-# the next from running; the exit status is 1 if any did. From the environment:
+# the next from running; the exit status is 1 if any did. On a GPU all but the times run side by side. From the
+# environment:
 #   WHEEL      a wheel of bkind3d to be tested, installed into FOLDER/venv; by default this tree is
 #   DEVICE     cuda (default), or cpu to try the script itself on tiny sizes
 #   PYTHON     python3 (default): an interpreter with torch, and triton where its kernels are wanted
-#   DEADLINE   seconds for everything, 470 by default; BUDGET those for the times, 180
+#   DEADLINE   seconds for everything, 410 by default; BUDGET those for the times, 180
 #   SANITIZERS tools of compute-sanitizer, "memcheck racecheck synccheck" by default; initcheck is another
 #   COMMIT     of this tree, where there is no git to ask
 #   ARGS       further arguments of python -m benchmarks
 set -u
 [ $# -gt 1 ] && { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2; }
 tree=$(realpath "$(dirname "$0")/..")
-device=${DEVICE:-cuda} deadline=${DEADLINE:-470}
+device=${DEVICE:-cuda} deadline=${DEADLINE:-410}
 out=$(realpath -m "${1:-$tree/benchmarks/results/$(date -u +%F)-$device}")
 python=$(command -v "${PYTHON:-python3}") || { echo "there is no ${PYTHON:-python3}: name another with PYTHON="; exit 2; }
 read -ra tools <<< "${SANITIZERS:-memcheck racecheck synccheck}"
@@ -39,31 +40,31 @@ cap() { if [ "$device" = cuda ]; then echo "$1"; else echo "$2"; fi; }
 left() { echo $((deadline - SECONDS)); }
 least() { if [ "$1" -lt "$2" ]; then echo "$1"; else echo "$2"; fi; }
 
-failed=()
 echo stage,outcome,seconds > "$out/stages.csv"
 note() {  # NAME OUTCOME SECONDS
     echo "$1,$2,$3" >> "$out/stages.csv"
     echo "== $1: $2, $3 s"
 }
-stage() {  # NAME SECONDS COMMAND...: run, show and keep the output; remember a failure
+failures() { awk -F, 'NR > 1 && $2 != "passed" && $2 !~ /^skipped/ { printf " %s", $1 }' "$out/stages.csv"; }
+stage() {  # NAME SECONDS COMMAND...: run, show and keep the output
     local name=$1 seconds start=$SECONDS status
     seconds=$(least "$2" "$(left)")
     shift 2
     if [ "$seconds" -lt 5 ]; then
         note "$name" "not run: no time left" 0
-        failed+=("$name")
         return
     fi
     echo "== $name"
     timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
     status=${PIPESTATUS[0]}
     case $status in
-        0) note "$name" passed $((SECONDS - start)); return ;;
+        0) note "$name" passed $((SECONDS - start)) ;;
         124 | 137) note "$name" "stopped after $seconds s" $((SECONDS - start)) ;;
         *) note "$name" "failed with status $status" $((SECONDS - start)) ;;
     esac
-    failed+=("$name")
 }
+# A stage in which no time counts: on a GPU beside the others; `wait` waits for them.
+beside() { if [ "$device" = cuda ]; then stage "$@" & else stage "$@"; fi; }
 
 packages() { echo "$out"/venv/lib/python3*/site-packages; }
 install_wheel() {  # the wheel beside the packages of $python, whichever kind of environment that is
@@ -84,7 +85,7 @@ cd "$out/work" || exit 2
 ln -s "$tree/benchmarks" benchmarks
 base=$python
 [ -n "$wheel" ] && stage install 60 bash -c install_wheel
-if [ -n "$wheel" ] && [ ${#failed[@]} -eq 0 ]; then
+if [ -n "$wheel" ] && [ -z "$(failures)" ]; then
     python=$out/venv/bin/python
     export PYTHONPATH=$(packages)${PYTHONPATH:+:$PYTHONPATH}  # before a tree that it may name
 else
@@ -108,14 +109,29 @@ export tree
 stage info 60 bash -c information
 cp "$out/info.log" "$out/info.txt"
 
-numerics=$(cap 90 30) checks=$(cap 110 60)
-stage numerics "$numerics" "$python" -m benchmarks.numerics --device "$device" --seconds $((numerics - 10)) \
+numerics=$(cap 110 30) checks=$(cap 120 60)
+beside numerics "$numerics" "$python" -m benchmarks.numerics --device "$device" --seconds $((numerics - 10)) \
     --out "$out/numerics.csv" $(cap "" "--dtype float32")
-stage checks "$checks" "$python" -m benchmarks.device_checks --device "$device" --seconds $((checks - 10)) \
+beside checks "$checks" "$python" -m benchmarks.device_checks --device "$device" --seconds $((checks - 10)) \
     --out "$out/checks.csv"
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)
+if [ "$device" = cpu ]; then
+    stage sanitizer-cases 30 "$python" -m benchmarks.sanitizer_cases --seconds 1
+elif [ -z "$sanitizer" ]; then
+    note sanitizer "skipped: compute-sanitizer is absent" 0
+else
+    for tool in "${tools[@]}"; do
+        # Without the caching allocator each tensor is an allocation of its own, whose end the tool knows. No scene
+        # begins in the last 25 seconds, which are for importing torch and for the scene that runs.
+        beside "$tool" "$checks" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
+            --error-exitcode 99 --target-processes application-only \
+            "$python" -m benchmarks.sanitizer_cases --device cuda --seconds $((checks - 25))
+    done
+fi
+wait
 
-# The times leave two minutes for what follows, and 25 seconds to start and to draw.
-budget=$(least "${BUDGET:-180}" $(($(left) - 145)))
+# The times leave a minute for what follows, and 25 seconds to start and to draw.
+budget=$(least "${BUDGET:-180}" $(($(left) - 85)))
 [ "$device" = cpu ] && arguments=(--quick --rounds 3 "${arguments[@]}")
 stage times $((budget + 25)) env -u TRITON_CACHE_DIR -u TORCHINDUCTOR_CACHE_DIR "$python" -m benchmarks \
     --device "$device" --budget-seconds "$budget" --out "$out/times" "${arguments[@]}"
@@ -124,29 +140,13 @@ volume=$(cap 45 2)
 stage largest-volume $((volume + 15)) "$python" -m benchmarks.largest_volume --device "$device" \
     --seconds "$volume" --out "$out/largest_volume.csv" $(cap "" "--memory-limit-gb 0.1")
 
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)
-if [ "$device" = cpu ]; then
-    stage sanitizer-cases 30 "$python" -m benchmarks.sanitizer_cases --seconds 1
-elif [ -z "$sanitizer" ]; then
-    note sanitizer "skipped: compute-sanitizer is absent" 0
-else
-    for index in "${!tools[@]}"; do
-        share=$(least 60 $((($(left) - 5) / (${#tools[@]} - index))))
-        # Without the caching allocator each tensor is an allocation of its own, whose end the tool knows. No scene
-        # begins in the last 20 seconds, which are for importing torch and for the scene that runs.
-        stage "${tools[index]}" "$share" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "${tools[index]}" \
-            --error-exitcode 99 --target-processes application-only \
-            "$python" -m benchmarks.sanitizer_cases --device cuda --seconds $((share - 20))
-    done
-fi
-
 cd "$tree" || exit 2
 rm -rf "$out/work" "$out/venv"
 echo
 echo "== results in $out"
 "$base" -m benchmarks.gpu_report "$out" | tee "$out/report.txt"
-if [ ${#failed[@]} -gt 0 ]; then
-    echo "FAILED: ${failed[*]}"
+if [ -n "$(failures)" ]; then
+    echo "FAILED:$(failures)"
     exit 1
 fi
 echo "all stages passed"
