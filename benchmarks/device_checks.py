@@ -343,7 +343,10 @@ def huge(subject: Subject) -> None:
 
 
 def repeated(subject: Subject, workload: Workload, dtype: torch.dtype, parameter: str) -> None:
-    """A few independent parts repeated many times: each part of the result must be that of the part alone."""
+    """A few independent parts repeated many times: each part of the result must be that of the part alone in float64.
+
+    In float32 the reference itself is off: by 0.4 % of a softmax's mean over 400³ voxels.
+    """
     dims, out = _independent(subject.op, parameter)
     count = workload.parameters[parameter]
     index = torch.arange(count, device=subject.device) % FEW
@@ -351,8 +354,11 @@ def repeated(subject: Subject, workload: Workload, dtype: torch.dtype, parameter
     case = Case(subject.op, small, operation(subject.op).VARIANTS[0], dtype, subject.device)
     few = case.make()
     reference = trial(case, "reference", few)
-    expected = reference.run()
+    usual = reference.run()
     assert reference.cotangents is not None
+    exact = trial(replace(case, dtype=torch.float64), "reference", few.double())
+    exact.cotangents = [c.double() for c in reference.cotangents]
+    expected = {name: value.to(usual[name].dtype) for name, value in exact.run().items()}
     many = trial(replace(case, workload=workload), subject.backend, _select(few, dims, index))
     many.cotangents = [c.index_select(out, index) for c in reference.cotangents]
     found = many.run()
@@ -518,4 +524,4 @@ def _parts(chosen: list[Subject], checks: list[str]) -> list[parts.Part]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parts.leave(main())

@@ -2,7 +2,7 @@
 
 For each competitor the largest side of a cube of voxels, a multiple of 16, for which forward and backward of
 `unproject` fit into memory: one sample, four views, 32 channels, maps of 64² pixels. The side is doubled until it does
-not fit, then bisected. The last voxels of each volume are compared with the reference's, so that nothing counts that
+not fit, or cuDNN refuses it, then bisected. The last voxels of each volume are compared with the reference's, so that nothing counts that
 fits and is wrong. One row for each competitor; where its share of the time ran out, the side is a lower bound.
 
 torch.compile compiles again at each size, and is left out unless it is named.
@@ -53,6 +53,7 @@ class Search:
         self.deadline = time.monotonic() + seconds
         self.best, self.too_large = 0, LAST + STEP
         self.peak, self.seconds = 0, 0.0  # of the best
+        self.refusal = ""  # of cuDNN, where it was not memory that set the limit
 
     def run(self) -> dict[str, Any]:
         """The row of this competitor."""
@@ -66,6 +67,7 @@ class Search:
             status, reason = "lower bound", "its share of the time is used up"
         except Exception as error:  # noqa: BLE001  a failure is a row, and the others go on
             status, reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        reason = reason or self.refusal
         row |= {
             "status": status,
             "reason": reason,
@@ -104,6 +106,9 @@ class Search:
             self.peak, self.seconds = _step(case, self.competitor)
             return True
         except Exception as error:
+            if "CUDNN_STATUS_NOT_SUPPORTED" in str(error):
+                self.refusal = str(error).splitlines()[0][:300]
+                return False
             if out_of_memory(error):
                 return False
             raise

@@ -137,11 +137,12 @@ def scenes() -> Iterator[Scene]:
 
         def regress(backend: str, **inputs: Tensor) -> Any:
             grid, more = VoxelGrid(inputs["affine"], (12, 10, 9)), {"return_peak": True, "return_covariance": True}
-            offset = bias.to(inputs["weight"])  # its gradient is zero
+            offset = inputs["bias"].to(inputs["weight"].dtype)  # its gradient is zero
             return linear_soft_argmax3d(inputs["features"], inputs["weight"], offset, grid, backend=backend, **more)
 
         given = {"features": features, "weight": weight, "affine": volume}
-        yield Scene("linear_soft_argmax3d", f"{layout}, peak, covariance", given, regress, ("features",))
+        options = f"{layout}, peak, covariance"
+        yield Scene("linear_soft_argmax3d", options, given, regress, ("features",), {"bias": bias})
 
     keypoints = 24 * torch.rand(3, 8, 2, generator=generator, dtype=torch.float64) - 4  # some outside of the first map
     weights = normal(3, 28) + 0.5  # some not drawn
@@ -251,4 +252,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parts.leave(main())

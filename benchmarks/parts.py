@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ def collect(source: Iterable[dict[str, Any]], out: Path | None, columns: Sequenc
             file.flush()
             found.append(row)
     return found
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once: now and then torch's threads abort an interpreter that takes its leave in order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _run(module: str, part: Part, file: Path, jobs: int, deadline: float) -> list[dict[str, Any]]:

@@ -204,11 +204,13 @@ def _merge(moments, maxima, places, mean, peak, covariance, maximum, total, argm
     maxima += row[:, None] * slabs
     places += row[:, None] * slabs
     moments += row[:, None] * slabs * 10
-    highest = tl.full((ROWS,), float("-inf"), tl.float64)
+    # One reduction after the loop: Triton 3.6 cannot compile that of float64 values as they are loaded within one.
+    running = tl.full((ROWS, BLOCK), float("-inf"), tl.float64)
     for start in range(0, slabs, BLOCK):
         i = start + tl.arange(0, BLOCK)[None, :]
         m = tl.load(maxima + i, mask=known[:, None] & (i < slabs), other=float("-inf")).to(tl.float64)
-        highest = tl.maximum(highest, tl.max(m, 1))
+        running = tl.maximum(running, m)
+    highest = tl.max(running, 1)
     reference = tl.where(highest == float("-inf"), 0.0, highest)
 
     place = tl.full((ROWS,), 2147483647, tl.int32)
@@ -592,8 +594,8 @@ def variants() -> Iterator[Variant]:
         yield _variant(kernel, torch.float32, 128, 60, True, True)
         yield _variant(kernel, torch.float32, 32, 30, False, False)
     for kernel, sizes in ((_merge, {"ROWS": 1, "BLOCK": 256}), (_coefficients, {"BLOCK_J": 32})):
-        types = _types(kernel, torch.float32)
-        constants = {"COVARIANCE": True, **sizes} if kernel is _merge else sizes
-        yield Variant(
-            "fp32", kernel, types, constants, tuple(k for k, t in types.items() if t.startswith("*")), programs=4
-        )
+        for dtype in (torch.float32, torch.float64):
+            types = _types(kernel, dtype)
+            constants = {"COVARIANCE": True, **sizes} if kernel is _merge else sizes
+            aligned = tuple(name for name, kind in types.items() if kind.startswith("*"))
+            yield Variant(_NAMES[dtype], kernel, types, constants, aligned, programs=4)
