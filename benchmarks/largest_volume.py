@@ -3,7 +3,8 @@
 For each competitor the largest side of a cube of voxels, a multiple of 16, for which forward and backward of
 `unproject` fit into memory: one sample, four views, 32 channels, maps of 64² pixels. The side is doubled until it does
 not fit, or cuDNN refuses it, then bisected. The last voxels of each volume are compared with the reference's, so that
-nothing counts that fits and is wrong. One row for each competitor; where its share of the time ran out, the side is a lower bound.
+nothing counts that fits and is wrong. One row for each competitor; where its share of the time ran out, the side is a
+lower bound.
 
 torch.compile compiles again at each size, and is left out unless it is named.
 """
