@@ -168,7 +168,7 @@ class TrainConfig:
         warmup: Steps over which the learning rate rises linearly from zero.
         final_lr: Share of the learning rate left at the last step, reached along a cosine; 1 keeps it constant.
         clip: Largest norm of the gradient.
-        precision: "no" (fp32), "bf16" or "fp16" autocast.
+        precision: "no" (fp32), or on a GPU "bf16" or "fp16" autocast.
         seed: Seed of weights, order of pairs and everything else that is random.
         log_every: Steps between rows of metrics.csv.
         sample_every: Steps between sample pictures and keypoint health.

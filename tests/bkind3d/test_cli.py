@@ -214,6 +214,7 @@ def test_demo_never_replaces_data_of_others(tmp_path: Path, capsys: pytest.Captu
         ("--train.seed=-1", "train.seed"),
         ("--data.gap=[]", "data.gap"),
         ("--train.precision=fp16", "train.precision"),
+        ("--train.precision=bf16", "train.precision"),
         ("--model.backend=cuda", "cuda"),
         ("--steps=5", "--resume"),
         ("--resume", "--steps"),
