@@ -38,7 +38,7 @@ from bkind3d.errors import InputError
 CROPS = ("volume", "none")
 
 _VERSION = 1  # raise it whenever the same input would give other frames
-_DECODERS = 2
+_DECODERS = max(2, min(8, os.cpu_count() or 2))  # cameras that are read at a time
 _BLOCK = 1 << 22  # bytes hashed at a time
 
 
@@ -299,7 +299,7 @@ def _full(entry: CachedRecording) -> str:
 
 
 def _write_frames(descriptor: int, start: int, entry: CachedRecording, source: _Source, progress: bool) -> None:
-    """Read the footage, two cameras at a time, and write each frame at its places (t, m) behind the header.
+    """Read the footage, several cameras at a time, and write each frame at its places (t, m) behind the header.
 
     Written with pwrite and not through a memory map: there a full disk ends the process with SIGBUS.
     """
