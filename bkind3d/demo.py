@@ -63,7 +63,7 @@ def demo(
     """
     started = time.perf_counter()
     out = out or Path("runs") / ("demo" if subject == "animal" else subject)
-    chosen, film = SUBJECTS[subject], Film(seed, frames, test_frames, views, source)
+    chosen, film = SUBJECTS[subject], Film(seed, frames, test_frames, views, source=source)
     chosen.refuse(film)
     if layout == "rat7m" and not chosen.simulated:
         raise InputError(f"layout: only what is simulated is written in the layout of Rat7M; here it is {chosen.title}")

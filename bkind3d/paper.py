@@ -123,6 +123,7 @@ def paper(
     frames: int | None = None,
     test_frames: int | None = None,
     views: int | None = None,
+    pixels: int | None = None,
     every: int | None = None,
     source: Path | None = None,
     out: Path = Path("runs/paper"),
@@ -143,10 +144,11 @@ def paper(
         jobs: Rows trained at the same time.
         threads: CPU threads of each; results depend on it in the last digits.
         settings: Settings for all rows, "section.name: value"; a row's own come last.
-        frames: Training frames to simulate; like the next two, the subject's own number when left out. A regression
+        frames: Training frames to simulate; like the next three, the subject's own number when left out. A regression
             on few frames fits them and not the animal: with many keypoints, give it minutes of video.
         test_frames: Test frames to simulate.
         views: Cameras to simulate.
+        pixels: Height and width of the pictures to simulate; `data.height` and `data.width` are the networks'.
         every: Distance between the frames of the regression; the subject's own when left out.
         source: Files that the subject's videos come from, or that move it, as for `bkind3d demo`.
         out: Folder of the data, the runs and the tables.
@@ -170,7 +172,7 @@ def paper(
         chosen = replace(chosen, rows=tuple(row for row in chosen.rows if row.name in rows))
     folder = out / subject
     probe = about.probe if every is None else about.probe | {"every": every}
-    film = Film(0, frames, test_frames, views, source)
+    film = Film(0, frames, test_frames, views, pixels, source)
     project = film_once(about, folder, film, progress)
     data = identity(project)
 

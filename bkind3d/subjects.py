@@ -28,6 +28,7 @@ class Film:
         frames: Training frames to simulate.
         test_frames: Test frames to simulate.
         views: Cameras to simulate.
+        pixels: Height and width of the pictures to simulate.
         source: Files that the videos come from, or that move the animal, where they are on disk.
     """
 
@@ -35,12 +36,19 @@ class Film:
     frames: int | None = None
     test_frames: int | None = None
     views: int | None = None
+    pixels: int | None = None
     source: Path | None = None
 
     def sizes(self) -> dict[str, Any]:
-        """Those of frames, test_frames and views that were chosen."""
-        chosen = {"frames": self.frames, "test_frames": self.test_frames, "views": self.views}
-        return {name: value for name, value in chosen.items() if value is not None}
+        """Those of frames, test_frames, views and pixels that were chosen."""
+        names = ("frames", "test_frames", "views", "pixels")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of the simulators."""
+        chosen = self.sizes()
+        pixels = chosen.pop("pixels", None)
+        return chosen | ({} if pixels is None else {"image_size": (pixels, pixels)})
 
 
 @dataclass(frozen=True)
@@ -130,17 +138,17 @@ SMALL_TRAIN = TrainConfig(batch=4, lr=2e-3, edge_lr=1e-2, warmup=20, sample_ever
 
 
 def _film_animal(folder: Path, film: Film, progress: bool) -> Path:
-    return simulate_rig(folder, seed=film.seed, progress=progress, **film.sizes())
+    return simulate_rig(folder, seed=film.seed, progress=progress, **film.arguments())
 
 
 def _film_rat(folder: Path, film: Film, progress: bool) -> Path:
     return virtual_rig(
-        folder, subject="rat", seed=film.seed, motion=film.source, progress=progress, **{"views": 4} | film.sizes()
+        folder, subject="rat", seed=film.seed, motion=film.source, progress=progress, **{"views": 4} | film.arguments()
     )
 
 
 def _film_human_sim(folder: Path, film: Film, progress: bool) -> Path:
-    return virtual_rig(folder, subject="human", seed=film.seed, progress=progress, **film.sizes())
+    return virtual_rig(folder, subject="human", seed=film.seed, progress=progress, **film.arguments())
 
 
 def _film_human(folder: Path, film: Film, progress: bool) -> Path:

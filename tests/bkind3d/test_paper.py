@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bkind3d import paper as module
@@ -153,13 +154,14 @@ def test_the_key_depends_on_what_decides_the_result(rig: Path, tmp_path: Path) -
 
 
 def test_videos_are_made_once_and_as_asked(tmp_path: Path) -> None:
-    film = Film(frames=6, test_frames=4, views=4)
+    film = Film(frames=6, test_frames=4, views=4, pixels=64)
     project = film_once(SUBJECTS["animal"], tmp_path, film, progress=False)
     made = [
         (len(load_truth(one, load_project(project)).points3d), len(one.videos))
         for one in load_project(project).recordings
     ]
     assert made == [(6, 4), (4, 4)]
+    assert (np.asarray(load_project(project).cameras.image_size) == 64).all()
     stamp = project.stat().st_mtime_ns
     assert film_once(SUBJECTS["animal"], tmp_path, film, progress=False).stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match=r"were made with .*'frames': 6.*; choose another --out"):
@@ -175,7 +177,7 @@ def test_bad_input(out: Path) -> None:
     for settings in ({"model.voxels": "many"}, {"model.voxels": True}, {"model.turn_volume": 1}, {"method": 3.5}):
         with pytest.raises(InputError, match="is of the kind of"):
             paper("3", "animal", budget=1, settings=settings, out=out, progress=False)
-    for film in ({"source": out}, {"frames": 50}, {"test_frames": 50}, {"views": 3}):
+    for film in ({"source": out}, {"frames": 50}, {"test_frames": 50}, {"views": 3}, {"pixels": 64}):
         with pytest.raises(InputError, match=r"the videos in .* were made with {'source': None}; choose another --out"):
             paper("3", "animal", budget=1, **film, out=out, progress=False)
     with pytest.raises(InputError, match="budget"):
