@@ -16,6 +16,7 @@ import yaml
 from small_rig import ring
 from torch import Tensor, nn
 
+from benchmarks import probes
 from bkind3d.config import Config, DataConfig, LossConfig, Method, TrainConfig, load_config, save_config
 from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
@@ -405,6 +406,9 @@ def test_the_whole_way(config: MakeConfig, tmp_path: Path, method: Method, bottl
     assert len(predict(run, progress=False)) == 2
     result = evaluate(run, every=2, progress=False)
     assert all(np.isfinite(row["mpjpe"]) for row in result["rows"])
+    probed = probes.row(run, every=2)
+    assert float(probed["linear"]) == pytest.approx(result["rows"][0]["mpjpe"], abs=1e-4)
+    assert float(probed["linear_on_fit_frames"]) < float(probed["linear"])
     build_report(run)
     page = (run / "report.html").read_text()
     assert "drawn as points" in page
