@@ -12,14 +12,12 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from bkind3d.evaluate import fit_and_test, joints_of, load_annotated
-from bkind3d.predict import predict_recording
+from bkind3d.evaluate import fit_and_test, found_by, joints_of, load_annotated
 from bkind3d.probe import MEAN_POSE, compare
 from bkind3d.regressors import ProbeOptions
-from bkind3d.run import load_model, open_inputs, open_run
+from bkind3d.run import available_device, load_model, open_inputs, open_run
 
 REGRESSORS = {"linear": ProbeOptions(), "ridge": ProbeOptions(ridge="auto"), "mlp": ProbeOptions("mlp")}
 
@@ -30,12 +28,8 @@ def row(run: Path, every: int) -> dict[str, Any]:
     inputs = open_inputs(config, progress=False)
     model, step = load_model(run, config)
     annotated = fit_and_test(load_annotated(inputs))
-    keypoints = [
-        np.concatenate(
-            [predict_recording(model, inputs, a.recording.name, every=every, progress=False).positions for a in part]
-        )
-        for part in annotated
-    ]
+    model.to(available_device())
+    keypoints = [found_by(model, inputs, part, every=every, batch=16, progress=False) for part in annotated]
     joints = [joints_of(part, every) for part in annotated]
 
     def errors(scored: int, options: ProbeOptions) -> dict[str, float]:

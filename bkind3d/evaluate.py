@@ -243,16 +243,18 @@ def keypoints_of(
 ) -> dict[str, np.ndarray]:
     """Keypoints (F, J, 3) of the recordings, one after another, by the name of the network that found them."""
     return {
-        name: np.concatenate(
-            [
-                predict_recording(
-                    network, networks.inputs, one.recording.name, every=every, batch=batch, progress=progress
-                ).positions
-                for one in annotated
-            ]
-        )
+        name: found_by(network, networks.inputs, annotated, every=every, batch=batch, progress=progress)
         for name, network in networks.named().items()
     }
+
+
+def found_by(
+    network: DiscoveryModel, inputs: Inputs, annotated: Sequence[Annotated], *, every: int, batch: int, progress: bool
+) -> np.ndarray:
+    """Keypoints (F, J, 3) that one network finds in the recordings, one after another."""
+    names = [one.recording.name for one in annotated]
+    poses = [predict_recording(network, inputs, name, every=every, batch=batch, progress=progress) for name in names]
+    return np.concatenate([one.positions for one in poses])
 
 
 def active_edges(model: DiscoveryModel) -> np.ndarray:

@@ -48,7 +48,7 @@ class Order(NamedTuple):
 
 
 CPU_ORDER = Order(tuple(BACKENDS), "docs/benchmarks.md")
-# On CUDA tensors, by operation and dtype: what a measurement has shown to be fastest first.
+# On CUDA tensors, by operation and dtype, where it was measured: fastest first in the forward pass.
 CUDA_ORDERS = {(op, torch.float32): Order(tuple(BACKENDS), "docs/benchmarks.md") for op in OPERATIONS}
 NOT_MEASURED = Order(tuple(BACKENDS), "not measured")
 
