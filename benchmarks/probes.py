@@ -2,13 +2,15 @@
 
 For each run folder the joints are regressed from the keypoints by several regressors: the paper's linear map, the same
 with a penalty chosen inside the training frames, and two layers; and the linear map is scored on the very frames that
-it was fitted on. MPJPE with the mean shift removed, in the units of the project.
+it was fitted on. MPJPE with the mean shift removed, in the units of the project. With --project the frames are those of
+other videos, such as longer ones of the same animal, which say what more frames to regress from would change.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from bkind3d.run import available_device, load_model, open_inputs, open_run
 REGRESSORS = {"linear": ProbeOptions(), "ridge": ProbeOptions(ridge="auto"), "mlp": ProbeOptions("mlp")}
 
 
-def row(run: Path, every: int) -> dict[str, Any]:
-    """The errors of one run."""
+def row(run: Path, every: int, project: Path | None = None) -> dict[str, Any]:
+    """The errors of one run, on the videos that it was trained on or on those of another project."""
     config = open_run(run)
+    if project is not None:
+        config = replace(config, project=project, cache=None)
     inputs = open_inputs(config, progress=False)
     model, step = load_model(run, config)
     annotated = fit_and_test(load_annotated(inputs))
@@ -61,6 +65,7 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of `bkind3d train` or `bkind3d paper`")
     parser.add_argument("--every", type=int, default=6, help="distance of the frames used; default 6")
+    parser.add_argument("--project", type=Path, help="project file of other videos; default: the runs' own")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
     parser.add_argument("--out", type=Path, required=True, help="CSV file")
     options = parser.parse_args()
@@ -68,7 +73,7 @@ def main() -> None:
     with options.out.open("w", newline="") as file:
         writer = None
         for run in options.runs:
-            found = row(run, options.every)
+            found = row(run, options.every, options.project)
             writer = writer or csv.DictWriter(file, list(found), lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()

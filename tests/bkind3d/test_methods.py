@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import probes
 from bkind3d.config import Config, DataConfig, LossConfig, Method, TrainConfig, load_config, save_config
+from bkind3d.data.simulate import simulate_rig
 from bkind3d.errors import InputError
 from bkind3d.evaluate import evaluate
 from bkind3d.losses import PENALTIES, Objective, difference_target, frame_target
@@ -409,6 +410,10 @@ def test_the_whole_way(config: MakeConfig, tmp_path: Path, method: Method, bottl
     probed = probes.row(run, every=2)
     assert float(probed["linear"]) == pytest.approx(result["rows"][0]["mpjpe"], abs=1e-4)
     assert float(probed["linear_on_fit_frames"]) < float(probed["linear"])
+    other = simulate_rig(tmp_path / "other", frames=8, test_frames=6, image_size=(48, 48), workers=1, progress=False)
+    elsewhere = probes.row(run, every=2, project=other)
+    assert (elsewhere["fit_frames"], elsewhere["test_frames"]) == (4, 3)
+    assert load_config(run / "config.yaml").project == config(method).project
     build_report(run)
     page = (run / "report.html").read_text()
     assert "drawn as points" in page
