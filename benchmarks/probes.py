@@ -45,6 +45,8 @@ def row(run: Path, every: int, project: Path | None = None) -> dict[str, Any]:
     return {
         "run": run.name,
         "method": config.method,
+        "voxels": config.model.voxels,
+        "separation": config.loss.separation,
         "bottleneck": config.model.bottleneck,
         "length": config.loss.length,
         "step": step,
@@ -74,8 +76,8 @@ def main() -> None:
         writer = None
         for run in options.runs:
             found = row(run, options.every, options.project)
-            writer = writer or csv.DictWriter(file, list(found), lineterminator="\n")
-            if file.tell() == 0:
+            if writer is None:
+                writer = csv.DictWriter(file, list(found), lineterminator="\n")
                 writer.writeheader()
             writer.writerow(found)
             file.flush()
