@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bkind3d.config import Config, Method
 from bkind3d.data import CachedRecording, Recording, Truth, load_truth
 from bkind3d.errors import InputError
+from bkind3d.evaluation.parts import compare_parts, format_parts
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.predict import predict_recording
 from bkind3d.probe import compare, compare_blocked, format_joints, format_table, joints_csv
@@ -107,7 +108,9 @@ def evaluate(
 
     Paper, Section 4.1.3. With test recordings the regression is fitted on the training recordings and scored on them; a
     project that has only recordings of split "both" is cross-validated over blocks of consecutive frames. The skeleton
-    is summarised over the scored frames. Writes `evaluation.json` and the errors of each joint as `evaluation.csv`.
+    is summarised over the scored frames, and there too it is measured whether the keypoints are parts of the body,
+    beside random fixed points of the true skeleton and its outline. Writes `evaluation.json` and the errors of each
+    joint as `evaluation.csv`.
 
     Args:
         run: Run folder.
@@ -152,15 +155,16 @@ def evaluate(
         scored, scored_joints = keypoints_of(networks, test, every=every, batch=batch, progress=progress), test_joints
         pairs = {name: (on_train[name], scored[name]) for name in scored}
         result = compare(pairs, joints, test_joints, options, **named)
-    skeleton = summarise_skeleton(
-        scored[method_title(config)], active_edges(networks.trained), scored_joints, train[0].truth.edges
-    )
+    truth, edges = train[0].truth, active_edges(networks.trained)
+    skeleton = summarise_skeleton(scored[method_title(config)], edges, scored_joints, truth.edges)
+    parts = compare_parts(scored, scored_joints, truth.edges, truth.names, units=inputs.project.units, edges=edges)
     notes = " ".join(dict.fromkeys(one.truth.note for one in train + test if one.truth.note))
-    result |= {"skeleton": skeleton, "truth": notes, "step": networks.step, "every": every, "seed": config.train.seed}
+    result |= {"parts": parts, "skeleton": skeleton, "truth": notes}
+    result |= {"step": networks.step, "every": every, "seed": config.train.seed}
     write_json(path, result)
     write_text(table, joints_csv(result))
     if progress:
-        print(format_table(result), format_skeleton(skeleton), sep="\n")
+        print(format_table(result), format_parts(parts), format_skeleton(skeleton), sep="\n")
         if per_joint:
             print(format_joints(result))
         print(path)

@@ -2,10 +2,12 @@
 
 The failures that self-supervised keypoints are known for are visible in the tracks alone, without labels: a flat
 probability volume puts the soft-argmax at the volume's centre, two keypoints follow one part, a keypoint hides at the
-border, or never moves. All lengths are in *sides*: divided by the longest side of the volume.
+border, or never moves. All lengths are in *sides*: divided by the longest side of the volume. Where foreground and
+identity were measured as well, a keypoint that lies beside the animal or swaps places with others is found too.
 """
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,20 @@ DEAD_SPREAD = 0.01
 TWIN_DISTANCE = 0.02
 # `centre`: within this distance (in sides) of the volume's centre ...
 CENTRE_RADIUS = 0.03
-# `border`: nearer than this (in sides) to a face of the volume, or outside; soft-argmax cannot reach the face itself.
+# `border`: nearer than this (in sides) to a side face or the top of the volume, or outside; soft-argmax cannot reach
+# the face itself. Feet stand on the floor, so the bottom face counts only from as far below it.
 BORDER_MARGIN = 0.03
 # ... in at least this share of the frames (both flags).
 FRAME_SHARE = 0.8
 
-FLAGS = ("dead", "twin", "centre", "border")
+# `off` the body: of the views that show the keypoint, on average less than this share see foreground there. A part may
+# be hidden by another part of the same body, which is foreground too; what misses it in more than one view of five is
+# beside it.
+OFF_SHARE = 0.8
+# `swaps`: told apart from the other keypoints, across views and moments, in less than this share of the trials.
+IDENTITY_SHARE = 0.5
+
+FLAGS = ("dead", "twin", "centre", "border", "off", "swaps")
 
 
 @dataclass
@@ -33,7 +43,9 @@ class Health:
 
     ``spread``: RMS distance from the mean position, in sides. ``peak``: mean peak probability mass.
     ``at_centre``, ``at_border``: share of the frames. ``twin``: index of the nearest other keypoint (-1 when J = 1),
-    ``twin_distance``: median distance to it, in sides (infinite when J = 1). ``flags``: of :data:`FLAGS`.
+    ``twin_distance``: median distance to it, in sides (infinite when J = 1). ``flags``: of :data:`FLAGS`, none when it
+    is healthy. Where they were measured, ``on_body``: mean share of the views that see foreground there, and
+    ``identity``: share of the trials in which it was told apart from the others; else None.
     """
 
     frames: int
@@ -44,6 +56,8 @@ class Health:
     twin: list[int]
     twin_distance: list[float]
     flags: list[list[str]]
+    on_body: list[float] | None = None
+    identity: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON; a distance that does not exist is None."""
@@ -58,12 +72,18 @@ class Health:
         Raises:
             InputError: a key is missing.
         """
-        missing = [item.name for item in fields(cls) if item.name not in data]
+        missing = [item.name for item in fields(cls) if item.name not in data and item.default is MISSING]
         if missing:
             raise InputError(f"health record: key {missing[0]!r} is missing")
-        known = {item.name: data[item.name] for item in fields(cls)}
+        known = {item.name: data[item.name] for item in fields(cls) if item.name in data}
         known["twin_distance"] = [float("inf") if value is None else value for value in known["twin_distance"]]
         return cls(**known)
+
+    @property
+    def looked_for(self) -> list[str]:
+        """Those of :data:`FLAGS` that a keypoint could have got here."""
+        unknown = {"off": self.on_body is None, "swaps": self.identity is None}
+        return [flag for flag in FLAGS if not unknown.get(flag)]
 
     def count(self, flag: str) -> int:
         """Number of keypoints that carry ``flag``."""
@@ -81,7 +101,14 @@ class Health:
 
 
 def keypoint_health(
-    positions: np.ndarray, confidence: np.ndarray, grid_center: np.ndarray, grid_sides: np.ndarray
+    positions: np.ndarray,
+    confidence: np.ndarray,
+    grid_center: np.ndarray,
+    grid_sides: np.ndarray,
+    up: Sequence[float] | np.ndarray = (0.0, 0.0, 1.0),
+    *,
+    on_body: np.ndarray | None = None,
+    identity: np.ndarray | None = None,
 ) -> Health:
     """Measure keypoint tracks against the volume that they were found in.
 
@@ -90,9 +117,12 @@ def keypoint_health(
         confidence: (F, J) peak of each probability volume.
         grid_center: (3,) centre of the volume, world units.
         grid_sides: (3,) its sides, world units.
+        up: (3,) the world's vertical, not 0; the volume's axis nearest to it tells the bottom face from the top.
+        on_body: (F, J) share of the views in which the keypoint is seen on the foreground, from 0 to 1.
+        identity: (J,) share of the trials in which each keypoint was told apart from the others, from 0 to 1.
 
     Raises:
-        InputError: shapes that do not fit, no frame, or a side that is not positive.
+        InputError: shapes that do not fit, no frame, a side that is not positive, or a share that is none.
     """
     positions = np.asarray(positions, dtype=np.float64)
     confidence = np.asarray(confidence, dtype=np.float64)
@@ -103,20 +133,23 @@ def keypoint_health(
         raise InputError(f"confidence: expected shape {positions.shape[:2]}, got {confidence.shape}")
     if center.shape != (3,) or sides.shape != (3,) or not (sides > 0).all():
         raise InputError(f"volume: expected a centre (3,) and three positive sides, got {center} and {sides}")
+    seen = None if on_body is None else _shares("on_body", on_body, positions.shape[:2]).mean(axis=0)
+    known = None if identity is None else _shares("identity", identity, positions.shape[1:2])
 
     # Not-finite positions become NaN: they fail every comparison below, and their spread of 0 marks them dead.
     positions = np.where(np.isfinite(positions), positions, np.nan)
     local = (positions - center) / sides.max()  # (F, J, 3), sides
     spread = np.nan_to_num(np.sqrt(np.square(local - local.mean(axis=0)).sum(axis=2).mean(axis=0)))
     at_centre = (np.linalg.norm(local, axis=2) < CENTRE_RADIUS).mean(axis=0)
-    to_face = (sides / sides.max() / 2 - np.abs(local)).min(axis=2)  # (F, J)
-    at_border = (to_face < BORDER_MARGIN).mean(axis=0)
+    at_border = (_to_border(local, sides / sides.max() / 2, up) < BORDER_MARGIN).mean(axis=0)
     twin, twin_distance = _nearest_twin(local)
     marks = {
         "dead": spread < DEAD_SPREAD,
         "twin": twin_distance < TWIN_DISTANCE,
         "centre": at_centre >= FRAME_SHARE,
         "border": at_border >= FRAME_SHARE,
+        "off": np.zeros(len(spread), bool) if seen is None else seen < OFF_SHARE,
+        "swaps": np.zeros(len(spread), bool) if known is None else known < IDENTITY_SHARE,
     }
     return Health(
         frames=len(positions),
@@ -127,7 +160,28 @@ def keypoint_health(
         twin=twin.tolist(),
         twin_distance=twin_distance.tolist(),
         flags=[[flag for flag in FLAGS if marks[flag][j]] for j in range(len(spread))],
+        on_body=None if seen is None else seen.tolist(),
+        identity=None if known is None else known.tolist(),
     )
+
+
+def _shares(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    shares = np.asarray(values, dtype=np.float64)
+    if shares.shape != shape or not ((shares >= 0) & (shares <= 1)).all():
+        raise InputError(f"{name}: expected shares from 0 to 1 of shape {shape}, got shape {shares.shape}")
+    return shares
+
+
+def _to_border(local: np.ndarray, half: np.ndarray, up: Sequence[float] | np.ndarray) -> np.ndarray:
+    """(F, J, 3) -> distance (F, J) to the nearest face; the bottom is moved down by twice the margin."""
+    vertical = np.asarray(up, dtype=np.float64)
+    if vertical.shape != (3,) or not np.isfinite(vertical).all() or not vertical.any():
+        raise InputError(f"up: expected a direction (3,), got {up}")
+    axis = int(np.abs(vertical).argmax())
+    above, below = half - local, half + local  # distances to the two faces across each axis
+    bottom = below if vertical[axis] > 0 else above
+    bottom[..., axis] += 2 * BORDER_MARGIN
+    return np.minimum(above, below).min(axis=2)
 
 
 def _nearest_twin(local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

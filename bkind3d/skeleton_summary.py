@@ -8,20 +8,22 @@ distance over the frames once the mean offset of the two is removed (a keypoint 
 follows; joints that never move against each other cannot be told apart). An edge then is as long as the shortest path
 of bones between its two joints. Edges between keypoints at one joint say nothing about bones and are not counted. The
 share of edges at most one (two) bones long is read beside the same share over all pairs of keypoints at different
-joints, which is what edges drawn at random would have.
+joints, which is what edges drawn at random would have, and beside the interval in which 95 % of such draws fall.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_matrix
+from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import shortest_path
+from scipy.stats import hypergeom
 
 from bkind3d.errors import InputError
 from bkind3d.tables import percent
 
 REACHES = (1, 2)  # bones
+CHANCE = 0.95  # share of random draws of edges inside the interval of chance
 
 
 def summarise_skeleton(
@@ -39,8 +41,7 @@ def summarise_skeleton(
         ``edges`` E, ``pairs`` of keypoints in all, ``frames``; ``cv`` and ``cv_all_pairs``, medians, and ``lengths``, a
         row for each edge, with ``mean`` and ``sd`` in the keypoints' unit and ``cv``. With bones also ``joint`` (J,)
         and ``distance`` (J,) of the assignment, ``bones`` between the ends in each row (None where no path leads),
-        the number of edges ``counted``, and ``agreement``: for each of :data:`REACHES` the ``share`` of them that are
-        at most so many ``bones`` long, and the same share over ``all_pairs``. A number that does not exist is None.
+        and what :func:`bone_agreement` tells of them. A number that does not exist is None.
 
     Raises:
         InputError: shapes that do not fit, or an edge or bone between ends that do not exist.
@@ -50,7 +51,7 @@ def summarise_skeleton(
         raise InputError(f"keypoints: expected finite positions of shape (F, J, 3), got {keypoints.shape}")
     count = keypoints.shape[1]
     edges = _pairs("edges", edges, count)
-    every = np.stack(np.triu_indices(count, 1), axis=1)
+    every = _every_pair(count)
     mean, deviation, variation = _lengths(keypoints, edges)
     rows: list[dict[str, Any]] = [
         {"keypoints": edge, "mean": float(m), "sd": float(s), "cv": _known(v)}
@@ -67,22 +68,10 @@ def summarise_skeleton(
     if joints is None or bones is None or len(bones) == 0:
         return summary
     joint, distance = assign_joints(keypoints, joints)
-    apart = bone_distances(bones, np.asarray(joints).shape[1])[joint][:, joint]  # (J, J), bones between two keypoints
-    for row, (i, j) in zip(rows, edges):
+    apart = bone_distances(bones, np.asarray(joints).shape[1])
+    for row, (i, j) in zip(rows, joint[edges]):
         row["bones"] = int(apart[i, j]) if np.isfinite(apart[i, j]) else None
-    counted = apart[tuple(edges.T)]
-    counted = counted[joint[edges[:, 0]] != joint[edges[:, 1]]]
-    by_chance = apart[tuple(every.T)]
-    by_chance = by_chance[joint[every[:, 0]] != joint[every[:, 1]]]
-    return summary | {
-        "joint": joint.tolist(),
-        "distance": distance.tolist(),
-        "counted": len(counted),
-        "agreement": [
-            {"bones": reach, "share": _share(counted <= reach), "all_pairs": _share(by_chance <= reach)}
-            for reach in REACHES
-        ],
-    }
+    return summary | {"joint": joint.tolist(), "distance": distance.tolist(), **bone_agreement(edges, joint, apart)}
 
 
 def assign_joints(keypoints: np.ndarray, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,6 +102,39 @@ def assign_joints(keypoints: np.ndarray, joints: np.ndarray) -> tuple[np.ndarray
     return joint, cost[np.arange(len(joint)), joint]
 
 
+def bone_agreement(edges: np.ndarray, joint: np.ndarray, apart: np.ndarray) -> dict[str, Any]:
+    """How many of the edges between different joints join near ones, beside all pairs of keypoints.
+
+    Args:
+        edges: (E, 2) pairs of keypoints.
+        joint: (J,) the joint of each keypoint.
+        apart: (K, K) bones between two joints, of :func:`bone_distances`.
+
+    Returns:
+        The number of edges ``counted``, and ``agreement``: for each of :data:`REACHES` the ``share`` of them that are
+        at most so many ``bones`` long, the same share over ``all_pairs``, and the ``interval`` that holds this share
+        in :data:`CHANCE` of the draws of so many different pairs. None where nothing is counted.
+
+    Raises:
+        InputError: an edge between keypoints that do not exist.
+    """
+    drawn, every = (
+        apart[i, j][i != j] for i, j in (joint[_pairs("edges", edges, len(joint))].T, joint[_every_pair(len(joint))].T)
+    )
+    return {
+        "counted": len(drawn),
+        "agreement": [
+            {
+                "bones": reach,
+                "share": _share(drawn <= reach),
+                "all_pairs": _share(every <= reach),
+                "interval": _chance_interval(every <= reach, len(drawn)),
+            }
+            for reach in REACHES
+        ],
+    }
+
+
 def bone_distances(bones: np.ndarray, joints: int) -> np.ndarray:
     """(K, K) number of bones on the shortest path between two joints, infinite where no path leads.
 
@@ -120,7 +142,7 @@ def bone_distances(bones: np.ndarray, joints: int) -> np.ndarray:
         InputError: a bone between joints that do not exist.
     """
     bones = _pairs("bones", bones, joints)
-    graph = coo_matrix((np.ones(len(bones)), tuple(bones.T)), shape=(joints, joints))
+    graph = csr_matrix((np.ones(len(bones)), tuple(bones.T)), shape=(joints, joints))
     return shortest_path(graph, directed=False, unweighted=True)
 
 
@@ -155,6 +177,17 @@ def _lengths(keypoints: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.n
         length = np.linalg.norm(keypoints[:, i] - keypoints[:, j], axis=1)
         mean[e], deviation[e] = length.mean(), length.std()
     return mean, deviation, np.divide(deviation, mean, out=np.full(len(edges), np.nan), where=mean > 0)
+
+
+def _chance_interval(hits: np.ndarray, drawn: int) -> list[float] | None:
+    """Least and largest share of hits among so many pairs drawn without replacement, hypergeometric, equal tails."""
+    if drawn == 0:
+        return None
+    return [float(count) / drawn for count in hypergeom.interval(CHANCE, len(hits), int(hits.sum()), drawn)]
+
+
+def _every_pair(count: int) -> np.ndarray:
+    return np.stack(np.triu_indices(count, 1), axis=1)
 
 
 def _pairs(name: str, pairs: np.ndarray, count: int) -> np.ndarray:

@@ -307,8 +307,8 @@ class Trainer:
             return
         positions = torch.cat([pair[0].cpu() for pair in self.recent]).float().numpy()
         confidence = torch.cat([pair[1].cpu() for pair in self.recent]).float().numpy()
-        volume = self.inputs.volume
-        health = keypoint_health(positions, confidence, np.array(volume.center), np.array(volume.size))
+        volume, up = self.inputs.volume, self.inputs.project.up
+        health = keypoint_health(positions, confidence, np.array(volume.center), np.array(volume.size), up)
         with (self.run / "health.jsonl").open("a") as file:
             file.write(json.dumps({"step": self.step, **health.to_dict()}) + "\n")
         bar.write(f"step {self.step}: {health.summary()}")

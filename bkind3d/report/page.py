@@ -291,7 +291,7 @@ def _edge_section(skeleton: dict[str, Any] | None, evaluation: dict[str, Any]) -
 def _health_section(files: RunFiles, shown: Shown | None, scene: Scene | None) -> dict[str, Any] | None:
     final: Health | None = None
     if shown and scene:
-        final = keypoint_health(shown.poses.positions, shown.poses.confidence, scene.center, scene.sides)
+        final = keypoint_health(shown.poses.positions, shown.poses.confidence, scene.center, scene.sides, scene.up)
         names, source = shown.poses.names, f"{final.frames} frames of recording {shown.poses.recording}"
     elif files.health:
         step, final = files.health[-1]
@@ -299,10 +299,12 @@ def _health_section(files: RunFiles, shown: Shown | None, scene: Scene | None) -
     if final is None:
         return None
     colours = palette(len(final.spread))
+    looked_for = {flag for health in (final, *(health for _, health in files.health)) for flag in health.looked_for}
+    flags = [flag for flag in FLAGS if flag in looked_for]
     return {
         "summary": final.summary().capitalize(),
         "source": source,
-        "flags": FLAGS,
+        "flags": flags,
         "rows": [
             {
                 "swatch": _swatch(colours[j]),
@@ -317,16 +319,16 @@ def _health_section(files: RunFiles, shown: Shown | None, scene: Scene | None) -
             }
             for j in range(len(final.spread))
         ],
-        "history": [_history_row(step, health) for step, health in _thinned(files.health)],
+        "history": [_history_row(step, health, flags) for step, health in _thinned(files.health)],
         "panels": _panels(figures.health_curves(files.health, colours)) if len(files.health) > 1 else [],
     }
 
 
-def _history_row(step: int, health: Health) -> dict[str, Any]:
+def _history_row(step: int, health: Health, flags: list[str]) -> dict[str, Any]:
     return {
         "step": step,
         "healthy": f"{sum(not flags for flags in health.flags)} of {len(health.flags)}",
-        "counts": [health.count(flag) for flag in FLAGS],
+        "counts": [health.count(flag) if flag in health.looked_for else "–" for flag in flags],
         "spread": f"{np.median(health.spread):.3f}",
         "peak": f"{np.median(health.peak):.3f}",
     }

@@ -51,6 +51,7 @@ def test_the_whole_way(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     main(["evaluate", run, "--bias", "--ridge", "auto"])
     table = capsys.readouterr().out
     assert all(name in table for name in ("BKinD-3D", "untrained network", "mean pose", "ridge auto", "skeleton: "))
+    assert "parts of the body over 8 frames" in table
     main(["evaluate", run, "--regressor", "mlp", "--hidden", "8", "--per_joint", "--force"])
     table = capsys.readouterr().out
     assert all(words in table for words in ("two-layer MLP fitted on 20", "hidden 8", "epochs chosen", "paw_hind_left"))

@@ -54,7 +54,7 @@ def test_still_elsewhere_is_dead_only():
     assert health_of(positions, confidence).flags[2] == ["dead"]
 
 
-@pytest.mark.parametrize(("axis", "sign"), [(0, 1), (1, -1), (2, 1)])
+@pytest.mark.parametrize(("axis", "sign"), [(0, 1), (0, -1), (1, 1), (1, -1), (2, 1)])
 def test_border_of_each_axis_and_outside(axis, sign):
     positions, confidence = wandering()
     positions[:, 0, axis] = CENTER[axis] + sign * (SIDES[axis] / 2 - 0.01)
@@ -63,6 +63,49 @@ def test_border_of_each_axis_and_outside(axis, sign):
     assert "border" in health.flags[0]
     assert "border" in health.flags[3]
     assert health.at_border[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("up", "axis", "sign"),
+    [((0, 0, 1), 2, -1), ((0, 0, -2), 2, 1), ((0.1, -1, 0.2), 1, 1), ((1, 0, 0), 0, -1)],
+)
+def test_feet_on_the_floor_are_not_at_the_border(up, axis, sign):
+    """At the bottom face they are not, farther than the margin below it and at the opposite face they are."""
+    positions, confidence = wandering()
+    floor, margin = CENTER[axis] + sign * SIDES[axis] / 2, 0.03 * SIDES.max()
+    positions[:, 0, axis] = floor - sign * 0.01
+    positions[:, 1, axis] = floor + sign * 0.9 * margin
+    positions[:, 2, axis] = floor + sign * 1.1 * margin
+    positions[:, 3, axis] = 2 * CENTER[axis] - floor
+    flags = keypoint_health(positions, confidence, CENTER, SIDES, up).flags
+    assert ["border" in each for each in flags] == [False, False, True, True]
+
+
+def test_off_the_body_and_swaps():
+    """Both are flagged below their thresholds only, and only where they were measured."""
+    positions, confidence = wandering()
+    on_body = np.ones((200, 4))
+    on_body[:101, 1], on_body[:, 2] = 0.61, 0.8
+    identity = np.array([0.5, 1, 0.49, 0.9])
+    health = keypoint_health(positions, confidence, CENTER, SIDES, on_body=on_body, identity=identity)
+    assert health.on_body == pytest.approx([1, 0.803, 0.8, 1], abs=1e-4)
+    assert health.flags == [[], [], ["swaps"], []]
+    on_body[:, 3] = 0.79
+    health = keypoint_health(positions, confidence, CENTER, SIDES, on_body=on_body, identity=identity)
+    assert health.flags == [[], [], ["swaps"], ["off"]]
+    assert "2/4 healthy (1 off, 1 swaps)" in health.summary()
+    assert health.looked_for == ["dead", "twin", "centre", "border", "off", "swaps"]
+    assert Health.from_dict(json.loads(json.dumps(health.to_dict()))) == health
+    unknown = health_of(positions, confidence)
+    assert (unknown.on_body, unknown.identity) == (None, None)
+    assert unknown.looked_for == ["dead", "twin", "centre", "border"]
+
+
+def test_records_of_earlier_versions_lack_what_was_not_measured():
+    health = health_of(*wandering())
+    record = health.to_dict()
+    del record["on_body"], record["identity"]
+    assert Health.from_dict(record) == health
 
 
 def test_twins_name_each_other():
@@ -138,3 +181,18 @@ def test_summary_is_one_line_and_counts():
 def test_bad_input(positions, confidence, sides, message):
     with pytest.raises(InputError, match=message):
         keypoint_health(positions, confidence, CENTER, sides)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"up": (0, 0, 0)}, "up: expected a direction"),
+        ({"up": (0, 1)}, "up: expected a direction"),
+        ({"on_body": np.ones(4)}, r"on_body: expected shares from 0 to 1 of shape \(200, 4\)"),
+        ({"on_body": np.full((200, 4), np.nan)}, "on_body: expected shares"),
+        ({"identity": np.full(4, 1.1)}, r"identity: expected shares from 0 to 1 of shape \(4,\)"),
+    ],
+)
+def test_bad_input_of_what_may_be_known(more, message):
+    with pytest.raises(InputError, match=message):
+        keypoint_health(*wandering(), CENTER, SIDES, **more)

@@ -58,8 +58,8 @@ def test_agreement_with_the_bones():
     assert summary["counted"] == 3
     # Pairs of joints: 01 12 one bone; 02, 24 twice, two; 14 twice, three; 04 twice, four; 44 left out.
     assert summary["agreement"] == [
-        {"bones": 1, "share": pytest.approx(1 / 3), "all_pairs": pytest.approx(2 / 9)},
-        {"bones": 2, "share": pytest.approx(2 / 3), "all_pairs": pytest.approx(5 / 9)},
+        {"bones": 1, "share": pytest.approx(1 / 3), "all_pairs": pytest.approx(2 / 9), "interval": [0, 2 / 3]},
+        {"bones": 2, "share": pytest.approx(2 / 3), "all_pairs": pytest.approx(5 / 9), "interval": [0, 1]},
     ]
     text = format_skeleton(summary)
     assert text.startswith("skeleton: 4 of 10 edges active")
@@ -81,6 +81,7 @@ def test_no_edges():
     assert (summary["edges"], summary["cv"], summary["lengths"], summary["counted"]) == (0, None, [], 0)
     assert [row["share"] for row in summary["agreement"]] == [None, None]
     assert summary["agreement"][0]["all_pairs"] == pytest.approx(0.4)
+    assert summary["agreement"][0]["interval"] is None
     assert format_skeleton(summary) == "skeleton: no edges"
     assert describe_edges(summary) == []
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
@@ -110,6 +111,8 @@ def test_paths_over_bones():
     distances = bone_distances(np.array([[0, 1], [2, 1], [4, 3]]), 5)
     assert distances[0].tolist() == [0, 1, 2, np.inf, np.inf]
     np.testing.assert_array_equal(distances, distances.T)
+    triangle = bone_distances(np.array([[0, 1], [1, 2], [2, 0], [0, 1]]), 3)  # nearly all pairs, and one twice
+    assert triangle.tolist() == [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
     joints = chain()
     row = summarise_skeleton(joints, np.array([[0, 4]]), joints, np.array([[0, 1]]))["lengths"][0]
     assert row["bones"] is None  # no path of bones

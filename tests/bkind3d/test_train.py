@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, load_config, save_config
 from bkind3d.errors import InputError
 from bkind3d.evaluate import UNTRAINED, evaluate
+from bkind3d.evaluation.parts import OUTLINE_POINTS, RANDOM_POINTS
 from bkind3d.poses import Poses
 from bkind3d.predict import predict
 from bkind3d.run import build_model, checkpoints, load_model
@@ -219,6 +220,12 @@ def test_predict_and_evaluate(config: MakeConfig, tmp_path: Path, rig: Path) -> 
     assert result["skeleton"]["pairs"] == 6
     assert len(result["skeleton"]["lengths"]) == len(json.loads((run / "skeleton.json").read_text())["edges"])
     assert result["skeleton"]["agreement"][1]["all_pairs"] is not None
+    parts = {row["name"]: row for row in result["parts"]["rows"]}
+    assert list(parts) == ["BKinD-3D", UNTRAINED, RANDOM_POINTS, OUTLINE_POINTS]
+    assert result["parts"]["frames"] == 4
+    assert (len(result["parts"]["mirror"]), result["parts"]["units"]) == (6, "m")
+    assert 0.2 < result["parts"]["size"] < 0.7  # m, of an animal half a metre long
+    assert parts[RANDOM_POINTS]["nearest_bone"] < 1e-9 < parts["BKinD-3D"]["nearest_bone"]
     for again in (lambda: predict(run, progress=False), lambda: evaluate(run, progress=False)):
         with pytest.raises(InputError, match="--force"):
             again()

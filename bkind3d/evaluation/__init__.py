@@ -1,0 +1,1 @@
+"""What discovered keypoints are worth, measured on arrays."""
