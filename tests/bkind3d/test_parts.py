@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from bkind3d.errors import InputError
 from bkind3d.evaluation.parts import (
-    COVERED,
     OUTLINE_POINTS,
     RANDOM_POINTS,
     body_of,
@@ -71,6 +70,12 @@ def test_two_shifted_keypoints_of_a_square():
     assert closer["covered"] == 0.25  # 0.2 / √2 is less
 
 
+def test_beyond_the_end_of_a_bone_its_end_is_nearest():
+    joints = square()
+    row = measure_parts(joints[:, [0, 1]] + [[-0.3, 0, 0.4], [1.2, 0, -0.5]], body_of(joints, np.array([[0, 1]])))
+    assert row["per_keypoint"]["nearest_bone"] == pytest.approx(np.array([0.5, 1.3]) / np.sqrt(2))
+
+
 def test_one_to_one_gives_two_keypoints_at_one_joint_two_joints():
     joints = square()
     row = measure_parts(joints[:, [0, 0]], body_of(joints, NO_BONES))
@@ -98,6 +103,9 @@ def test_more_keypoints_than_joints():
     assert row["per_keypoint"]["own_joint_distance"] == [pytest.approx(0.1), pytest.approx(0, abs=1e-12), None]
     assert row["one_to_one"] == pytest.approx(0.05)  # of the two that have one
     assert row["best_joint"] == pytest.approx((0.1 + 0 + 0.7) / 3)
+    unknown = np.concatenate([joints, np.full_like(joints, np.nan)], axis=1)  # two joints that nobody annotated
+    same = measure_parts(joints[:, [0, 1, 1]] + offset, body_of(unknown, NO_BONES))
+    assert same == row
 
 
 def test_share_of_frames_with_the_usual_joint_and_the_median_over_keypoints():
@@ -130,6 +138,12 @@ def test_missing_joints_take_no_part():
     assert row["nearest_bone"] == pytest.approx(0.5 / body.size)  # 0 where bone 01 is there, else 1 to bone 12
     assert each["same"] == [0.5]
     assert row["covered"] == pytest.approx(1 / 3)  # joint 3 cannot be covered and is not asked for
+
+
+def test_size_of_the_body_is_that_of_frames_with_two_joints():
+    joints = square()
+    joints[1:5, 1:] = np.nan
+    assert body_of(joints, NO_BONES).size == pytest.approx(np.sqrt(2))
 
 
 def test_frames_without_joints_or_keypoint_are_left_out():
@@ -312,5 +326,5 @@ def test_edge_between_keypoints_that_do_not_exist():
 def test_covered_needs_to_be_nearer_than_the_threshold():
     joints = square()
     for factor, expected in ((0.99, 1.0), (1.01, 0.0)):
-        shift = factor * COVERED * np.sqrt(2) * np.array([0, 0, 1])
+        shift = factor * 0.15 * np.sqrt(2) * np.array([0, 0, 1])
         assert measure_parts(joints + shift, body_of(joints, NO_BONES))["covered"] == expected
