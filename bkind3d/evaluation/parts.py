@@ -178,7 +178,8 @@ def compare_parts(
     Returns:
         ``size`` in ``units``, ``frames``, ``covered_within``, ``mirror`` (pairs of left and right joints), ``bones``
         (their number), ``rows``; and ``edges``, None without bones: the number of ``edges``, and for the usual nearest
-        joint of each keypoint what :func:`bkind3d.skeleton_summary.bone_agreement` tells.
+        joint of each keypoint what :func:`bkind3d.skeleton_summary.bone_agreement` tells. The row of random points has
+        means over its ``draws``, and nothing per keypoint.
 
     Raises:
         InputError: as :func:`body_of` and :func:`measure_parts`.
