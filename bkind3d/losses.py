@@ -18,8 +18,10 @@ from bkind3d.models.vgg import VggFeatures
 if TYPE_CHECKING:  # a model knows its target, which is made here
     from bkind3d.models.discovery import Reconstruction
 
-# Terms that some methods add to the objective, each with its weight in `LossConfig`.
-PENALTIES = ("reprojection", "consistency", "equivariance")
+# Terms that some methods, and the foreground, add to the objective, each with its weight in `LossConfig`.
+PENALTIES = (
+    "reprojection", "consistency", "equivariance", "containment", "silhouette", "identity", "rigidity",
+)  # fmt: skip
 SSIM_SIGMA = 1.5
 LUMINANCE_CONSTANT = 0.01**2
 
@@ -117,33 +119,33 @@ class ReconstructionLoss(nn.Module):
         return (torch.stack(errors) / self.scales).sum()
 
 
-def length_loss(skeleton: Skeleton, positions: Tensor, side: float) -> Tensor:
-    """Deviation of active edges from their average length (paper, equation 2), in units of the volume's side.
+def length_loss(skeleton: Skeleton, positions: Tensor, unit: float) -> Tensor:
+    """Deviation of active edges from their average length (paper, equation 2), in those units.
 
     Args:
         skeleton: Edge weights and running averages.
         positions: Keypoints (N, J, 3), world units.
-        side: Longest side of the volume, world units.
+        unit: What lengths are measured in, world units.
 
     Returns:
         Scalar: summed over active edges that have an average, averaged over samples; 0 where there is none.
     """
-    deviation = (skeleton.lengths(positions) / side - skeleton.average).abs()
+    deviation = (skeleton.lengths(positions) / unit - skeleton.average).abs()
     return (deviation * (skeleton.active & skeleton.known)).sum(-1).mean()
 
 
-def separation_loss(positions: Tensor, side: float, sigma: float) -> Tensor:
+def separation_loss(positions: Tensor, unit: float, sigma: float) -> Tensor:
     """Penalty on keypoints that sit together (paper, equation 3): Σ_{i≠j} exp(−‖u_i − u_j‖² / 2σ²).
 
     Args:
         positions: Keypoints (N, J, 3), world units.
-        side: Longest side of the volume, world units.
-        sigma: σ_s in units of `side`.
+        unit: What lengths are measured in, world units.
+        sigma: σ_s in those units.
 
     Returns:
         Scalar, averaged over samples.
     """
-    scaled = positions / side
+    scaled = positions / unit
     squared = (scaled[:, :, None] - scaled[:, None]).square().sum(-1)
     off_diagonal = ~torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
     return (torch.exp(-squared / (2 * sigma**2)) * off_diagonal).sum((1, 2)).mean()
@@ -156,14 +158,15 @@ class Objective(nn.Module):
 
     Args:
         config: Target, networks and weights.
-        side: Longest side of the volume, world units.
+        unit: What lengths are measured in, world units: the size of the body where that is known, else the longest
+            side of the volume.
         mean: Averages a tensor over processes, so that running averages are the same in all.
     """
 
-    def __init__(self, config: LossConfig, side: float, mean: Callable[[Tensor], Tensor] = lambda value: value) -> None:
+    def __init__(self, config: LossConfig, unit: float, mean: Callable[[Tensor], Tensor] = lambda value: value) -> None:
         super().__init__()
         self.config = config
-        self.side = side
+        self.unit = unit
         self.mean = mean
         self.reconstruction = ReconstructionLoss(config, mean)
 
@@ -180,12 +183,14 @@ class Objective(nn.Module):
         """
         positions = found.positions.flatten(0, 1)
         if self.training:
-            lengths = self.mean(skeleton.lengths(positions.detach()).mean(0, keepdim=True) / self.side)
-            skeleton.update_averages(lengths, self.config.length_momentum)
+            lengths = skeleton.lengths(positions.detach()) / self.unit
+            skeleton.update_averages(self.mean(lengths.mean(0, keepdim=True)), self.config.length_momentum)
+            if found.on_body is not None:
+                skeleton.observe(self.mean(torch.stack([lengths.mean(0), lengths.square().mean(0)])))
         terms = {
             "reconstruction": self.reconstruction(found.difference, target),
-            "length": length_loss(skeleton, positions, self.side),
-            "separation": separation_loss(positions, self.side, self.config.separation_sigma),
+            "length": length_loss(skeleton, positions, self.unit),
+            "separation": separation_loss(positions, self.unit, self.config.separation_sigma),
         }
         loss = terms["reconstruction"]
         for name, penalty in found.penalties.items():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bkind3d.config import ModelConfig
 from bkind3d.losses import difference_target
+from bkind3d.models.body import Body, BodyTerms, OnBody
 from bkind3d.models.encoder import build_encoder
 from bkind3d.models.geometry import GeometryDecoder
 from bkind3d.models.layers import channels_last
@@ -57,12 +58,14 @@ class Reconstruction:
         difference: Reconstruction of the model's target, (N, M, C, H, W): the difference of the two frames
             (Keypoint3D: the later frame itself).
         penalties: Further terms of the training objective, unweighted scalars by their name in `LossConfig`.
+        on_body: What the foreground says, where it is known.
     """
 
     positions: Tensor
     confidence: Tensor
     difference: Tensor
     penalties: dict[str, Tensor] = field(default_factory=dict)
+    on_body: OnBody | None = None
 
 
 class DiscoveryModel(nn.Module, ABC):
@@ -75,12 +78,14 @@ class DiscoveryModel(nn.Module, ABC):
     Args:
         config: The networks' settings.
         outputs: Channels of the reconstruction: 3 (RGB) or 1 (grey).
+        foreground: Whether the foreground is known in training, so that the terms of :mod:`bkind3d.models.body` can be
+            taken.
     """
 
     # What is reconstructed: (images (N, 2, M, 3, H, W), LossConfig) -> (N, M, C, H, W).
     target = staticmethod(difference_target)
 
-    def __init__(self, config: ModelConfig, outputs: int) -> None:
+    def __init__(self, config: ModelConfig, outputs: int, *, foreground: bool = False) -> None:
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config.encoder, config.encoder_weights, config.norm)
@@ -100,6 +105,7 @@ class DiscoveryModel(nn.Module, ABC):
         self.reconstruction = ReconstructionDecoder(
             channels, strides, config.edge_strides, config.decoder_channels, 2 * drawn, outputs, config.norm
         )
+        self.body = BodyTerms(config, len(self.skeleton.pairs), channels) if foreground else None
         # Channels-last is what `unproject` reads and writes; convolutions are up to twice as fast in it as well.
         channels_last(self)
 
@@ -196,13 +202,16 @@ class DiscoveryModel(nn.Module, ABC):
     def _sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         return [(size[0] // stride, size[1] // stride) for stride in self.config.edge_strides]
 
-    def forward(self, images: Tensor, projections: Tensor, grid: VoxelGrid) -> Reconstruction:
+    def forward(
+        self, images: Tensor, projections: Tensor, grid: VoxelGrid, body: Body | None = None
+    ) -> Reconstruction:
         """Find the keypoints at both times and reconstruct the target from them and from the looks of frame t.
 
         Args:
             images: (N, 2, M, 3, H, W) in [0, 1]: frames t and t + gap of every view.
             projections: (N or 1, M, 3, 4), world to image pixels.
             grid: Where to look.
+            body: The foreground, where it is known in training.
         """
         n, _, m, _, height, width = images.shape
         size = (height, width)
@@ -215,11 +224,16 @@ class DiscoveryModel(nn.Module, ABC):
         ]
         appearance = [level[: n * m] for level in found.features]
         difference = self.reconstruction(appearance, drawn, size)
+        on_body = None
+        if self.body is not None and body is not None:
+            with torch.autocast(images.device.type, enabled=False):
+                on_body = self.body(found.positions, found.features, projections, body, self.skeleton, size)
         return Reconstruction(
             positions=found.positions.unflatten(0, (2, n)).transpose(0, 1),
             confidence=found.confidence.unflatten(0, (2, n)).transpose(0, 1),
             difference=difference.unflatten(0, (n, m)),
-            penalties=found.penalties,
+            penalties=found.penalties | (on_body.terms if on_body else {}),
+            on_body=on_body,
         )
 
 

@@ -1,17 +1,43 @@
-"""The learned skeleton: a weight and a running average of the length for every pair of keypoints."""
+"""The learned skeleton: a weight and a running average of the length for every pair of keypoints, and the tree of bones."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor, nn
 
 from bkind3d_kernels.geometry import all_pairs
 
 
-class Skeleton(nn.Module):
-    """Edge weights w (paper, Section 3.1.3) and average lengths (Section 3.2.2), shared by all views and times.
+TREE_MOMENTUM = 0.95  # share of the old lengths kept when a batch is observed
+STIFFNESS = 10.0  # how much dearer an edge is whose length varies
 
-    The state dict holds the edges' parameters, the averages and which of them have been set.
+
+def spanning_tree(costs: Tensor, pairs: Tensor) -> Tensor:
+    """Which edges make the tree that joins all ends at the least cost, (E,) bool.
+
+    Args:
+        costs: (E,), above 0.
+        pairs: (E, 2).
+    """
+    ends = pairs.cpu().numpy()
+    graph = np.zeros((ends.max() + 1, ends.max() + 1))
+    graph[tuple(ends.T)] = costs.cpu().numpy()
+    kept = minimum_spanning_tree(graph).toarray()[tuple(ends.T)] > 0
+    return torch.from_numpy(kept).to(costs.device)
+
+
+class Skeleton(nn.Module):
+    r"""Edge weights w (paper, Section 3.1.3) and average lengths (Section 3.2.2), shared by all views and times.
+
+    Where lengths are observed, the skeleton is a tree: of all trees that join the keypoints the one with the least sum of
+
+    .. math:: \bar l_e \, (1 + 10 \, \mathrm{Var}(l_e) / \bar l_e^2)
+
+    over its edges, short and of constant length, as bones are. Its edges are the active ones then, whatever their weights.
+
+    The state dict holds the edges' parameters, the averages and which of them have been set, the observed lengths and the tree.
 
     Args:
         keypoints: Number J of keypoints that edges join; there are E = J (J − 1) / 2 edges, i < j in lexicographic
@@ -25,6 +51,8 @@ class Skeleton(nn.Module):
     pairs: Tensor
     average: Tensor
     known: Tensor
+    observed: Tensor
+    tree: Tensor
 
     def __init__(self, keypoints: int, activation: str, start_mean: float, start_std: float, threshold: float) -> None:
         super().__init__()
@@ -35,6 +63,18 @@ class Skeleton(nn.Module):
         self.parameter = nn.Parameter(start_mean + start_std * torch.randn(count), requires_grad=count > 0)
         self.register_buffer("average", torch.zeros(count))
         self.register_buffer("known", torch.zeros(count, dtype=torch.bool))
+        self.register_buffer("observed", torch.zeros(2, count))  # running means of lengths and of their squares
+        self.register_buffer("tree", torch.zeros(count, dtype=torch.bool))
+
+    @torch.no_grad()
+    def observe(self, lengths: Tensor) -> None:
+        """Take in the lengths (2, E) of a batch, mean and mean square over its moments, and find the tree again."""
+        kept = TREE_MOMENTUM if bool(self.observed.any()) else 0.0
+        self.observed.copy_(kept * self.observed + (1 - kept) * lengths)
+        mean, square = self.observed
+        mean = mean.clamp_min(1e-6 * float(mean.max()) + 1e-12)
+        variation = (square / mean.square() - 1).clamp_min(0)
+        self.tree.copy_(spanning_tree(mean * (1 + STIFFNESS * variation), self.pairs))
 
     @property
     def weights(self) -> Tensor:
@@ -44,8 +84,8 @@ class Skeleton(nn.Module):
 
     @property
     def active(self) -> Tensor:
-        """Which edges connect their keypoints (E,), bool."""
-        return self.weights.detach() > self.threshold
+        """Which edges connect their keypoints (E,), bool: the tree's, or without one those above the threshold."""
+        return torch.where(self.tree.any(), self.tree, self.weights.detach() > self.threshold)
 
     def lengths(self, keypoints: Tensor) -> Tensor:
         """Lengths of all edges: keypoints (N, J, 3) -> (N, E), in the keypoints' unit."""
