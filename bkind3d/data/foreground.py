@@ -23,13 +23,13 @@ VERSION = 1  # raise it whenever the same frames would give other masks
 
 _SAMPLES = 120  # moments that a background is estimated from
 _CANDIDATES = 30  # of them, whose colours may be a mode
-_MODES = 3
-_LEAST_SHARE = 0.06  # of the moments that a mode must have, beside the first
+_MODES = 4
+_LEAST_SHARE = 0.03  # of the moments that a mode must have, beside the first
 _RADIUS = 4.0  # standard deviations of noise in which colours are one mode
 _SWEEPS = 100  # of belief propagation
 _CAP = 40.0  # grey levels: a step between neighbours costs no more
-_SEAM = 10.0  # grey levels that two modes cost beside their step, if no sample shows both
-_RARITY = 150.0  # cost of a rare mode, over the picture's longest side
+_SEAM = 20.0  # grey levels that two modes cost beside their step, if no sample shows both
+_RARITY = 50.0  # cost of a rare mode, over the picture's longest side
 _DIFFERENT, _SLACK = 5.0, 6.0  # standard deviations, and grey levels beyond, by which a colour is not the room's
 _TINT = 0.025  # of its brightness that a shadow's colour may be off
 _DARKEST = 0.4  # share of the light that a shadow leaves at least
