@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bkind3d.cameras import Cameras
+from bkind3d.check_foreground import ForegroundCheck, check_foreground
 from bkind3d.data import (
     Project,
     Recording,
@@ -65,8 +66,9 @@ class CheckReport:
         seen_by: share of voxels seen by exactly 0, 1, ... M of these cameras.
         memory: estimated bytes for training.
         memory_formula: how they were estimated.
-        pictures: the volume drawn into a frame of each camera.
+        pictures: the volume drawn into a frame of each camera, and the masks of the body if they were looked at.
         warnings: what is allowed but suspicious.
+        foreground: one row per camera, of the first recording; empty where masks were not looked at.
     """
 
     project: Project
@@ -80,6 +82,7 @@ class CheckReport:
     memory_formula: str
     pictures: list[Path]
     warnings: list[str]
+    foreground: list[ForegroundCheck] = field(default_factory=list)
 
     @property
     def seen_by_two(self) -> float:
@@ -117,6 +120,13 @@ class CheckReport:
             f"voxels: {shape}; seen by {seen}, all {count} {self.seen_by[-1]:.1%}",
             f"memory for training: about {self.memory / 1e9:.2g} GB = {self.memory_formula}",
         ]
+        if self.foreground:
+            rows = [["camera", "foreground", "empty", "overlap", "agrees"]]
+            rows += [
+                [row.camera, f"{row.share:.1%}", f"{row.empty:.0%}", f"{row.steady:.0%}", f"{row.agreeing:.0%}"]
+                for row in self.foreground
+            ]
+            lines += _table(rows)
         lines += [f"picture: {path}" for path in self.pictures]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return lines
@@ -131,6 +141,7 @@ def check_project(
     height: int = 256,
     width: int = 256,
     batch: int = 1,
+    foreground: bool = False,
 ) -> CheckReport:
     """Check a project; draw its working volume, and its true joints if it has any, into a frame of each camera.
 
@@ -142,6 +153,7 @@ def check_project(
         height: of the network's images, for the memory estimate.
         width: of the network's images, for the memory estimate.
         batch: moments per training step, for the memory estimate.
+        foreground: look at masks of the body too, on some moments of the first recording, which are decoded for it.
 
     Raises:
         InputError: a video is unusable, videos do not match each other, the calibration or the truth, the gap is not
@@ -162,6 +174,12 @@ def check_project(
     views = visible_views(first, volume, voxels)
     cameras = _camera_rows(first, volume)
     memory, formula = training_memory(len(cameras), height, width, volume.shape(voxels), batch)
+    pictures = [] if out is None else draw_volume(project, recordings, volume, Path(out))
+    masks: list[ForegroundCheck] = []
+    if foreground:
+        recording = project.recordings[0]
+        masks, drawn = check_foreground(project, recordings[recording.name], recording, height, width, out)
+        pictures += drawn
     return CheckReport(
         project=project,
         recordings=recordings,
@@ -172,8 +190,9 @@ def check_project(
         seen_by=[(views == count).double().mean().item() for count in range(len(cameras) + 1)],
         memory=memory,
         memory_formula=formula,
-        pictures=[] if out is None else draw_volume(project, recordings, volume, Path(out)),
-        warnings=_warnings(project, volume, gaps),
+        pictures=pictures,
+        warnings=_warnings(project, volume, gaps) + [failure for row in masks for failure in row.failures()],
+        foreground=masks,
     )
 
 

@@ -37,6 +37,7 @@ def run_check(
     width: int = 256,
     batch: int = 1,
     out: Path | None = None,
+    foreground: bool = False,
 ) -> None:
     """Look at a project before training: files, frame counts, calibration, and what the cameras see of the volume.
 
@@ -48,9 +49,17 @@ def run_check(
         width: Width of the network's images, likewise.
         batch: Pairs per training step, likewise.
         out: Folder for a picture per camera with the volume drawn in.
+        foreground: Look at the masks of the body too; some moments of the first recording are decoded for it.
     """
     check_project(
-        load_project(project), gap=gap, voxels=voxels, out=out, height=height, width=width, batch=batch
+        load_project(project),
+        gap=gap,
+        voxels=voxels,
+        out=out,
+        height=height,
+        width=width,
+        batch=batch,
+        foreground=foreground,
     ).print()
 
 
@@ -112,6 +121,7 @@ VERBS: dict[str, tuple[Callable[..., object], str]] = {
 READERS: dict[str, Callable[..., Path]] = {"h36m": h36m_project, "rat7m": rat7m_project}
 # Switches, given by their name alone.
 FLAGS = {
+    "foreground": "look at the masks of the body too",
     "force": "replace what an earlier call wrote",
     "bias": "give the linear map a constant term (paper: none)",
     "scale": "allow scale in the aligned error (paper: none)",

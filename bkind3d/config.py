@@ -26,6 +26,8 @@ class DataConfig:
             0.66 s for rats), or a list of distances. In a short recording one distance alone lets the decoder learn by
             heart what follows each frame, past the keypoints.
         reverse: Whether each pair is also given with the later frame first, for the same reason.
+        foreground: Whether masks of the body, found from the static background or the project's own, come with the
+            frames.
     """
 
     height: int = 256
@@ -33,6 +35,7 @@ class DataConfig:
     crop: Literal["volume", "none"] = "volume"
     gap: str | int | list[str | int] = "0.4 s"
     reverse: bool = False
+    foreground: bool = False
 
     @property
     def gaps(self) -> list[str | int]:

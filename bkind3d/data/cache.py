@@ -4,6 +4,9 @@ A recording is one file ``<name>-<key>.npy``, (T, M, H, W, 3) uint8, and a ``.js
 long as that is not there, the recording is not cached. The key is a hash of all that the frames depend on (the bytes of
 the footage, which of its frames are used, the calibration, size, crop), so a cache is never stale and never has to be
 cleared to be right. Bytes are read again only of files that have changed (:mod:`bkind3d.data.ledger`).
+
+Masks of the body, where they are asked for, lie beside the frames in ``<name>-<key>.masks-<key of the masks>.npy``,
+(T, M, H, W) uint8, with a ``.json`` of their own, and the backgrounds that they come from in the ``.npz`` beside them.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bkind3d.cameras import Cameras
+from bkind3d.data import foreground as masking
 from bkind3d.data.ledger import Ledger
 from bkind3d.data.project import Project
 from bkind3d.data.remap import Box, Remap, image_boxes, network_cameras, volume_boxes
-from bkind3d.data.video import RecordingInfo, probe_recording
+from bkind3d.data.video import Footage, RecordingInfo, probe_masks, probe_recording
 from bkind3d.data.volume import require_visible
 from bkind3d.errors import InputError
 
@@ -40,6 +44,7 @@ CROPS = ("volume", "none")
 _VERSION = 1  # raise it whenever the same input would give other frames
 _DECODERS = max(2, min(8, os.cpu_count() or 2))  # cameras that are read at a time
 _BLOCK = 1 << 22  # bytes hashed at a time
+_MOMENTS = 64  # of which masks are found at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +59,7 @@ class CachedRecording:
         shape: (T, M, H, W, 3).
         cameras: pinhole cameras with ``image_size`` the network size.
         clock: (T,) increasing numbers of the moments; 0, 1, ... where none was left out.
+        masks_path: the ``.npy`` file of the body's masks; None where they were not asked for.
     """
 
     name: str
@@ -63,6 +69,7 @@ class CachedRecording:
     shape: tuple[int, int, int, int, int]
     cameras: Cameras
     clock: np.ndarray
+    masks_path: Path | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -81,9 +88,35 @@ class CachedRecording:
         """The frames, (T, M, H, W, 3) uint8 RGB, mapped read-only on first use."""
         return np.load(self.path, mmap_mode="r")
 
+    @cached_property
+    def masks(self) -> np.memmap:
+        """Masks of the body, (T, M, H, W) uint8, mapped read-only on first use: 255 body, 0 not, between: coverage.
+
+        Raises:
+            InputError: they were not built.
+        """
+        return np.load(self._masks_file(), mmap_mode="r")
+
+    def backgrounds(self) -> np.ndarray | None:
+        """The empty room as each camera sees it, (M, H, W, 3) uint8; None where the project brings its own masks.
+
+        Raises:
+            InputError: masks were not built.
+        """
+        path = self._masks_file().with_suffix(".npz")
+        if not path.exists():
+            return None
+        with np.load(path) as file:
+            return file["pictures"]
+
+    def _masks_file(self) -> Path:
+        if self.masks_path is None:
+            raise InputError(f"recording {self.name!r}: no masks of the body were built; set data.foreground to true")
+        return self.masks_path
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the mapped frames out: a pickled memmap would carry all of them."""
-        return {key: value for key, value in self.__dict__.items() if key != "frames"}
+        """Leave the mapped arrays out: a pickled memmap would carry all of them."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("frames", "masks")}
 
 
 @dataclass(frozen=True)
@@ -92,7 +125,7 @@ class FrameCache:
 
     Args:
         recordings: by name, in the project's order.
-        key: hash of everything that the frames depend on.
+        key: hash of everything that the frames, and the masks if there are any, depend on.
     """
 
     recordings: dict[str, CachedRecording]
@@ -121,11 +154,14 @@ class _Source:
     cameras: Cameras
     boxes: list[Box]
     network: Cameras
+    rig: Path
+    masks: dict[str, Footage] | None
 
     @property
     def paths(self) -> list[Path]:
         """All files that are read."""
-        return [path for footage in self.info.footage.values() for _, path in footage.parts]
+        both = [*self.info.footage.values(), *(self.masks or {}).values()]
+        return [path for footage in both for _, path in footage.parts]
 
 
 def build_cache(
@@ -135,6 +171,7 @@ def build_cache(
     directory: Path | str,
     *,
     crop: str = "volume",
+    foreground: bool = False,
     progress: bool = True,
 ) -> FrameCache:
     """Read all recordings of a project into undistorted frames of (height, width), or reuse those already there.
@@ -146,21 +183,24 @@ def build_cache(
         directory: folder of the cache, made when missing. Several projects and sizes may share it.
         crop: "volume" keeps the box around the working volume's projection, in the network's aspect; "none" keeps the
             whole image. What lies outside the image is black.
+        foreground: also build the masks of the body: the project's own where a recording has them, or else from the
+            static background (:mod:`bkind3d.data.foreground`).
         progress: show progress bars.
 
     Raises:
         InputError: a video is unusable, videos do not match each other or the calibration, the volume is not seen, the
-            folder cannot be written or its disk is full. Recordings finished before stay.
+            folder cannot be written or its disk is full; a recording's own masks do not match its videos. Recordings
+            finished before stay.
     """
     directory = Path(directory)
     if crop not in CROPS:
         raise InputError(f"crop: {crop!r} must be one of {', '.join(CROPS)}")
     if min(height, width) < 1:
         raise InputError(f"image size: {width}×{height} must be at least 1×1")
-    cached = {}
     with _locked(directory) as ledger:
-        sources = _sources(project, crop, height, width, ledger)
+        sources = _sources(project, crop, height, width, foreground, ledger)
         digests = _hash_files([path for source in sources.values() for path in source.paths], ledger, progress)
+        cached = {}
         for recording in project.recordings:
             source = sources[recording.name]
             index = source.info.index
@@ -173,14 +213,18 @@ def build_cache(
                 cameras=source.network,
                 clock=index.clock,
             )
-            if not _is_complete(entry):
+            if not _is_complete(entry.path, entry.shape):
                 _build(entry, source, progress)
             cached[recording.name] = entry
-    together = hashlib.blake2b(" ".join(entry.path.stem for entry in cached.values()).encode(), digest_size=16)
-    return FrameCache(recordings=cached, key=together.hexdigest())
+        if foreground:
+            cached = _with_masks(cached, sources, digests, progress)
+    names = " ".join((entry.masks_path or entry.path).stem for entry in cached.values())
+    return FrameCache(recordings=cached, key=hashlib.blake2b(names.encode(), digest_size=16).hexdigest())
 
 
-def _sources(project: Project, crop: str, height: int, width: int, ledger: Ledger) -> dict[str, _Source]:
+def _sources(
+    project: Project, crop: str, height: int, width: int, foreground: bool, ledger: Ledger
+) -> dict[str, _Source]:
     """What each recording's frames are made from, by its name; the boxes of each calibration are found once."""
     volume = project.working_volume()
     crops = {}
@@ -192,8 +236,10 @@ def _sources(project: Project, crop: str, height: int, width: int, ledger: Ledge
     sources = {}
     for recording in project.recordings:
         cameras = project.cameras_of(recording)
-        boxes, network = crops[recording.calibration or project.calibration]
-        sources[recording.name] = _Source(probe_recording(recording, cameras, ledger), cameras, boxes, network)
+        rig = recording.calibration or project.calibration
+        info = probe_recording(recording, cameras, ledger)
+        masks = probe_masks(recording, info, ledger) if foreground and recording.masks else None
+        sources[recording.name] = _Source(info, cameras, *crops[rig], rig, masks)
     return sources
 
 
@@ -258,77 +304,160 @@ def _key(source: _Source, digests: dict[Path, str]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _is_complete(entry: CachedRecording) -> bool:
-    if not (entry.path.with_suffix(".json").exists() and entry.path.exists()):
+def _is_complete(path: Path, shape: tuple[int, ...]) -> bool:
+    if not (path.with_suffix(".json").exists() and path.exists()):
         return False
-    return entry.path.stat().st_size > int(np.prod(entry.shape, dtype=np.int64))  # the header comes on top
+    return path.stat().st_size > int(np.prod(shape, dtype=np.int64))  # the header comes on top
 
 
 def _build(entry: CachedRecording, source: _Source, progress: bool) -> None:
-    """Write one recording under a temporary name, then give it its own, then write the json that makes it valid."""
-    temporary = entry.path.with_suffix(".npy.part")
+    """Write the frames of one recording."""
+
+    def fill(descriptor: int, start: int) -> None:
+        footage = source.info.footage
+        with _bar(entry, "caching", progress) as bar:
+            _write_pictures(descriptor, start, entry.shape, footage, source, lambda frame: frame, bar)
+
+    _write_array(entry.path, entry.shape, entry, "frames", fill)
+
+
+def _write_array(
+    path: Path, shape: tuple[int, ...], entry: CachedRecording, what: str, fill: Callable[[int, int], None]
+) -> None:
+    """Write an array of uint8 under a temporary name, then give it its own, then write the json that makes it valid.
+
+    ``fill`` gets the file's descriptor and where in it the array begins.
+    """
+    temporary = path.with_suffix(".npy.part")
+    size = int(np.prod(shape, dtype=np.int64))
+    full = (
+        f"{path.parent}: the disk is full: the {what} of recording {entry.name!r} need {size / 1e9:.3g} GB; "
+        "free some space, choose another cache folder or a smaller image size"
+    )
     try:
-        _require_space(entry)
+        if shutil.disk_usage(path.parent).free < size:
+            raise InputError(full)
         with temporary.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": entry.shape})
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             file.flush()
-            _write_frames(file.fileno(), file.tell(), entry, source, progress)
+            fill(file.fileno(), file.tell())
             os.fsync(file.fileno())
-        os.replace(temporary, entry.path)
-        description = {"name": entry.name, "fps": entry.fps, "shape": entry.shape, "version": _VERSION}
-        _write_durably(entry.path.with_suffix(".json"), json.dumps(description))
+        os.replace(temporary, path)
+        description = {"name": entry.name, "fps": entry.fps, "shape": shape, "version": _VERSION}
+        _write_durably(path.with_suffix(".json"), json.dumps(description))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(_full(entry)) from None
-        raise InputError(f"{entry.path}: the frame cache cannot be written ({error.strerror})") from None
+            raise InputError(full) from None
+        raise InputError(f"{path}: the {what} cannot be written to the cache ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _require_space(entry: CachedRecording) -> None:
-    if shutil.disk_usage(entry.path.parent).free < np.prod(entry.shape, dtype=np.int64):
-        raise InputError(_full(entry))
+def _bar(entry: CachedRecording, what: str, progress: bool) -> tqdm:
+    total = entry.shape[0] * entry.shape[1]
+    return tqdm(total=total, desc=f"{what} {entry.name}", unit="frame", disable=_hidden(progress))
 
 
-def _full(entry: CachedRecording) -> str:
-    gigabytes = np.prod(entry.shape, dtype=np.int64) / 1e9
-    return (
-        f"{entry.path.parent}: the disk is full: the frames of recording {entry.name!r} need {gigabytes:.3g} GB; "
-        "free some space, choose another cache folder or a smaller image size"
-    )
+def _write_pictures(
+    descriptor: int,
+    start: int,
+    shape: tuple[int, ...],
+    footage: dict[str, Footage],
+    source: _Source,
+    finish: Callable[[np.ndarray], np.ndarray],
+    bar: tqdm,
+) -> None:
+    """Read footage, several cameras at a time, and write each picture at its places (t, m) of the array (T, M, ...).
 
-
-def _write_frames(descriptor: int, start: int, entry: CachedRecording, source: _Source, progress: bool) -> None:
-    """Read the footage, several cameras at a time, and write each frame at its places (t, m) behind the header.
-
-    Written with pwrite and not through a memory map: there a full disk ends the process with SIGBUS.
+    ``finish`` makes of an undistorted picture (H, W, 3) what the array holds. Written with pwrite and not through a
+    memory map: there a full disk ends the process with SIGBUS.
     """
-    moments, count = entry.shape[:2]
-    image_bytes = int(np.prod(entry.shape[2:]))
+    count = shape[1]
+    image_bytes = int(np.prod(shape[2:]))
     stop = threading.Event()
-    with tqdm(total=moments * count, desc=f"caching {entry.name}", unit="frame", disable=_hidden(progress)) as bar:
 
-        def read(place: int) -> None:
-            camera = source.cameras.names[place]
-            remap = Remap(source.cameras.select([camera]), source.network.select([camera]))
-            rows = _rows_by_number(source.info.index.frames[:, place])
-            for number, frame in source.info.footage[camera].read(np.array(list(rows))):
-                if stop.is_set():
-                    return
-                pixels = remap(frame).tobytes()
-                for row in rows[number]:
-                    _write_at(descriptor, pixels, start + (row * count + place) * image_bytes)
-                    bar.update()
+    def read(place: int) -> None:
+        camera = source.cameras.names[place]
+        remap = Remap(source.cameras.select([camera]), source.network.select([camera]))
+        rows = _rows_by_number(source.info.index.frames[:, place])
+        for number, frame in footage[camera].read(np.array(list(rows))):
+            if stop.is_set():
+                return
+            pixels = finish(remap(frame)).tobytes()
+            for row in rows[number]:
+                _write_at(descriptor, pixels, start + (row * count + place) * image_bytes)
+                bar.update()
 
-        with ThreadPoolExecutor(_DECODERS) as pool:
-            jobs = [pool.submit(read, place) for place in range(count)]
-            try:
-                wait(jobs, return_when=FIRST_EXCEPTION)
-                for job in jobs:
-                    if job.done():
-                        job.result()
-            finally:  # an error or Ctrl-C ends the other readers at their next frame
-                stop.set()
+    with ThreadPoolExecutor(_DECODERS) as pool:
+        jobs = [pool.submit(read, place) for place in range(count)]
+        try:
+            wait(jobs, return_when=FIRST_EXCEPTION)
+            for job in jobs:
+                if job.done():
+                    job.result()
+        finally:  # an error or Ctrl-C ends the other readers at their next frame
+            stop.set()
+
+
+def _with_masks(
+    cached: dict[str, CachedRecording], sources: dict[str, _Source], digests: dict[Path, str], progress: bool
+) -> dict[str, CachedRecording]:
+    """The recordings with masks, which are built where they are not there yet."""
+    found = {}
+    for name, entry in cached.items():
+        source = sources[name]
+        pool = _pool(entry, cached, sources)
+        if source.masks is not None:
+            made_from: list[Any] = [
+                [(first, digests[path]) for first, path in one.parts] for one in source.masks.values()
+            ]
+        else:
+            made_from = [masking.VERSION, *(other.path.stem for other in pool)]
+        key = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=8).hexdigest()
+        entry = replace(entry, masks_path=entry.path.with_name(f"{entry.path.stem}.masks-{key}.npy"))
+        if not _is_complete(entry._masks_file(), entry.shape[:-1]):
+            _build_masks(entry, source, pool, progress)
+        found[name] = entry
+    return found
+
+
+def _pool(
+    entry: CachedRecording, cached: dict[str, CachedRecording], sources: dict[str, _Source]
+) -> list[CachedRecording]:
+    """The recordings of the same cameras, which show the same background.
+
+    What is trained on must not depend on what is only tested on.
+    """
+    same = [other for name, other in cached.items() if sources[name].rig == sources[entry.name].rig]
+    return [other for other in same if other.split != "test" or entry.split == "test"]
+
+
+def _build_masks(entry: CachedRecording, source: _Source, pool: list[CachedRecording], progress: bool) -> None:
+    """Write the masks of one recording, and the backgrounds that they are found from."""
+    path, shape = entry._masks_file(), entry.shape[:-1]
+
+    def copy(descriptor: int, start: int) -> None:
+        assert source.masks is not None
+        with _bar(entry, "masks of", progress) as bar:
+            _write_pictures(descriptor, start, shape, source.masks, source, _grey, bar)
+
+    def find(descriptor: int, start: int) -> None:
+        background = masking.pooled_background([other.frames for other in pool])
+        with path.with_suffix(".npz.part").open("wb") as file:
+            np.savez(file, pictures=np.rint(background.pictures).astype(np.uint8), noise=background.noise)
+        os.replace(path.with_suffix(".npz.part"), path.with_suffix(".npz"))
+        with _bar(entry, "masks of", progress) as bar:
+            for first in range(0, shape[0], _MOMENTS):
+                masks = masking.foreground_masks(entry.frames[first : first + _MOMENTS], background)
+                _write_at(descriptor, masks.tobytes(), start + first * int(np.prod(shape[1:])))
+                bar.update(masks.shape[0] * masks.shape[1])
+
+    _write_array(path, shape, entry, "masks", copy if source.masks is not None else find)
+
+
+def _grey(picture: np.ndarray) -> np.ndarray:
+    """The mean of the colours, (H, W, 3) to (H, W)."""
+    return np.rint(picture.mean(-1)).astype(np.uint8)
 
 
 def _rows_by_number(numbers: np.ndarray) -> dict[int, list[int]]:

@@ -91,12 +91,13 @@ def require_pairs(name: str, clock: np.ndarray, fps: float, gap: str | int) -> n
     return rows
 
 
-class PairDataset(Dataset[tuple[Tensor, Tensor]]):
+class PairDataset(Dataset[tuple[Tensor, ...]]):
     """Pairs of frames t and t + gap of all cameras, from a cache; no pair reaches over a recording's end.
 
     Item: images (2, M, 3, H, W) uint8, and the projections of the recording's cameras (M, 3, 4) float32, from the world
-    to pixels of these images. Items of the first recording come first, by t. Frames are opened on first use, so the
-    data set may be pickled or inherited by worker processes.
+    to pixels of these images; with ``masks`` also the masks of the body (2, M, H, W) uint8, 0 to 255. Items of the
+    first recording come first, by t. Frames are opened on first use, so the data set may be pickled or inherited by
+    worker processes.
 
     Args:
         cache: the frame cache.
@@ -104,18 +105,22 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
         gap_frames: distance of the two frames on the recordings' clock, see :func:`gap_in_frames` and
             :func:`pair_rows`.
         reverse: give frame t + gap first and frame t second.
+        masks: give the masks of the body too.
 
     Raises:
-        InputError: a recording is unknown, too short for the gap, without two moments so far apart, or of another frame
-            rate than the first.
+        InputError: a recording is unknown, too short for the gap, without two moments so far apart, of another frame
+            rate than the first, or without the masks that are asked for.
     """
 
-    def __init__(self, cache: FrameCache, recordings: list[str], gap_frames: int, *, reverse: bool = False) -> None:
+    def __init__(
+        self, cache: FrameCache, recordings: list[str], gap_frames: int, *, reverse: bool = False, masks: bool = False
+    ) -> None:
         if not recordings:
             raise InputError("pairs: no recording to draw from; give at least one the split 'train' or 'both'")
         self.recordings = [cache.recording(name) for name in recordings]
         self.gap_frames = gap_frames
         self.reverse = reverse
+        self.masks = masks
         first = self.recordings[0]
         for recording in self.recordings:
             if abs(recording.fps / first.fps - 1) > 0.01:
@@ -123,17 +128,24 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
                     f"recordings {first.name!r} and {recording.name!r} run at {first.fps:.6g} and {recording.fps:.6g} "
                     "frames per second: one gap in frames would mean two gaps in time"
                 )
+            if masks and recording.masks_path is None:
+                raise InputError(f"recording {recording.name!r}: the cache was built without masks of the body")
         self._rows = [require_pairs(row.name, row.clock, row.fps, gap_frames) for row in self.recordings]
         self._ends = list(accumulate(len(rows) for rows in self._rows))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         place, *rows = self.locate(index)
         recording = self.recordings[place]
-        pair = np.stack([recording.frames[row] for row in (rows[::-1] if self.reverse else rows)])  # (2, M, H, W, 3)
-        return torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous(), recording.projections
+        if self.reverse:
+            rows = rows[::-1]
+        pair = np.stack([recording.frames[row] for row in rows])  # (2, M, H, W, 3)
+        images = torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous()
+        if not self.masks:
+            return images, recording.projections
+        return images, recording.projections, torch.from_numpy(np.stack([recording.masks[row] for row in rows]))
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Which recording (its place in ``recordings``) an item is of, and which of its rows are t and t + gap."""

@@ -21,7 +21,7 @@ SPLITS = ("train", "test", "both")
 
 _PROJECT_KEYS = ("name", "units", "calibration", "up", "volume", "recordings")
 _VOLUME_KEYS = ("center", "size")
-_RECORDING_KEYS = ("name", "split", "calibration", "videos", "index", "offsets", "frames", "truth")
+_RECORDING_KEYS = ("name", "split", "calibration", "videos", "index", "offsets", "frames", "truth", "masks")
 
 # One camera's footage: a video file, chunks of one, or images, whose numbers a name such as img_%06d.jpg stands for.
 Source = Path | tuple[Path, ...]
@@ -46,6 +46,8 @@ class Recording:
         calibration: Anipose TOML file of this recording alone; None takes the project's.
         cameras: loaded from it.
         index: npz file that says which frame of each camera shows which moment (:class:`bkind3d.data.index.Index`).
+        masks: camera name to masks of the body (white on black), frame for frame as the videos; for every camera, or
+            empty where masks are found from the background.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Recording:
     calibration: Path | None = None
     cameras: Cameras | None = None
     index: Path | None = None
+    masks: Mapping[str, Source] = field(default_factory=dict)
 
     def offset(self, camera: str) -> int:
         """Index in that camera's video of the recording's frame 0."""
@@ -65,7 +68,7 @@ class Recording:
     def files(self) -> list[Path]:
         """Every file that the recording is made of, each of its images too."""
         found: list[Path] = []
-        for source in self.videos.values():
+        for source in [*self.videos.values(), *self.masks.values()]:
             for path in source if isinstance(source, tuple) else (source,):
                 found += sorted(path.parent.iterdir()) if is_images(path) else [path]
         return found + [path for path in (self.truth, self.calibration, self.index) if path is not None]
@@ -191,6 +194,12 @@ def save_project(project: Project, path: Path | str) -> None:
         absolute, folder = Path(file).resolve(), path.resolve().parent
         return str(absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute)
 
+    def sources(footage: Mapping[str, Source]) -> dict[str, Any]:
+        return {
+            camera: [relative(chunk) for chunk in source] if isinstance(source, tuple) else relative(source)
+            for camera, source in footage.items()
+        }
+
     content: dict[str, Any] = {
         "name": project.name,
         "units": project.units,
@@ -204,10 +213,7 @@ def save_project(project: Project, path: Path | str) -> None:
         row: dict[str, Any] = {"name": recording.name, "split": recording.split}
         if recording.calibration is not None:
             row["calibration"] = relative(recording.calibration)
-        row["videos"] = {
-            camera: [relative(chunk) for chunk in source] if isinstance(source, tuple) else relative(source)
-            for camera, source in recording.videos.items()
-        }
+        row["videos"] = sources(recording.videos)
         if recording.index is not None:
             row["index"] = relative(recording.index)
         if recording.offsets:
@@ -216,6 +222,8 @@ def save_project(project: Project, path: Path | str) -> None:
             row["frames"] = recording.frames
         if recording.truth is not None:
             row["truth"] = relative(recording.truth)
+        if recording.masks:
+            row["masks"] = sources(recording.masks)
         content["recordings"].append(row)
     try:
         path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -355,22 +363,31 @@ def _recording(path: Path, index: int, row: Any, cameras: Cameras) -> Recording:
         if row.get("index") is not None and row.get(key):
             raise InputError(f"{where}: the index names each moment's frames; remove {key!r}")
 
+    masks = _camera_mapping(f"{where}: masks", row.get("masks") or {})
+    if masks:
+        _match_cameras(where, masks, cameras, "masks")
+
     def optional(key: str) -> Path | None:
         value = row.get(key)
         return None if value is None else _existing_file(path, f"recording {name!r}: {key}", value)
 
+    def footage(what: str, values: dict[str, Any]) -> dict[str, Source]:
+        return {
+            camera: _source(path, f"recording {name!r}: {what} of camera {camera!r}", values[camera])
+            for camera in cameras.names
+            if values
+        }
+
     return Recording(
         name=name,
         split=row["split"],
-        videos={
-            camera: _source(path, f"recording {name!r}: video of camera {camera!r}", videos[camera])
-            for camera in cameras.names
-        },
+        videos=footage("video", videos),
         offsets=_offsets(where, row.get("offsets", {}), cameras),
         truth=optional("truth"),
         frames=frames,
         calibration=optional("calibration"),
         index=optional("index"),
+        masks=footage("masks", masks),
     )
 
 
@@ -403,20 +420,23 @@ def _camera_mapping(where: str, value: Any) -> dict[str, Any]:
     return {str(camera): item for camera, item in value.items()}
 
 
-def _match_cameras(where: str, videos: dict[str, Any], cameras: Cameras) -> None:
-    known = ", ".join(cameras.names)
-    for camera in videos:
+def _match_cameras(where: str, footage: dict[str, Any], cameras: Cameras, key: str = "videos") -> None:
+    known, what = ", ".join(cameras.names), {"videos": "a video", "masks": "masks"}[key]
+    for camera in footage:
         if camera not in cameras.names:
             raise InputError(
-                f"{where}: camera {camera!r} has a video but is not in the calibration ({known}); "
-                "match the names, or remove the video"
+                f"{where}: camera {camera!r} has {what} but is not in the calibration ({known}); "
+                f"match the names, or remove the {what.removeprefix('a ')}"
             )
-    for camera in cameras.names:
-        if camera not in videos:
-            raise InputError(
-                f"{where}: camera {camera!r} of the calibration has no video; "
-                "add it under 'videos', or remove the camera from the calibration"
-            )
+    missing = next((camera for camera in cameras.names if camera not in footage), None)
+    if missing is None:
+        return
+    if key == "masks":
+        raise InputError(f"{where}: masks: camera {missing!r} has none; give masks of every camera, or of none")
+    raise InputError(
+        f"{where}: camera {missing!r} of the calibration has no video; "
+        "add it under 'videos', or remove the camera from the calibration"
+    )
 
 
 def _offsets(where: str, value: Any, cameras: Cameras) -> dict[str, int]:

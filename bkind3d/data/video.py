@@ -249,6 +249,32 @@ def probe_recording(recording: Recording, cameras: Cameras, ledger: Ledger | Non
     return RecordingInfo(footage, index or _index_in_step(recording, footage))
 
 
+def probe_masks(recording: Recording, info: RecordingInfo, ledger: Ledger | None = None) -> dict[str, Footage]:
+    """Probe a recording's own masks and match them with its footage, of which they have the size and the numbers.
+
+    Raises:
+        InputError: a file is unusable (:func:`probe_video`), a chunk or an image is missing, or masks have another
+            image size or another number of frames than their camera's video.
+    """
+    found: dict[str, Footage] = {}
+    for place, (camera, footage) in enumerate(info.footage.items()):
+        numbers = np.unique(info.index.frames[:, place])
+        masks = _probe_footage(camera, recording.masks[camera], numbers, ledger)
+        file = masks.parts[0][1]
+        if masks.size != footage.size:
+            raise InputError(
+                f"camera {camera!r}: the masks {file} are {_times(masks.size)}, its video is {_times(footage.size)}; "
+                "masks must be of the video's size"
+            )
+        if isinstance(masks, VideoFootage) and isinstance(footage, VideoFootage) and masks.frames != footage.frames:
+            raise InputError(
+                f"camera {camera!r}: the masks {file} have {masks.frames} frames, its video has {footage.frames}; "
+                "each frame needs its own mask"
+            )
+        found[camera] = masks
+    return found
+
+
 def _probe_footage(camera: str, source: Source, numbers: np.ndarray | None, ledger: Ledger | None) -> Footage:
     """Footage that holds the frames of those numbers, or all that there is."""
     if isinstance(source, tuple):
