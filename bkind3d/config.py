@@ -26,8 +26,9 @@ class DataConfig:
             0.66 s for rats), or a list of distances. In a short recording one distance alone lets the decoder learn by
             heart what follows each frame, past the keypoints.
         reverse: Whether each pair is also given with the later frame first, for the same reason.
-        foreground: Whether masks of the body, found from the static background or the project's own, come with the
-            frames.
+        foreground: Whether the body is told from the room, by the static background or the project's own masks: the
+            networks then see the body alone, and the objective can ask for keypoints on it (`loss.containment`,
+            `silhouette`, `identity`, `rigidity`). False is the paper's.
     """
 
     height: int = 256
@@ -35,7 +36,7 @@ class DataConfig:
     crop: Literal["volume", "none"] = "volume"
     gap: str | int | list[str | int] = "0.4 s"
     reverse: bool = False
-    foreground: bool = False
+    foreground: bool = True
 
     @property
     def gaps(self) -> list[str | int]:
@@ -82,6 +83,13 @@ class ModelConfig:
             decoder, from coarse to fine.
         edge_sigmas: Width σ of an edge, or of a point, in pixels of its own map, one for each stride.
         decoder_channels: Channels of the reconstruction decoder ψ, one for each stride.
+        turn_views: Largest angle, in degrees, by which each picture is turned about its centre in training, where the
+            foreground is known: a camera, or a side of the body, then is not told by the place in the picture.
+        capsule_radius: Radius of the skeleton's edges at the start, in sizes of the body, where they are drawn against
+            the silhouette; each edge learns its own.
+        silhouette_strides: Image pixels per pixel of the silhouettes that are compared.
+        silhouette_sigma: Softness of their border, in pixels of each.
+        descriptor_channels: Length of the descriptor by which a keypoint is found again.
         backend: Backend of the 3D operations: "auto" or one of those that `bkind3d_kernels.info` lists.
     """
 
@@ -109,6 +117,11 @@ class ModelConfig:
     edge_strides: tuple[int, ...] = (32, 16, 8, 4, 2)
     edge_sigmas: tuple[float, ...] = (1.8, 3.6, 2.3, 4.5, 2.9)
     decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
+    turn_views: float = 0.0
+    capsule_radius: float = 0.05
+    silhouette_strides: tuple[int, ...] = (8, 4, 2)
+    silhouette_sigma: float = 1.2
+    descriptor_channels: int = 16
     backend: str = "auto"
 
 
@@ -138,6 +151,11 @@ class LossConfig:
             already holds keypoints still as well, because still ones agree best.
         equivariance: Weight of the squared distance between the keypoints of one moment in two turns of the volume,
             relative to how far each keypoint moves, for the volumetric method where `model.turn_volume` is set.
+        containment: Weight of the distance of projected keypoints to the foreground, in sizes of the body. Like the
+            next three it counts where `data.foreground` is set; see docs/methods.md.
+        silhouette: Weight of 1 - Dice of the drawn skeleton and the foreground.
+        identity: Weight of the cross-entropy of finding a keypoint again by its looks.
+        rigidity: Weight of the relative variance of the lengths of the skeleton's edges.
     """
 
     target: Literal["ssim", "contrast-structure"] = "ssim"
@@ -155,6 +173,10 @@ class LossConfig:
     reprojection: float = 1.0
     consistency: float = 0.01
     equivariance: float = 1.0
+    containment: float = 3.0
+    silhouette: float = 8.0
+    identity: float = 0.15
+    rigidity: float = 0.2
 
 
 @dataclass
@@ -275,6 +297,11 @@ def validate(config: Config) -> None:
         ("loss.length_momentum", loss.length_momentum, 0 <= loss.length_momentum < 1, "0 or more and below 1"),
         ("loss.reprojection", loss.reprojection, loss.reprojection >= 0, "0 or more"),
         ("loss.equivariance", loss.equivariance, loss.equivariance >= 0, "0 or more"),
+        ("model.turn_views", model.turn_views, 0 <= model.turn_views <= 180, "0 to 180 degrees"),
+        ("model.capsule_radius", model.capsule_radius, model.capsule_radius > 0, "a number above 0"),
+        ("model.silhouette_strides", model.silhouette_strides, _positive(model.silhouette_strides, 1), "one or more"),
+        ("model.silhouette_sigma", model.silhouette_sigma, model.silhouette_sigma > 0, "a number above 0"),
+        ("model.descriptor_channels", model.descriptor_channels, model.descriptor_channels >= 1, "1 or more"),
         ("loss.consistency", loss.consistency, loss.consistency >= 0, "0 or more"),
         ("train.steps", train.steps, train.steps >= 0, "0 or more"),
         ("train.lr", train.lr, train.lr > 0, "a number above 0"),
@@ -283,6 +310,8 @@ def validate(config: Config) -> None:
         ("train.workers", train.workers, train.workers >= 0, "0 or more"),
         ("train.threads", train.threads, train.threads >= 0, "0 or more"),
     ]
+    for name in ("containment", "silhouette", "identity", "rigidity"):
+        rules.append((f"loss.{name}", getattr(loss, name), getattr(loss, name) >= 0, "0 or more"))
     for name in ("batch", "log_every", "sample_every", "save_every", "keep"):
         rules.append((f"train.{name}", getattr(train, name), getattr(train, name) >= 1, "1 or more"))
     for name, value, holds, expected in rules:
@@ -328,6 +357,8 @@ def load_config(path: Path) -> Config:
         fixed: dict[str, Any] = {}
         for name, section in sections.items():
             values = {key: tuple(v) if isinstance(v, list) and key != "gap" else v for key, v in raw.pop(name).items()}
+            if name == "data":  # an earlier version knew no foreground
+                values.setdefault("foreground", False)
             fixed[name] = section(**values)
         cache = raw.pop("cache")
         return Config(project=Path(raw.pop("project")), cache=Path(cache) if cache else None, **raw, **fixed)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from bkind3d.config import Config, Method, load_config
 from bkind3d.data import FrameCache, Project, Volume, build_cache, load_project
+from bkind3d.data.foreground import body_size
 from bkind3d.errors import InputError
 from bkind3d.models.depth import DepthModel
 from bkind3d.models.discovery import DiscoveryModel
@@ -57,12 +58,19 @@ class Inputs:
         volume: Box that the voxels fill, project units.
         cache: Undistorted frames and cameras at the network's size.
         grid: The voxels.
+        body_size: Size of the body, project units; None where it is not told from the room.
     """
 
     project: Project
     volume: Volume
     cache: FrameCache
     grid: VoxelGrid
+    body_size: float | None = None
+
+    @property
+    def unit(self) -> float:
+        """What the objective measures lengths in: the size of the body where it is known, else the volume's side."""
+        return self.side if self.body_size is None else self.body_size
 
     @property
     def side(self) -> float:
@@ -84,15 +92,20 @@ def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
         config.data.width,
         config.cache_directory,
         crop=config.data.crop,
+        foreground=config.data.foreground,
         progress=progress,
     )
-    return Inputs(project, volume, cache, volume.grid(config.model.voxels))
+    seen = [cache.recordings[name] for name in cache.names("train", "both")]
+    size = body_size(seen, volume.center) if config.data.foreground and seen else None
+    return Inputs(project, volume, cache, volume.grid(config.model.voxels), size)
 
 
 def build_model(config: Config) -> DiscoveryModel:
     """Build the networks from the run's seed: the same settings always give the same untrained network."""
     torch.manual_seed(config.train.seed)
-    return MODELS[config.method](config.model, outputs=1 if config.loss.target_channels == "grey" else 3)
+    return MODELS[config.method](
+        config.model, outputs=1 if config.loss.target_channels == "grey" else 3, foreground=config.data.foreground
+    )
 
 
 def available_device() -> torch.device:

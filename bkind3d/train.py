@@ -33,7 +33,9 @@ from bkind3d.data import FrameCache, PairDataset, gap_in_frames
 from bkind3d.errors import InputError
 from bkind3d.health import keypoint_health
 from bkind3d.losses import PENALTIES, Objective
+from bkind3d.models.body import Body, distances_to
 from bkind3d.models.discovery import DiscoveryModel, Reconstruction
+from bkind3d.models.views import foreground_only, turned_views
 from bkind3d.report.pictures import sample_sheet
 from bkind3d.run import (
     WEIGHTS,
@@ -80,12 +82,12 @@ class EpochSampler(Sampler[int]):
         yield from torch.randperm(self.size, generator=generator).tolist()
 
 
-def build_pairs(config: Config, cache: FrameCache, names: list[str]) -> ConcatDataset[tuple[Tensor, Tensor]]:
+def build_pairs(config: Config, cache: FrameCache, names: list[str]) -> ConcatDataset[tuple[Tensor, ...]]:
     """All training pairs: every distance, and both directions if so configured."""
     fps = cache.recordings[names[0]].fps
     directions = (False, True) if config.data.reverse else (False,)
     return ConcatDataset(
-        PairDataset(cache, names, gap_in_frames(gap, fps), reverse=reverse)
+        PairDataset(cache, names, gap_in_frames(gap, fps), reverse=reverse, masks=config.data.foreground)
         for gap in config.data.gaps
         for reverse in directions
     )
@@ -120,6 +122,14 @@ def require_precision(precision: str) -> None:
     """
     if precision != "no" and not torch.cuda.is_available():
         raise InputError(f"train.precision: {precision} needs a GPU; use no")
+
+
+def observed(found: Reconstruction) -> dict[str, Tensor]:
+    """What keypoint health is measured on: positions (2N, J, 3), confidence (2N, J), and what the foreground says."""
+    kept = {"positions": found.positions.flatten(0, 1), "confidence": found.confidence.flatten(0, 1)}
+    if found.on_body is not None:
+        kept |= {"on_body": found.on_body.share, "identity": found.on_body.identity[None]}
+    return {name: value.detach() for name, value in kept.items()}
 
 
 class Interrupt:
@@ -176,8 +186,8 @@ class Trainer:
         self.pairs = build_pairs(config, self.inputs.cache, names)
         self.model = build_model(config)
         set_seed(config.train.seed)
-        self.objective = Objective(config.loss, self.inputs.side, self._mean)
-        loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+        self.objective = Objective(config.loss, self.inputs.unit, self._mean)
+        loader: DataLoader[tuple[Tensor, ...]] = DataLoader(
             self.pairs,
             batch_size=config.train.batch,
             sampler=EpochSampler(len(self.pairs), config.train.seed),
@@ -195,7 +205,7 @@ class Trainer:
         self.accelerator.register_save_state_pre_hook(self._save_weights)
         self.accelerator.register_load_state_pre_hook(self._load_weights)
         self.grid = self.inputs.grid.to(self.accelerator.device)
-        self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=max(1, HEALTH_FRAMES // (2 * config.train.batch)))
+        self.recent: deque[dict[str, Tensor]] = deque(maxlen=max(1, HEALTH_FRAMES // (2 * config.train.batch)))
         self.step, self.saved = 0, -1
         self.seconds = 0.0
 
@@ -217,8 +227,8 @@ class Trainer:
         self.objective.train()
         with Interrupt().watch() as interrupt, bar:
             started = time.perf_counter() - self.seconds
-            for images, projections in self._batches():
-                row = self._train_step(images, projections)
+            for batch in self._batches():
+                row = self._train_step(*batch)
                 self.seconds = time.perf_counter() - started
                 self._after_step(row, bar)
                 if self._anywhere(interrupt.pressed) or self.step >= steps:
@@ -235,8 +245,8 @@ class Trainer:
         """Whether the flag is set in any process: all must leave the loop at the same step."""
         return float(self._mean(torch.tensor(float(flag), device=self.accelerator.device))) > 0
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of pairs and their projections from the current step on, epoch after epoch."""
+    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of pairs, their projections and masks from the current step on, epoch after epoch."""
         per_epoch = len(self.loader)
         while self.step < self.config.train.steps:
             epoch, skipped = divmod(self.step, per_epoch)
@@ -248,25 +258,41 @@ class Trainer:
         """Epochs since the start, with fraction."""
         return self.step / len(self.loader)
 
-    def _train_step(self, images: Tensor, projections: Tensor) -> dict[str, Tensor]:
+    def _train_step(self, images: Tensor, projections: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
         factor = learning_rate_factor(self.step, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        images = images.float() / 255.0
         # From (seed, step) alone, like the order of pairs: a resumed run draws the same.
         generator = torch.Generator().manual_seed((self.config.train.seed << 32) + self.step)
+        images, projections, body = self._seen(images, projections, masks, generator)
         grid = self.model.training_grid(self.grid, self.inputs.project.up, 2 * len(images), generator)
         with self.accelerator.autocast():
-            found: Reconstruction = self.wrapped(images, projections, grid)
+            found: Reconstruction = self.wrapped(images, projections, grid, body)
         target = self.model.target(images, self.config.loss)
         terms = self.objective(found, target, self.model.skeleton, self.epoch)
         self.optimizer.zero_grad()
         self.accelerator.backward(terms["loss"])
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.train.clip)
         self.optimizer.step()
-        self.recent.append((found.positions.detach().flatten(0, 1), found.confidence.detach().flatten(0, 1)))
+        self.recent.append(observed(found))
         self.step += 1
         return {**{name: term.detach() for name, term in terms.items()}, "grad_norm": norm}
+
+    def _seen(
+        self, images: Tensor, projections: Tensor, masks: Tensor | None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Body | None]:
+        """What the networks see, in [0, 1], with its projections and the foreground in it; turned with a generator."""
+        images = images.float() / 255.0
+        if masks is None:
+            return images, projections, None
+        shares = masks.float() / 255.0
+        images = foreground_only(images, shares)
+        most = math.radians(self.config.model.turn_views)
+        if most > 0 and generator is not None:
+            angles = most * (2 * torch.rand(images.shape[0], images.shape[2], generator=generator) - 1)
+            images, shares, projections = turned_views(images, shares, projections, angles)
+        distances = torch.from_numpy(distances_to(shares.cpu().numpy())).to(images.device)
+        return images, projections, Body(distances, self.inputs.unit)
 
     def _after_step(self, row: dict[str, Tensor], bar: Any) -> None:
         every = self.config.train
@@ -305,18 +331,22 @@ class Trainer:
         """Write keypoint health, the skeleton and a picture of one pair (always the same one)."""
         if not self.accelerator.is_main_process:
             return
-        positions = torch.cat([pair[0].cpu() for pair in self.recent]).float().numpy()
-        confidence = torch.cat([pair[1].cpu() for pair in self.recent]).float().numpy()
+        seen = {name: torch.cat([step[name].cpu() for step in self.recent]).float().numpy() for name in self.recent[-1]}
+        if "identity" in seen:  # one row a step
+            seen["identity"] = seen["identity"].mean(0)
         volume, up = self.inputs.volume, self.inputs.project.up
-        health = keypoint_health(positions, confidence, np.array(volume.center), np.array(volume.size), up)
+        health = keypoint_health(
+            seen.pop("positions"), seen.pop("confidence"), np.array(volume.center), np.array(volume.size), up, **seen
+        )
         with (self.run / "health.jsonl").open("a") as file:
             file.write(json.dumps({"step": self.step, **health.to_dict()}) + "\n")
         bar.write(f"step {self.step}: {health.summary()}")
         write_skeleton(self.run, self.model)
 
         self.wrapped.eval()
-        images, projections = (part[None].to(self.accelerator.device) for part in self.pairs[len(self.pairs) // 2])
-        scaled = images.float() / 255.0
+        parts = (part[None].to(self.accelerator.device) for part in self.pairs[len(self.pairs) // 2])
+        images, projections, masks, *_ = (*parts, None)
+        scaled, projections, _ = self._seen(images, projections, masks)
         found = self.model(scaled, projections, self.grid)
         target = self.model.target(scaled, self.config.loss)
         pixels, _ = project_points(projections, found.positions[0][:, None])
@@ -346,8 +376,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
             save_file(state, Path(folder) / WEIGHTS)
-            positions, confidence = (torch.stack(parts) for parts in zip(*self.recent, strict=True))
-            save_file({"positions": positions, "confidence": confidence}, Path(folder) / RECENT)
+            save_file(
+                {name: torch.stack([step[name] for step in self.recent]) for name in self.recent[-1]},
+                Path(folder) / RECENT,
+            )
 
     def _load_weights(self, models: list[torch.nn.Module], folder: str) -> None:
         models.clear()
@@ -386,7 +418,8 @@ class Trainer:
             self.accelerator.load_state(str(folder))
             state = json.loads((folder / "trainer.json").read_text())
             recent = load_file(folder / RECENT)
-            self.recent.extend(zip(recent["positions"], recent["confidence"], strict=True))
+            count = len(recent["positions"])
+            self.recent.extend({name: rows[step] for name, rows in recent.items()} for step in range(count))
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
         except InputError:
             raise

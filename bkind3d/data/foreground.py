@@ -14,10 +14,19 @@ The cameras stand still, so the room behind the body can be learned and what dif
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from scipy import ndimage
+
+from bkind3d.errors import InputError
+
+if TYPE_CHECKING:  # the cache builds the masks with this module
+    from bkind3d.data.cache import CachedRecording
 
 VERSION = 1  # raise it whenever the same frames would give other masks
 
@@ -35,6 +44,7 @@ _TINT = 0.025  # of its brightness that a shadow's colour may be off
 _DARKEST = 0.4  # share of the light that a shadow leaves at least
 _LIKE = 0.2  # of the body's offset that a mixture may be off
 _SHARE = 0.45  # of the body's offset that is the body's
+_SIZED = 60  # moments of a recording that the size of the body is measured in
 _SPECK = 0.0008  # of the picture
 
 
@@ -238,3 +248,31 @@ def _without_specks(masks: np.ndarray) -> np.ndarray:
     large = area >= max(4, _SPECK * masks[0].size)
     large[0] = False
     return large[spots]
+
+
+def body_size(recordings: Sequence[CachedRecording], center: Sequence[float]) -> float:
+    """Size of the body in world units: the median diagonal of its box in the pictures, as far away as the volume.
+
+    Args:
+        recordings: with masks.
+        center: of the volume, x, y, z.
+
+    Raises:
+        InputError: there is no body in most pictures.
+    """
+    sizes = []
+    for recording in recordings:
+        _, depth = recording.cameras.project(torch.tensor([tuple(center)], dtype=torch.float64))
+        focal = recording.cameras.intrinsics.diagonal(dim1=1, dim2=2)[:, :2].prod(-1).sqrt()
+        units_per_pixel = (depth[:, 0] / focal).numpy()  # (M,)
+        for row in np.linspace(0, len(recording) - 1, min(len(recording), _SIZED)).astype(int):
+            for mask, unit in zip(recording.masks[row] > 127, units_per_pixel):
+                y, x = np.nonzero(mask)
+                sizes.append(math.hypot(np.ptp(x) + 1, np.ptp(y) + 1) * unit if len(y) else 0.0)
+    size = float(np.median(sizes))
+    if not size > 0:
+        raise InputError(
+            "foreground: most pictures show no body before the background; look at `bkind3d check`, give `masks` in the "
+            "project file, or set data.foreground to false"
+        )
+    return size

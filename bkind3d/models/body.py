@@ -102,7 +102,8 @@ class BodyTerms(nn.Module):
         pixels = pixels.flatten(0, 1)
         distances = body.distances.transpose(0, 1).flatten(0, 2)
         strides, sigma = config.silhouette_strides, config.silhouette_sigma
-        drawn = self.capsules(pixels, skeleton.tree, skeleton.pairs, scale, size, strides, sigma, config.backend)
+        tree = skeleton.tree.clone()  # it is found again before the backward pass
+        drawn = self.capsules(pixels, tree, skeleton.pairs, scale, size, strides, sigma, config.backend)
         described = self.descriptors([level.float() for level in features[:LEVELS]], pixels, size)
         identity, recognised = identity_loss(described)
         away = distance_of(pixels, distances, size)
@@ -110,7 +111,7 @@ class BodyTerms(nn.Module):
             "containment": (away / scale[:, None]).mean(),
             "silhouette": silhouette_loss(drawn, soft_silhouettes(distances, size, strides, sigma)),
             "identity": identity,
-            "rigidity": rigidity_loss(skeleton.lengths(positions)[:, skeleton.tree]),
+            "rigidity": rigidity_loss(skeleton.lengths(positions)[:, tree]),
         }
         share = (away.detach() < ON_BODY).float().unflatten(0, projections.shape[:2]).mean(1)
         return OnBody(terms, share, recognised)
@@ -281,7 +282,9 @@ def identity_loss(descriptors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rigidity_loss(lengths: Tensor) -> Tensor:
-    r"""Mean of :math:`\mathrm{Var}(l) / \bar l^2` over the edges, for lengths (B, E) of B moments."""
+    r"""Mean of :math:`\mathrm{Var}(l) / \bar l^2` over the edges, for lengths (B, E) of B moments; 0 without edges."""
+    if lengths.shape[1] == 0:
+        return lengths.sum()
     mean = lengths.detach().mean(0).square()
     return (lengths.var(0, correction=0) / mean.clamp_min(1e-4 * float(mean.mean()) + 1e-12)).mean()
 

@@ -202,9 +202,7 @@ class DiscoveryModel(nn.Module, ABC):
     def _sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         return [(size[0] // stride, size[1] // stride) for stride in self.config.edge_strides]
 
-    def forward(
-        self, images: Tensor, projections: Tensor, grid: VoxelGrid, body: Body | None = None
-    ) -> Reconstruction:
+    def forward(self, images: Tensor, projections: Tensor, grid: VoxelGrid, body: Body | None = None) -> Reconstruction:
         """Find the keypoints at both times and reconstruct the target from them and from the looks of frame t.
 
         Args:

@@ -1,4 +1,4 @@
-"""The learned skeleton: a weight and a running average of the length for every pair of keypoints, and the tree of bones."""
+"""The learned skeleton: a weight and an average length for every pair of keypoints, and the tree of bones."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ def spanning_tree(costs: Tensor, pairs: Tensor) -> Tensor:
 class Skeleton(nn.Module):
     r"""Edge weights w (paper, Section 3.1.3) and average lengths (Section 3.2.2), shared by all views and times.
 
-    Where lengths are observed, the skeleton is a tree: of all trees that join the keypoints the one with the least sum of
+    Where lengths are observed, the skeleton is a tree: of all that join the keypoints the one with the least sum of
 
     .. math:: \bar l_e \, (1 + 10 \, \mathrm{Var}(l_e) / \bar l_e^2)
 
-    over its edges, short and of constant length, as bones are. Its edges are the active ones then, whatever their weights.
+    over its edges, short and of constant length, as bones are. Its edges then are the active ones, whatever their
+    weights.
 
-    The state dict holds the edges' parameters, the averages and which of them have been set, the observed lengths and the tree.
+    The state dict holds the edges' parameters, the averages and which of them have been set, the observed lengths and
+    the tree.
 
     Args:
         keypoints: Number J of keypoints that edges join; there are E = J (J − 1) / 2 edges, i < j in lexicographic
