@@ -272,7 +272,7 @@ def body_size(recordings: Sequence[CachedRecording], center: Sequence[float]) ->
     size = float(np.median(sizes))
     if not size > 0:
         raise InputError(
-            "foreground: most pictures show no body before the background; look at `bkind3d check`, give `masks` in the "
+            "foreground: most pictures show no body before the background; see `bkind3d check`, give `masks` in the "
             "project file, or set data.foreground to false"
         )
     return size

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from bkind3d_kernels.geometry import all_pairs
 
-
 TREE_MOMENTUM = 0.95  # share of the old lengths kept when a batch is observed
 STIFFNESS = 10.0  # how much dearer an edge is whose length varies
 
