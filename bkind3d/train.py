@@ -101,9 +101,9 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def build_optimizer(model: DiscoveryModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or SGD as published, with a learning rate of its own and no decay for the edge weights."""
-    edges = [model.skeleton.parameter]
-    networks = [p for p in model.parameters() if p is not model.skeleton.parameter]
+    """AdamW, or SGD as published, with a learning rate of its own and no decay for the edges' weights and radii."""
+    edges = [model.skeleton.parameter] + ([model.body.capsules.parameter] if model.body is not None else [])
+    networks = [p for p in model.parameters() if all(p is not edge for edge in edges)]
     groups: list[dict[str, Any]] = [
         {"params": networks, "lr": config.lr, "base_lr": config.lr, "weight_decay": config.weight_decay},
         {"params": edges, "lr": config.edge_lr, "base_lr": config.edge_lr, "weight_decay": 0.0},
