@@ -15,6 +15,8 @@ from bkind3d.config import Config, Method
 from bkind3d.data import CachedRecording, Recording, Truth, load_truth
 from bkind3d.errors import InputError
 from bkind3d.evaluation.parts import compare_parts, format_parts
+from bkind3d.evaluation.stand_ins import format_label_free, label_free
+from bkind3d.models.body import identity_loss
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.predict import predict_recording
 from bkind3d.probe import compare, compare_blocked, format_joints, format_table, joints_csv
@@ -31,8 +33,10 @@ from bkind3d.run import (
     write_text,
 )
 from bkind3d.skeleton_summary import format_skeleton, summarise_skeleton
+from bkind3d_kernels.geometry import project_points
 
 UNTRAINED = "untrained network"
+RECOGNISED = 24  # moments in which keypoints are looked for by their looks
 METHOD_TITLES: dict[Method, str] = {
     "volumetric": "BKinD-3D",
     "triangulation": "triangulation + reprojection",
@@ -160,11 +164,15 @@ def evaluate(
     parts = compare_parts(scored, scored_joints, truth.edges, truth.names, units=inputs.project.units, edges=edges)
     notes = " ".join(dict.fromkeys(one.truth.note for one in train + test if one.truth.note))
     result |= {"parts": parts, "skeleton": skeleton, "truth": notes}
+    if inputs.body_size is not None:
+        result["label_free"] = without_labels(networks, test or train, every=every, batch=batch)
     result |= {"step": networks.step, "every": every, "seed": config.train.seed}
     write_json(path, result)
     write_text(table, joints_csv(result))
     if progress:
         print(format_table(result), format_parts(parts), format_skeleton(skeleton), sep="\n")
+        if "label_free" in result:
+            print(format_label_free(result["label_free"]))
         if per_joint:
             print(format_joints(result))
         print(path)
@@ -193,12 +201,11 @@ def settle_statistics(network: DiscoveryModel, inputs: Inputs, batch: int) -> No
         return
     device = next(network.parameters()).device
     recording = inputs.cache.recordings[inputs.recordings("train", "both")[0]]
-    frames, projections = recording.frames, recording.projections[None].to(device)
+    projections = recording.projections[None].to(device)
     network.train()
-    for chosen in np.array_split(np.linspace(0, len(frames) - 1, min(len(frames), 8 * batch)).astype(int), 8):
+    for chosen in np.array_split(np.linspace(0, len(recording) - 1, min(len(recording), 8 * batch)).astype(int), 8):
         if len(chosen):
-            images = torch.from_numpy(frames[chosen]).permute(0, 1, 4, 2, 3).to(device).float() / 255.0
-            network.detect(images, projections, inputs.grid.to(device))
+            network.detect(inputs.pictures(recording, chosen).to(device), projections, inputs.grid.to(device))
     network.eval()
 
 
@@ -259,6 +266,49 @@ def found_by(
     names = [one.recording.name for one in annotated]
     poses = [predict_recording(network, inputs, name, every=every, batch=batch, progress=progress) for name in names]
     return np.concatenate([one.positions for one in poses])
+
+
+def without_labels(networks: Networks, annotated: Sequence[Annotated], *, every: int, batch: int) -> dict[str, Any]:
+    """What can be said of the trained network's keypoints from the foreground alone: the mean over the recordings."""
+    model, inputs = networks.trained, networks.inputs
+    found = []
+    for one in annotated:
+        rows = one.rows(every)
+        poses = predict_recording(model, inputs, one.recording.name, every=every, batch=batch, progress=False)
+        seen = label_free(poses.positions, one.cached.projections.numpy(), one.cached.masks[rows], active_edges(model))
+        found.append(seen | {"identity": recognised(model, inputs, one.cached, rows, batch)})
+    return {
+        name: None if any(one[name] is None for one in found) else float(np.mean([one[name] for one in found]))
+        for name in ("on_body", "identity", "rigidity", "overlap")
+    }
+
+
+@torch.no_grad()
+def recognised(
+    model: DiscoveryModel, inputs: Inputs, recording: CachedRecording, rows: np.ndarray, batch: int
+) -> float | None:
+    """Share of the pictures in which a keypoint is found again by its looks; None for a network without descriptors.
+
+    Args:
+        model: In evaluation mode.
+        inputs: The run's.
+        recording: Where to look.
+        rows: Moments to choose from; at most RECOGNISED of them are taken, evenly.
+        batch: Moments per forward pass.
+    """
+    if model.body is None:
+        return None
+    device = next(model.parameters()).device
+    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), RECOGNISED)).astype(int)]
+    projections, described = recording.projections[None].to(device), []
+    for some in np.array_split(chosen, max(1, -(-len(chosen) // batch))):
+        images = inputs.pictures(recording, some).to(device)
+        found = model.detect(images, projections, inputs.grid.to(device))
+        pixels, _ = project_points(projections, found.positions[:, None])
+        size = (images.shape[-2], images.shape[-1])
+        described.append(model.body.describe(found.features, pixels.flatten(0, 1), size))
+    _, share = identity_loss(torch.cat(described))
+    return float(share.mean())
 
 
 def active_edges(model: DiscoveryModel) -> np.ndarray:

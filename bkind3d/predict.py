@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from bkind3d.errors import InputError
 from bkind3d.models.discovery import DiscoveryModel
-from bkind3d.models.views import foreground_only
 from bkind3d.poses import Poses
 from bkind3d.run import Inputs, available_device, load_model, open_inputs, open_run, refuse_results
 
@@ -47,12 +46,8 @@ def predict_recording(
     for start in tqdm(
         range(0, len(rows), batch), desc=f"predict {name}", unit="batch", disable=None if progress else True
     ):
-        moments = rows[start : start + batch]
-        images = torch.from_numpy(recording.frames[moments])  # (n, M, H, W, 3)
-        seen = images.permute(0, 1, 4, 2, 3).to(device).float() / 255.0
-        if inputs.body_size is not None:
-            seen = foreground_only(seen, torch.from_numpy(recording.masks[moments]).to(device).float() / 255.0)
-        found = model.detect(seen, projections, grid)
+        images = inputs.pictures(recording, rows[start : start + batch]).to(device)
+        found = model.detect(images, projections, grid)
         positions.append(found.positions.float().cpu().numpy())
         confidence.append(found.confidence.float().cpu().numpy())
     return Poses(

@@ -16,18 +16,21 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from bkind3d.config import Config, Method, load_config
-from bkind3d.data import FrameCache, Project, Volume, build_cache, load_project
+from bkind3d.data import CachedRecording, FrameCache, Project, Volume, build_cache, load_project
 from bkind3d.data.foreground import body_size
 from bkind3d.errors import InputError
 from bkind3d.models.depth import DepthModel
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.models.keypoint3d import Keypoint3dModel
 from bkind3d.models.triangulation import TriangulationModel
+from bkind3d.models.views import foreground_only
 from bkind3d.models.volumetric import VolumetricModel
 from bkind3d.poses import keypoint_names
 from bkind3d_kernels import VoxelGrid
@@ -76,6 +79,13 @@ class Inputs:
     def side(self) -> float:
         """Longest side of the volume, project units."""
         return max(self.volume.size)
+
+    def pictures(self, recording: CachedRecording, rows: np.ndarray) -> Tensor:
+        """What the networks see of some moments, (n, M, 3, H, W) in [0, 1]: without the room, where it is known."""
+        images = torch.from_numpy(recording.frames[rows]).permute(0, 1, 4, 2, 3).float() / 255.0
+        if self.body_size is None:
+            return images
+        return foreground_only(images, torch.from_numpy(recording.masks[rows]).float() / 255.0)
 
     def recordings(self, *splits: str) -> list[str]:
         """Names of the recordings in any of the splits."""

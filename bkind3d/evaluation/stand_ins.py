@@ -5,7 +5,7 @@ is a part of the body is seen on the foreground by every view, an edge that stan
 skeleton that is one covers the silhouette.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bkind3d.errors import InputError
 from bkind3d.skeleton_summary import summarise_skeleton
+from bkind3d.tables import percent
 from bkind3d_kernels import rasterize_edges
 from bkind3d_kernels.geometry import project_points
 
@@ -149,3 +150,12 @@ def _project(positions: np.ndarray, projections: np.ndarray, masks: np.ndarray) 
         )
     points = torch.as_tensor(positions, dtype=torch.float64)[:, None]  # (F, 1, J, 3)
     return project_points(torch.as_tensor(projections, dtype=torch.float64), points)
+
+
+def format_label_free(found: Mapping[str, float | None]) -> str:
+    """The numbers of :func:`label_free`, and the identity, in one line for the terminal."""
+    shares = {name: "-" if value is None else percent(value) for name, value in found.items()}
+    return (
+        f"without labels: {shares['on_body']} of keypoints and views on the body, {shares['identity']} found again by "
+        f"their looks, edges {shares['rigidity']} rigid, silhouette covered {shares['overlap']}"
+    )

@@ -104,8 +104,7 @@ class BodyTerms(nn.Module):
         strides, sigma = config.silhouette_strides, config.silhouette_sigma
         tree = skeleton.tree.clone()  # it is found again before the backward pass
         drawn = self.capsules(pixels, tree, skeleton.pairs, scale, size, strides, sigma, config.backend)
-        described = self.descriptors([level.float() for level in features[:LEVELS]], pixels, size)
-        identity, recognised = identity_loss(described)
+        identity, recognised = identity_loss(self.describe(features, pixels, size))
         away = distance_of(pixels, distances, size)
         terms = {
             "containment": (away / scale[:, None]).mean(),
@@ -115,6 +114,10 @@ class BodyTerms(nn.Module):
         }
         share = (away.detach() < ON_BODY).float().unflatten(0, projections.shape[:2]).mean(1)
         return OnBody(terms, share, recognised)
+
+    def describe(self, features: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        """Descriptors (B, J, D) at pixels (B, J, 2), from the encoder's features of those pictures, fine to coarse."""
+        return self.descriptors([level.float() for level in features[:LEVELS]], pixels, size)
 
 
 def pixels_per_unit(projections: Tensor, pixels: Tensor, depth: Tensor) -> Tensor:
