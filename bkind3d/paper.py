@@ -26,11 +26,14 @@ from bkind3d.config import Config, to_dict, validate
 from bkind3d.data import load_project
 from bkind3d.errors import InputError
 from bkind3d.evaluate import UNTRAINED, evaluate
+from bkind3d.evaluation.parts import DISTANCES, SHARES
 from bkind3d.probe import MEAN_POSE, PAPER_ROWS, PAPER_SOURCE
 from bkind3d.run import checkpoints, open_run, write_json, write_text
 from bkind3d.subjects import SUBJECTS, Film, Subject
 from bkind3d.train import resume, train
 
+BODY_TERMS = ("containment", "silhouette", "identity", "rigidity")  # that need the foreground
+PARTS = DISTANCES | SHARES
 OTHER_DATA = "from other subjects, cameras and joints: for the order of the rows, not for comparison of the numbers"
 
 
@@ -58,6 +61,11 @@ class Table:
     rows: tuple[Row, ...]
 
 
+# The paper's bare objective (configs/paper.yaml), with the weights that the small networks had under it.
+PAPER_OBJECTIVE = {
+    "data.foreground": False, "loss.length": 0.02, "loss.separation_sigma": 0.05, "model.edge_threshold": 1.5,
+}  # fmt: skip
+_VOLUMETRIC = {"method": "volumetric"}
 _TRIANGULATION = Row("triangulation + reprojection", {"method": "triangulation"}, "triangulation + reprojection")
 _DEPTH = Row("depth map", {"method": "depth"}, "depth map")
 
@@ -69,14 +77,16 @@ TABLES = {
             Row("Keypoint3D", {"method": "keypoint3d", "model.bottleneck": "points"}, "Keypoint3D"),  # as published
             _TRIANGULATION,
             _DEPTH,
-            Row("BKinD-3D (volumetric)", {}, "BKinD-3D, 15 keypoints"),
-            Row("volumetric, never turned", {"model.turn_volume": False}),
+            Row("BKinD-3D (volumetric)", _VOLUMETRIC, "BKinD-3D, 15 keypoints"),
+            Row("volumetric, never turned", _VOLUMETRIC | {"model.turn_volume": False}),
+            Row("triangulation, the paper's objective", {"method": "triangulation"} | PAPER_OBJECTIVE),
+            Row("volumetric, the paper's objective", _VOLUMETRIC | PAPER_OBJECTIVE),
         ),
     ),
     "3": Table(
         "Table 3: methods of discovery, on Rat7M in the paper",
         "Rat7M",
-        (_TRIANGULATION, _DEPTH, Row("BKinD-3D (volumetric)", {}, "BKinD-3D")),
+        (_TRIANGULATION, _DEPTH, Row("BKinD-3D (volumetric)", _VOLUMETRIC, "BKinD-3D")),
     ),
     "4": Table(
         "Table 4: keypoints, bottleneck and length loss, on Human3.6M in the paper",
@@ -88,6 +98,16 @@ TABLES = {
             Row("points", {"model.bottleneck": "points"}, "BKinD-3D, points without edges"),
             Row("edges, without length", {"loss.length": 0.0}, "BKinD-3D, edges without length loss"),
             Row("edges, full objective", {}, "BKinD-3D, 15 keypoints"),
+        ),
+    ),
+    "objective": Table(
+        "The objective: what each term gives (not in the paper)",
+        "",
+        (
+            Row("all terms"),
+            *(Row(f"without {name}", {f"loss.{name}": 0.0}) for name in BODY_TERMS),
+            Row("without separation", {"loss.separation": 0.0}),
+            Row("the paper's objective", PAPER_OBJECTIVE),
         ),
     ),
     "resolution": Table(
@@ -111,7 +131,7 @@ class Job:
 
 
 def paper(
-    table: Literal["2", "3", "4", "resolution"] = "2",
+    table: Literal["2", "3", "4", "objective", "resolution"] = "2",
     subject: Literal["animal", "rat", "human-sim", "human"] = "rat",
     *,
     rows: list[str] | None = None,
@@ -134,8 +154,8 @@ def paper(
     Rows that were finished before are not trained again, and one that was interrupted goes on from its checkpoint.
 
     Args:
-        table: The paper's table 2 (methods, on Human3.6M), 3 (methods, on Rat7M) or 4 (ablations), or "resolution":
-            voxels and pixels, which the paper does not vary.
+        table: The paper's table 2 (methods, on Human3.6M), 3 (methods, on Rat7M) or 4 (ablations), "objective": its
+            terms left out one by one, or "resolution": voxels and pixels, which the paper does not vary.
         subject: Whose videos: "animal" (capsules, simulated), "rat" or "human-sim" (dm_control's, rendered), or
             "human" (four real videos). The data are the same for all rows and seeds.
         rows: Names of the rows, as the table shows them; all when left out.
@@ -197,6 +217,8 @@ def paper(
     notes = [
         f"Videos: {', '.join(f'{name} {size}' for name, size in film.sizes().items()) or 'of the usual length'}.",
         f"Settings for all rows: {json.dumps(settings)}." if settings else "Settings: the subject's own.",
+        "Are the keypoints parts of the body: distances to bones and joints in body sizes, shares of frames and joints "
+        "(docs/evaluation.md).",
         "MPJPE after removing the mean shift, PMPJPE after rigid alignment, on frames that training never saw; a "
         f"linear regression ({', '.join(f'{name} {value}' for name, value in probe.items()) or 'without bias'}).",
     ]
@@ -299,6 +321,8 @@ def summary(run: Path) -> dict[str, Any]:
         last = list(csv.DictReader(file))[-1]
     trained, *others = evaluation["rows"]
     by_name = {row["name"]: row for row in others}
+    parts = evaluation["parts"]
+    edges = parts["edges"]
     return {
         "pmpjpe": trained["pmpjpe"],
         "mpjpe": trained["mpjpe"],
@@ -308,6 +332,9 @@ def summary(run: Path) -> dict[str, Any]:
         "mean_pose_mpjpe": by_name[MEAN_POSE]["mpjpe"],
         "mean_pose_pmpjpe": by_name[MEAN_POSE]["pmpjpe"],
         "units": evaluation["units"],
+        **{name: parts["rows"][0][name] for name in PARTS},
+        "neighbours": edges["agreement"][0]["share"] if edges else None,
+        "neighbours_chance": edges["agreement"][0]["all_pairs"] if edges else None,
         "keypoints": open_run(run).model.keypoints,
         "dead": sum("dead" in flags for flags in health["flags"]),
         "active_edges": int(float(last["active_edges"])),
@@ -334,7 +361,7 @@ def markdown(
     per, units = millimetres(results[0]["units"])
     theirs = {row["name"]: row for row in PAPER_ROWS if row["dataset"] == table.dataset}
     errors = [f"PMPJPE ({units})", f"MPJPE ({units})", "to mean pose", "untrained MPJPE"]
-    head = ["", *errors, "dead", "active edges", "minutes"]
+    head = ["", *errors, *PARTS.values(), "neighbours (chance)", "dead", "minutes"]
     if table.dataset:
         head += ["paper: PMPJPE (mm)", "paper: MPJPE (mm)"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
@@ -346,8 +373,9 @@ def markdown(
             spread([result["mpjpe"] * per for result in mine]),
             f"{mean(result['mpjpe'] / result['mean_pose_mpjpe'] for result in mine):.2f}",
             spread([result["untrained_mpjpe"] * per for result in mine]),
+            *(f"{mean(result[name] for result in mine):.{3 if name in DISTANCES else 2}f}" for name in PARTS),
+            neighbours(mine),
             f"{sum(result['dead'] for result in mine)} of {sum(result['keypoints'] for result in mine)}",
-            "/".join(str(result["active_edges"]) for result in mine),
             f"{mean(result['minutes'] for result in mine):.1f}",
         ]
         if table.dataset:
@@ -372,6 +400,15 @@ def markdown(
     if table.dataset:
         about.append(f"The paper's columns ({PAPER_SOURCE}) are {OTHER_DATA}.")
     return "\n".join([*about, "", *("| " + " | ".join(cells) + " |" for cells in lines), ""])
+
+
+def neighbours(results: Sequence[dict[str, Any]]) -> str:
+    """Share of the active edges that join neighbours, and of all pairs of keypoints: means over seeds with edges."""
+    known = [result for result in results if result["neighbours"] is not None]
+    if not known:
+        return "–"
+    share, chance = (mean(result[name] for result in known) for name in ("neighbours", "neighbours_chance"))
+    return f"{share:.2f} ({chance:.2f})"
 
 
 def millimetres(units: str) -> tuple[float, str]:
