@@ -28,7 +28,7 @@ from bkind3d.errors import InputError
 if TYPE_CHECKING:  # the cache builds the masks with this module
     from bkind3d.data.cache import CachedRecording
 
-VERSION = 1  # raise it whenever the same frames would give other masks
+VERSION = 2  # raise it whenever the same frames would give other masks
 
 _SAMPLES = 120  # moments that a background is estimated from
 _CANDIDATES = 30  # of them, whose colours may be a mode
@@ -235,7 +235,7 @@ def _mixtures(masks: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, ...]:
         share = np.einsum("pc,pc->p", own, other) / np.maximum(length, 1e-6)
         beside = own - share[:, None] * other
         like = np.einsum("pc,pc->p", beside, beside) < (_LIKE**2) * length
-        mixed |= masks[near] & like & (share < _SHARE)
+        mixed |= masks[near] & like & (share > 0) & (share < _SHARE)
     return tuple(axis[mixed] for axis in places)
 
 
