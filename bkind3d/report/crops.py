@@ -11,14 +11,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from bkind3d.cameras import Cameras
-from bkind3d.health import keypoint_health
-from bkind3d.report.inputs import Scene, Shown
+from bkind3d.report.inputs import Scene, Shown, health_of
 from bkind3d.report.pictures import INK, SHADOW, WHITE, palette
-from bkind3d.report.shots import Shots, take_shots
+from bkind3d.report.shots import sharpness, take_shots
 
 MOMENTS, VIEWS = 4, 3
 SHARE = 0.25  # side of a crop, of the diagonal of the keypoints' box
-SHARP = 640  # px, height of the frames that crops are cut from, where the videos are so sharp
+SHARP = 640  # px, largest height of the frames that crops are cut from
 CELL = 71  # px; odd, so that a pixel is in the middle
 GAP, WIDE_GAP, HEADER, LABEL = 2, 9, 24, 105  # px
 LARGEST = 600_000  # bytes of the picture
@@ -48,19 +47,22 @@ def crop_grid(shown: Shown, scene: Scene, *, progress: bool = False) -> Grid:
         InputError: a video cannot be read.
     """
     poses = shown.poses
-    health = keypoint_health(poses.positions, poses.confidence, scene.center, scene.sides)
+    flags = health_of(shown, scene).flags
     chosen = spread_moments(len(poses.frames))
-    shots = take_shots(scene, poses.recording, shown.rows[chosen], SHARP, progress=progress)
+    width, height = shown.cameras.image_size[0].tolist()
+    enlargement = max(1, min(SHARP // height, sharpness(scene, poses.recording)))
+    cameras = shown.cameras.resize(enlargement * width, enlargement * height)
+    frames = take_shots(scene, poses.recording, shown.rows[chosen], cameras, progress=progress)
     positions = poses.positions[chosen].astype(np.float64)
-    steady = np.array([not ASTRAY & set(flags) for flags in health.flags])
+    steady = np.array([not ASTRAY & set(one) for one in flags])
     side = SHARE * body_extent(positions, steady) or SHARE * float(scene.sides.max())
     times = poses.time[chosen].tolist()
     cells = [
-        [cell for f in range(len(chosen)) for cell in _cells(shots, f, positions[f, j], side, colour)]
+        [cell for f in range(len(chosen)) for cell in _cells(frames[f], cameras, f, positions[f, j], side, colour)]
         for j, colour in enumerate(palette(len(poses.names)))
     ]
-    picture = draw_grid(cells, poses.names, health.flags, times)
-    return Grid(small_jpeg(picture, LARGEST), times, min(VIEWS, len(shots.cameras)), side)
+    picture = draw_grid(cells, poses.names, flags, times)
+    return Grid(small_jpeg(picture, LARGEST), times, min(VIEWS, len(cameras)), side)
 
 
 def spread_moments(count: int) -> np.ndarray:
@@ -159,17 +161,19 @@ def small_jpeg(picture: Image.Image, largest: int) -> bytes:
     """JPEG of at most so many bytes, of the best quality that allows it (no less than 40)."""
     for quality in (90, 80, 70, 60, 50, 40):
         memory = io.BytesIO()
-        picture.save(memory, format="JPEG", quality=quality)
+        picture.save(memory, format="JPEG", quality=quality, subsampling=0)  # rings are thin
         if memory.tell() <= largest:
             break
     return memory.getvalue()
 
 
-def _cells(shots: Shots, f: int, point: np.ndarray, side: float, colour: np.ndarray) -> list[Image.Image | None]:
-    """Crops of one keypoint at one moment, None for each view that is wanting; the first view moves on with it."""
-    cells: list[Image.Image | None] = [None] * min(VIEWS, len(shots.cameras))
-    for place, m in enumerate(views_of(shots.cameras, point, f)):
-        cell = crop(shots.frames[f, m], shots.cameras, m, point, side)
+def _cells(
+    views: np.ndarray, cameras: Cameras, first: int, point: np.ndarray, side: float, colour: np.ndarray
+) -> list[Image.Image | None]:
+    """Crops of one keypoint in the views (M, H, W, 3) of one moment, None for each that is wanting."""
+    cells: list[Image.Image | None] = [None] * min(VIEWS, len(cameras))
+    for place, m in enumerate(views_of(cameras, point, first)):
+        cell = crop(views[m], cameras, m, point, side)
         ring(cell, colour)
         cells[place] = cell
     return cells

@@ -12,7 +12,7 @@ import numpy as np
 
 from bkind3d.cameras import Cameras
 from bkind3d.errors import InputError
-from bkind3d.health import Health
+from bkind3d.health import Health, keypoint_health
 from bkind3d.poses import Poses
 
 if TYPE_CHECKING:
@@ -140,6 +140,11 @@ def choose_recording(files: RunFiles, scene: Scene | None) -> Shown | None:
             rows = np.searchsorted(clock, poses.frames)
             return Shown(poses, scene.splits[name], scene.cameras[name], scene.frames[name], rows)
     return None
+
+
+def health_of(shown: Shown, scene: Scene) -> Health:
+    """Health of the keypoints over all poses of a recording."""
+    return keypoint_health(shown.poses.positions, shown.poses.confidence, scene.center, scene.sides)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from bkind3d.action_classifier import MEASURES, spread_percent
 from bkind3d.alignment import METRIC_TITLES, METRICS
 from bkind3d.errors import InputError
-from bkind3d.health import FLAGS, Health, keypoint_health
+from bkind3d.health import FLAGS, Health
 from bkind3d.probe import MEAN_POSE, describe_options
 from bkind3d.report import clip, figures
 from bkind3d.report.crops import crop_grid
-from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, read_run, run_inputs
+from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, health_of, read_run, run_inputs
 from bkind3d.report.pictures import palette
 from bkind3d.report.scene import SCENE_FRAMES, scene_html
 from bkind3d.skeleton_summary import describe_edges
@@ -33,16 +33,8 @@ NAME = "report.html"
 HISTORY_ROWS = 12
 EVALUATION_KEYS = ("protocol", "options", "units", "joints", "rows", "masked", "paper", "paper_source", "note")
 PARTS_KEYS = ("size", "units", "rows", "edges")
-PART_LENGTHS = {
-    "nearest_bone": "to the nearest bone",
-    "best_joint": "to its best joint",
-    "one_to_one": "to a joint of its own",
-}
-PART_SHARES = {
-    "same": "on the same joint",
-    "same_unsided": "same, left or right",
-    "covered": "joints covered",
-}
+PART_DISTANCES = {"nearest_bone": "nearest bone", "best_joint": "best joint", "one_to_one": "one to one"}
+PART_SHARES = {"same": "same joint", "same_unsided": "left = right", "covered": "joints covered"}
 ACTIONS_KEYS = ("protocol", "options", "behaviours", "windows", "rows", "paper")
 
 
@@ -149,30 +141,28 @@ def _parts(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
     _require("evaluation.json", parts, PARTS_KEYS, "evaluate --force")
     return {
         "size": f"{parts['size']:.4g} {parts['units']}",
+        "columns": [*PART_DISTANCES.values(), *PART_SHARES.values()],
         "rows": [
             {
                 "name": row["name"],
-                "lengths": [f"{row[key]:.3f}" for key in PART_LENGTHS],
-                "shares": [percent(row[key]) for key in PART_SHARES],
+                "values": [f"{row[key]:.3f}" for key in PART_DISTANCES] + [percent(row[key]) for key in PART_SHARES],
             }
             for row in parts["rows"]
         ],
-        "lengths": list(PART_LENGTHS.values()),
-        "shares": list(PART_SHARES.values()),
-        "edges": _neighbours(parts["edges"]),
+        "edges": _neighbours(parts["edges"] or {}),
     }
 
 
 def _neighbours(edges: dict[str, Any]) -> str:
-    """One sentence on the edges that join neighbouring parts, beside what chance gives; empty where none counts."""
-    if edges.get("neighbours") is None:
+    """One sentence on the active edges between parts, beside what chance gives; empty where none counts."""
+    if not (edges.get("counted") and edges.get("agreement")):
         return ""
-    sentence = f"Of {edges['counted']} active edges, {percent(edges['neighbours'])} join neighbours"
-    if edges.get("neighbours_chance") is None:
-        return f"{sentence}."
-    low, high = edges.get("chance_interval") or (None, None)
-    span = "" if low is None else f" ({percent(low)} to {percent(high)})"
-    return f"{sentence}; as many pairs drawn by chance, {percent(edges['neighbours_chance'])}{span}."
+    near = edges["agreement"][0]
+    low, high = (percent(share) for share in near["interval"])
+    return (
+        f"Of {edges['counted']} active edges between keypoints of different joints, {percent(near['share'])} join "
+        f"neighbours on the body; of as many edges drawn by chance {percent(near['all_pairs'])} ({low} to {high})."
+    )
 
 
 def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -324,7 +314,7 @@ def _edge_section(skeleton: dict[str, Any] | None, evaluation: dict[str, Any]) -
 def _health_section(files: RunFiles, shown: Shown | None, scene: Scene | None) -> dict[str, Any] | None:
     final: Health | None = None
     if shown and scene:
-        final = keypoint_health(shown.poses.positions, shown.poses.confidence, scene.center, scene.sides)
+        final = health_of(shown, scene)
         names, source = shown.poses.names, f"{final.frames} frames of recording {shown.poses.recording}"
     elif files.health:
         step, final = files.health[-1]

@@ -160,9 +160,9 @@ def _draw_edges(canvas: Image.Image, at: np.ndarray, edges: np.ndarray, shares: 
         if not (shown[i] and shown[j]):
             continue
         line, opacity = [*at[i].round(), *at[j].round()], round(90 + 165 * shares[e])
-        for colour, thickness in ((SHADOW, 2.8), (WHITE, 1.4)):
-            width = max(1, round(thickness * (0.5 + 0.5 * shares[e]) * unit))
-            draw.line(line, fill=(*colour, opacity), width=width)
+        for colour, thickness in ((SHADOW, 3.2), (WHITE, 1.6)):
+            half = int(thickness * (0.5 + 0.5 * shares[e]) * unit / 2)
+            draw.line(line, fill=(*colour, opacity), width=2 * half + 1)  # Pillow puts even widths beside the line
 
 
 def _draw_dots(canvas: Image.Image, at: np.ndarray, sizes: np.ndarray, unit: float) -> None:

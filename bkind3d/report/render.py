@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
 from bkind3d.errors import InputError
-from bkind3d.health import keypoint_health
 from bkind3d.report.clip import encode, even, project_keypoints
-from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, read_run, run_inputs
+from bkind3d.report.crops import ASTRAY
+from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, health_of, read_run, run_inputs
 from bkind3d.report.pictures import GAP, overlay, palette, relative
 from bkind3d.report.shots import take_shots
 from bkind3d.run import refuse_results
@@ -28,7 +29,7 @@ from bkind3d.run import refuse_results
 NAME = "render.gif"
 TILES = 4  # views at most
 TURN, ELEVATION = 30.0, 22.0  # degrees per second, degrees
-LINES = 6  # of the floor's grid, across what is seen
+LINES = 5  # of the floor's grid, across what is seen
 SETTLING = 0.5  # s over which the middle of the 3D view follows the keypoints
 DPI = 100
 EDGE = np.array([0.24, 0.26, 0.29])
@@ -122,8 +123,10 @@ def render(
     ):
         if not (math.isfinite(value) and value > least):
             raise InputError(f"{name}: expected more than {least}, got {value}")
-    refuse_results(path, force=force)
     files = read_run(run)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+    refuse_results(path, force=force)
     if not files.poses:
         raise InputError(f"{run / 'poses'}: no poses; find them with `bkind3d predict {run}`")
     scene = run_inputs(run)
@@ -167,14 +170,12 @@ def make_clip(
     poses, steady = shown.poses, _steady(shown, scene)
     positions, names = poses.positions[moments].astype(np.float64), shown.cameras.names
     picked = np.linspace(0, len(names) - 1, min(TILES, len(names))).round().astype(int)
-    width, height = tile_size(size, len(picked), *shown.cameras.image_size[0].tolist())
-    boxes = view_boxes(project_keypoints(shown.cameras, positions[:, steady]), *shown.cameras.image_size[0].tolist())
-    sharp = math.ceil(height / boxes[picked, 3].min() * shown.frames.shape[2])
+    picture = shown.cameras.image_size[0].tolist()
+    width, height = tile_size(size, len(picked), *picture)
+    boxes = view_boxes(project_keypoints(shown.cameras, positions[:, steady]), *picture)
+    cameras = shown.cameras.crop(torch.from_numpy(boxes)).select([names[m] for m in picked]).resize(width, height)
     rows, back = np.unique(shown.rows[moments], return_inverse=True)
-    shots = take_shots(scene, poses.recording, rows, sharp, progress=progress)
-    enlarged = np.rint(boxes * (shots.frames.shape[2] / shown.frames.shape[2])).astype(int)
-    cameras = shots.cameras.crop(enlarged).select([names[m] for m in picked]).resize(width, height)
-    frames = np.stack([[_cut(shot[m], enlarged[m], width, height) for m in picked] for shot in shots.frames])
+    frames = take_shots(scene, poses.recording, rows, cameras, progress=progress)
     edges, weights = files.active_edges()
     return Clip(
         fps=fps,
@@ -282,8 +283,8 @@ class Stage:
         self.reach = max(1e-9, 1.1 * float(np.percentile(np.linalg.norm(used - self.middle[:, None], axis=2), 97)))
         self.figure = Figure(figsize=(side / DPI, side / DPI), dpi=DPI)
         self.canvas = FigureCanvasAgg(self.figure)
-        self.axes = self.figure.add_axes((0, 0, 1, 1), projection="3d", computed_zorder=False)
-        self.unit = side / 416  # of lines and dots
+        self.axes: Any = self.figure.add_axes((0, 0, 1, 1), projection="3d", computed_zorder=False)
+        self.unit = max(0.7, side / 416)  # of lines and dots
 
     def draw(self, f: int) -> np.ndarray:
         """Picture f, (side, side, 3) uint8."""
@@ -299,7 +300,7 @@ class Stage:
         for (i, j), share in zip(self.clip.edges, relative(self.clip.weights)):
             colour = 1 - (0.4 + 0.6 * share) * (1 - EDGE)  # mixed with white, not transparent: fewer colours
             axes.plot(*points[[i, j]].T, color=colour, linewidth=self.unit * (0.8 + 1.6 * share), zorder=2 + share)
-        dots: dict[str, Any] = {"depthshade": False, "zorder": 4, "edgecolors": "black", "linewidths": 0.9 * self.unit}
+        dots = {"depthshade": False, "zorder": 4, "edgecolors": "black", "linewidths": 0.9 * self.unit}
         axes.scatter(*points.T, s=52 * self.unit**2, c=palette(len(points)) / 255, **dots)
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
@@ -358,12 +359,6 @@ def _colour_table(pictures: Sequence[np.ndarray], colours: int, kept: np.ndarray
     return table
 
 
-def _cut(frame: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The box x, y, width, height of a frame (H, W, 3), resized to (height, width)."""
-    x, y, columns, rows = box.tolist()
-    return _resized(frame[y : y + rows, x : x + columns], width, height)
-
-
 def _resized(picture: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
@@ -400,8 +395,7 @@ def _steady(shown: Shown, scene: Scene) -> np.ndarray:
     finite = np.isfinite(poses.positions).all(axis=(0, 2))
     if not finite.any():
         raise InputError(f"recording {poses.recording!r}: no keypoint has a position in all of its poses")
-    flags = keypoint_health(poses.positions, poses.confidence, scene.center, scene.sides).flags
-    steady = finite & [not {"dead", "centre"} & set(one) for one in flags]
+    steady = finite & [not ASTRAY & set(flags) for flags in health_of(shown, scene).flags]
     return steady if steady.any() else finite
 
 
