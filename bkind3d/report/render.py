@@ -354,8 +354,11 @@ def _colour_table(pictures: Sequence[np.ndarray], colours: int, kept: np.ndarray
     kept = np.concatenate([np.full((1, 3), 255, np.uint8), kept])[: colours // 2]
     some = [pictures[k] for k in np.unique(np.linspace(0, len(pictures) - 1, 6).astype(int))]
     found = Image.fromarray(np.concatenate(some)).quantize(colours - len(kept), method=Image.Quantize.MEDIANCUT)
+    own = np.array(found.getpalette(), dtype=np.int64).reshape(-1, 3)[: colours - len(kept)]
+    # Pillow takes any of several colours that are nearly the same; those kept are to be taken.
+    own = own[np.abs(own[:, None] - kept.astype(np.int64)).max(axis=2).min(axis=1) > 8]
     table = Image.new("P", (1, 1))
-    table.putpalette([*kept.ravel().tolist(), *(found.getpalette() or [])[: 3 * (colours - len(kept))]])
+    table.putpalette([*kept.ravel().tolist(), *own.ravel().tolist()])
     return table
 
 

@@ -70,6 +70,7 @@ def test_keypoints_have_their_own_colours_in_a_gif(clip, tmp_path):
     stage = frames[3][:, -clip.height :].reshape(-1, 3)
     seen = [bool((stage == colour).all(axis=1).any()) for colour in colours]
     assert sum(seen) >= JOINTS - 2, seen  # one may hide another
+    assert (stage == 255).all(axis=1).mean() > 0.5
 
 
 def test_too_large_a_file_is_drawn_with_fewer_colours_then_smaller(clip):
