@@ -23,6 +23,7 @@ from bkind3d.evaluate import evaluate
 from bkind3d.paper import paper
 from bkind3d.predict import predict
 from bkind3d.report import build_report
+from bkind3d.report.render import render
 from bkind3d.train import resume, train
 from bkind3d_kernels import BackendUnavailable
 
@@ -109,6 +110,37 @@ def run_report(run: Path, force: bool = False) -> None:
     print(build_report(run, force=force))
 
 
+def run_render(
+    run: Path,
+    recording: str | None = None,
+    start: float = 0.0,
+    seconds: float = 4.0,
+    fps: float = 15.0,
+    size: int = 832,
+    max_bytes: int = 1_500_000,
+    out: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write RUN/render.gif: up to four views with keypoints and active edges beside the turning 3D skeleton.
+
+    Args:
+        run: Run folder.
+        recording: Name of the recording; the first test recording when left out, else the first.
+        start: Seconds into the recording.
+        seconds: Length; less where the recording ends before.
+        fps: Pictures per second.
+        size: Width in pixels.
+        max_bytes: Largest file wanted; fewer colours, then a smaller picture, until it fits.
+        out: File ending in .gif, .png (animated PNG) or .mp4; RUN/render.gif when left out.
+        force: Replace an earlier file.
+    """
+    path = render(
+        run, recording=recording, start=start, seconds=seconds, fps=fps, size=size, max_bytes=max_bytes, out=out,
+        force=force,
+    )  # fmt: skip
+    print(f"{path}  ({path.stat().st_size / 1e6:.2f} MB)")
+
+
 VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "demo": (demo, "the whole way on a simulated subject or a filmed man"),
     "check": (run_check, "look at a project before training"),
@@ -116,6 +148,7 @@ VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "evaluate": (evaluate, "regress annotated joints from the keypoints"),
     "actions": (actions, "classify behaviour from the keypoints"),
     "report": (run_report, "one offline HTML page about a run"),
+    "render": (run_render, "a moving picture of a run, for a page or a talk"),
     "paper": (paper, "the paper's tables on a subject of one's own choice"),
 }
 READERS: dict[str, Callable[..., Path]] = {"h36m": h36m_project, "rat7m": rat7m_project}

@@ -2,7 +2,7 @@
 
 ``config.yaml`` (effective settings), ``env.json`` (versions, device, backends), ``metrics.csv``, ``health.jsonl``,
 ``checkpoints/``, ``samples/*.png``, ``skeleton.json``, ``poses/<recording>.nc``, ``evaluation.json`` and
-``evaluation.csv``, ``actions.json``, ``report.html``.
+``evaluation.csv``, ``actions.json``, ``report.html``, ``render.gif``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WEIGHTS = "model.safetensors"
 # Everything that a run writes; nothing else in its folder is ever deleted.
 CONTENT = (
     "config.yaml", "env.json", "metrics.csv", "health.jsonl", "checkpoints", "samples", "skeleton.json", "poses",
-    "evaluation.json", "evaluation.csv", "actions.json", "report.html", "tensorboard",
+    "evaluation.json", "evaluation.csv", "actions.json", "report.html", "render.gif", "tensorboard",
 )  # fmt: skip
 PACKAGES = ("torch", "numpy", "accelerate", "av", "kornia", "triton")
 MODELS: dict[Method, type[DiscoveryModel]] = {

@@ -260,7 +260,7 @@ def _locked(directory: Path) -> Iterator[Ledger]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for leftover in directory.glob("*.part"):  # of a process that was killed: who holds the lock is alone
             leftover.unlink()
-        ledger = Ledger(directory / ".ledger")
+        ledger = Ledger.of_cache(directory)
         try:
             yield ledger
         finally:

@@ -31,6 +31,11 @@ class Ledger:
         if isinstance(content, dict):
             self._findings = content
 
+    @classmethod
+    def of_cache(cls, directory: Path) -> Ledger:
+        """The ledger of a folder of cached frames."""
+        return cls(directory / ".ledger")
+
     def knows(self, kind: str, file: Path) -> bool:
         """Whether a finding of that kind is there and the file unchanged."""
         entry = self._findings.get(_key(kind, file))

@@ -42,10 +42,20 @@ def layout(views: int, width: int) -> tuple[int, int]:
     return columns, max(1, round(CLIP_WIDTH / (columns * width)))
 
 
-def draw(images: np.ndarray, pixels: np.ndarray, edges: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def draw(
+    images: np.ndarray,
+    pixels: np.ndarray,
+    edges: np.ndarray,
+    names: Sequence[str],
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
     """One moment: (M, H, W, 3) uint8 and (M, J, 2) -> (h, w, 3) uint8 with h and w even, as H.264 needs."""
     columns, scale = layout(len(images), images.shape[2])
-    picture = overlay(images, pixels, edges, scale=scale, names=names, columns=columns)
+    return even(overlay(images, pixels, edges, scale=scale, weights=weights, names=names, columns=columns))
+
+
+def even(picture: np.ndarray) -> np.ndarray:
+    """(h, w, 3) with its last row or column repeated where a side is odd."""
     return np.pad(picture, [(0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)], mode="edge")
 
 

@@ -1,17 +1,25 @@
 """What a report is made of: the files of a run folder, and the frames that its keypoints were found in."""
 
+from __future__ import annotations
+
 import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bkind3d.cameras import Cameras
 from bkind3d.errors import InputError
-from bkind3d.health import Health
+from bkind3d.evaluation.stand_ins import on_body
+from bkind3d.health import Health, keypoint_health
 from bkind3d.poses import Poses
+
+if TYPE_CHECKING:
+    from bkind3d.run import Inputs
+
+SPLIT_ORDER = ("test", "both", "train")  # unseen motion is shown where there is any
 
 
 @dataclass
@@ -28,6 +36,7 @@ class Scene:
         frames: recording name -> (T, M, H, W, 3) uint8.
         clocks: recording name -> (T,) number of each frame on the recording's clock, increasing.
         splits: recording name -> "train", "test" or "both".
+        inputs: the run's project and cache, where the videos behind the frames can be read again.
     """
 
     project: str
@@ -39,6 +48,7 @@ class Scene:
     frames: dict[str, np.ndarray]
     clocks: dict[str, np.ndarray]
     splits: dict[str, str]
+    inputs: Inputs | None = None
 
 
 @dataclass
@@ -55,6 +65,22 @@ class RunFiles:
     actions: dict[str, Any] | None
     poses: dict[str, Poses]
     samples: list[Path]
+
+    def active_edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keypoint pairs (E, 2) of the active edges and their weights (E,); none where there is no skeleton."""
+        rows = np.array(self.skeleton["edges"] if self.skeleton else [], dtype=np.float64).reshape(-1, 3)
+        return rows[:, :2].astype(np.int64), rows[:, 2]
+
+
+@dataclass
+class Shown:
+    """A recording with poses and the frames that they were found in."""
+
+    poses: Poses
+    split: str
+    cameras: Cameras
+    frames: np.ndarray  # (T, M, H, W, 3) uint8
+    rows: np.ndarray  # (F,) of the frames, for each moment of the poses
 
 
 def run_inputs(run: Path) -> Scene:
@@ -76,6 +102,7 @@ def run_inputs(run: Path) -> Scene:
         frames={name: recording.frames for name, recording in inputs.cache.recordings.items()},
         clocks={name: recording.clock for name, recording in inputs.cache.recordings.items()},
         splits={name: recording.split for name, recording in inputs.cache.recordings.items()},
+        inputs=inputs,
     )
 
 
@@ -100,6 +127,29 @@ def read_run(run: Path) -> RunFiles:
         poses={path.stem: Poses.load(path) for path in sorted((run / "poses").glob("*.nc"))},
         samples=sorted((run / "samples").glob("*.png")),
     )
+
+
+def choose_recording(files: RunFiles, scene: Scene | None) -> Shown | None:
+    """The first recording with poses and frames, test before both before train."""
+    if scene is None:
+        return None
+    known = [name for name in files.poses if name in scene.frames]
+    known.sort(key=lambda name: (SPLIT_ORDER.index(scene.splits[name]), name))
+    for name in known:
+        poses, clock = files.poses[name], scene.clocks[name]
+        if len(poses.frames) and np.isin(poses.frames, clock).all():
+            rows = np.searchsorted(clock, poses.frames)
+            return Shown(poses, scene.splits[name], scene.cameras[name], scene.frames[name], rows)
+    return None
+
+
+def health_of(shown: Shown, scene: Scene) -> Health:
+    """Health of the keypoints over all poses of a recording; on the body or not, where the run knew the foreground."""
+    poses, seen = shown.poses, None
+    if scene.inputs is not None and scene.inputs.body_size is not None:
+        recording = scene.inputs.cache.recording(poses.recording)
+        seen = on_body(poses.positions, recording.projections.numpy(), recording.masks[shown.rows])
+    return keypoint_health(poses.positions, poses.confidence, scene.center, scene.sides, scene.up, on_body=seen)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

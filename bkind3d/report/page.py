@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ from tqdm import tqdm
 
 from bkind3d.action_classifier import MEASURES, spread_percent
 from bkind3d.alignment import METRIC_TITLES, METRICS
-from bkind3d.cameras import Cameras
 from bkind3d.errors import InputError
-from bkind3d.health import FLAGS, Health, keypoint_health
-from bkind3d.poses import Poses
+from bkind3d.evaluation.parts import DISTANCES, SHARES
+from bkind3d.health import FLAGS, Health
 from bkind3d.probe import MEAN_POSE, describe_options
 from bkind3d.report import clip, figures
-from bkind3d.report.inputs import RunFiles, Scene, read_run, run_inputs
+from bkind3d.report.crops import crop_grid
+from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, health_of, read_run, run_inputs
 from bkind3d.report.pictures import palette
 from bkind3d.report.scene import SCENE_FRAMES, scene_html
 from bkind3d.skeleton_summary import describe_edges
@@ -34,19 +33,8 @@ from bkind3d.tables import percent
 NAME = "report.html"
 HISTORY_ROWS = 12
 EVALUATION_KEYS = ("protocol", "options", "units", "joints", "rows", "masked", "paper", "paper_source", "note")
+PARTS_KEYS = ("size", "units", "rows", "edges")
 ACTIONS_KEYS = ("protocol", "options", "behaviours", "windows", "rows", "paper")
-SPLIT_ORDER = ("test", "both", "train")  # unseen motion is shown where there is any
-
-
-@dataclass
-class Shown:
-    """The recording that clip and 3D view show."""
-
-    poses: Poses
-    split: str
-    cameras: Cameras
-    frames: np.ndarray  # (T, M, H, W, 3) uint8
-    rows: np.ndarray  # (F,) of the frames, for each moment of the poses
 
 
 def write_report(run: Path, *, force: bool, progress: bool) -> Path:
@@ -81,7 +69,7 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress
         progress: show a progress bar while the clip is drawn.
     """
     shown = choose_recording(files, scene)
-    edges = _edges(files)
+    edges, weights = files.active_edges()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bkind3d.report", "."),
         autoescape=True,
@@ -95,9 +83,12 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         facts=_facts(files, scene),
         obstacle=obstacle,
+        crops=_crops(shown, scene, progress) if shown and scene else None,
+        evaluated=files.evaluation is not None,
+        parts=_parts(files.evaluation),
         results=_results(files.evaluation),
         actions=_actions(files.actions),
-        clip=_clip(shown, edges, progress) if shown else None,
+        clip=_clip(shown, edges, weights, progress) if shown else None,
         scene=_scene(shown, scene, edges) if shown and scene else None,
         losses=_panels(figures.loss_curves(files.metrics)) if files.metrics else None,
         samples=_samples(files.samples),
@@ -106,20 +97,6 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress
         config=files.config,
         versions=_flattened(files.environment or {}),
     )
-
-
-def choose_recording(files: RunFiles, scene: Scene | None) -> Shown | None:
-    """The first recording with poses and frames, test before both before train."""
-    if scene is None:
-        return None
-    known = [name for name in files.poses if name in scene.frames]
-    known.sort(key=lambda name: (SPLIT_ORDER.index(scene.splits[name]), name))
-    for name in known:
-        poses, clock = files.poses[name], scene.clocks[name]
-        if len(poses.frames) and np.isin(poses.frames, clock).all():
-            rows = np.searchsorted(clock, poses.frames)
-            return Shown(poses, scene.splits[name], scene.cameras[name], scene.frames[name], rows)
-    return None
 
 
 # --- sections -----------------------------------------------------------------------------------------------------
@@ -140,6 +117,51 @@ def _facts(files: RunFiles, scene: Scene | None) -> list[tuple[str, str]]:
         facts.append(("steps", f"{int(files.metrics['step'][-1])}"))
         facts.append(("training time", _duration(float(files.metrics["seconds"][-1]))))
     return facts
+
+
+def _crops(shown: Shown, scene: Scene, progress: bool) -> dict[str, Any]:
+    grid = crop_grid(shown, scene, progress=progress)
+    return {
+        "picture": _data_uri("image/jpeg", grid.jpeg),
+        "recording": shown.poses.recording,
+        "split": shown.split,
+        "keypoints": len(shown.poses.names),
+        "moments": len(grid.times),
+        "views": grid.views,
+        "side": f"{grid.side:.3g} {scene.units}",
+    }
+
+
+def _parts(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Whether keypoints are parts of the body; None where that was not measured."""
+    parts = (evaluation or {}).get("parts")
+    if parts is None:
+        return None
+    _require("evaluation.json", parts, PARTS_KEYS, "evaluate --force")
+    return {
+        "size": f"{parts['size']:.4g} {parts['units']}",
+        "columns": [*DISTANCES.values(), *SHARES.values()],
+        "rows": [
+            {
+                "name": row["name"],
+                "values": [f"{row[key]:.3f}" for key in DISTANCES] + [percent(row[key]) for key in SHARES],
+            }
+            for row in parts["rows"]
+        ],
+        "edges": _neighbours(parts["edges"] or {}),
+    }
+
+
+def _neighbours(edges: dict[str, Any]) -> str:
+    """One sentence on the active edges between parts, beside what chance gives; empty where none counts."""
+    if not (edges.get("counted") and edges.get("agreement")):
+        return ""
+    near = edges["agreement"][0]
+    low, high = (percent(share) for share in near["interval"])
+    return (
+        f"Of {edges['counted']} active edges between keypoints of different joints, {percent(near['share'])} join "
+        f"neighbours on the body; of as many edges drawn by chance {percent(near['all_pairs'])} ({low} to {high})."
+    )
 
 
 def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -219,13 +241,13 @@ def _headline(rows: Sequence[dict[str, Any]], units: str, short: Callable[[float
     return f"{error}; {' and '.join(shares)}." if shares else f"{error}."
 
 
-def _clip(shown: Shown, edges: np.ndarray, progress: bool) -> dict[str, Any]:
+def _clip(shown: Shown, edges: np.ndarray, weights: np.ndarray, progress: bool) -> dict[str, Any]:
     poses, names = shown.poses, shown.cameras.names
     rows, rate = clip.clip_rows(poses.frames, poses.fps)
     pixels = clip.project_keypoints(shown.cameras, poses.positions[rows])  # (F, M, J, 2)
 
     def picture(f: int) -> np.ndarray:
-        return clip.draw(np.asarray(shown.frames[shown.rows[rows[f]]]), pixels[f], edges, names)
+        return clip.draw(np.asarray(shown.frames[shown.rows[rows[f]]]), pixels[f], edges, names, weights)
 
     bar = tqdm(range(len(rows)), desc="report: clip", unit="frame", disable=None if progress else True)
     stills = [int(f) for f in np.linspace(0, len(rows) - 1, min(clip.STILLS, len(rows))).round()]
@@ -291,7 +313,7 @@ def _edge_section(skeleton: dict[str, Any] | None, evaluation: dict[str, Any]) -
 def _health_section(files: RunFiles, shown: Shown | None, scene: Scene | None) -> dict[str, Any] | None:
     final: Health | None = None
     if shown and scene:
-        final = keypoint_health(shown.poses.positions, shown.poses.confidence, scene.center, scene.sides, scene.up)
+        final = health_of(shown, scene)
         names, source = shown.poses.names, f"{final.frames} frames of recording {shown.poses.recording}"
     elif files.health:
         step, final = files.health[-1]
@@ -335,11 +357,6 @@ def _history_row(step: int, health: Health, flags: list[str]) -> dict[str, Any]:
 
 
 # --- small things -------------------------------------------------------------------------------------------------
-
-
-def _edges(files: RunFiles) -> np.ndarray:
-    rows = files.skeleton["edges"] if files.skeleton else []
-    return np.array([[int(i), int(j)] for i, j, _ in rows], dtype=np.int64).reshape(-1, 2)
 
 
 def _names(files: RunFiles, health: Health) -> list[str]:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bkind3d.errors import InputError
 
-SUPERSAMPLE = 2  # Pillow draws without smoothing: draw larger, then reduce
+REFERENCE = 340  # px: lines and dots grow with views beyond this size
 GAP = 4  # white pixels between views
 WHITE, INK, SHADOW = (255, 255, 255), (40, 40, 40), (0, 0, 0)
 
@@ -32,6 +32,7 @@ def overlay(
     *,
     scale: int = 2,
     confidence: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
     names: Sequence[str] | None = None,
     columns: int | None = None,
 ) -> np.ndarray:
@@ -44,6 +45,8 @@ def overlay(
         edges: (E, 2) keypoint pairs.
         scale: enlargement, a whole number.
         confidence: (J,) optional; dots shrink with it, down to half size at 0, relative to the largest.
+        weights: (E,) optional, not negative; lines are thinner and fainter the less an edge weighs, relative to the
+            largest.
         names: M view names, optional, written into the corner.
         columns: views in a row; default all M.
 
@@ -64,7 +67,10 @@ def overlay(
     sizes = np.ones(keypoints.shape[1])
     if confidence is not None and len(sizes):
         sizes = 0.5 + 0.5 * np.clip(np.asarray(confidence) / max(float(np.max(confidence)), 1e-12), 0, 1)
-    views = [_draw_view(images[m], keypoints[m], edges, scale, sizes) for m in range(len(images))]
+    if weights is not None and np.shape(weights) != (len(edges),):
+        raise InputError(f"weights: expected ({len(edges)},), got {np.shape(weights)}")
+    shares = np.ones(len(edges)) if weights is None else relative(weights)
+    views = [_draw_view(images[m], keypoints[m], edges, scale, sizes, shares) for m in range(len(images))]
     if names is not None:
         for view, name in zip(views, names):
             _label(view, name)
@@ -120,26 +126,52 @@ def sample_sheet(
     _save_png(_stack(bands, title), Path(path))
 
 
-def _draw_view(image: np.ndarray, points: np.ndarray, edges: np.ndarray, scale: int, sizes: np.ndarray) -> Image.Image:
+def relative(weights: np.ndarray) -> np.ndarray:
+    """Weights (E,) as shares of the largest, 0 to 1."""
+    weights = np.asarray(weights, dtype=np.float64)
+    return np.clip(weights / max(float(weights.max(initial=0.0)), 1e-12), 0, 1)
+
+
+def _draw_view(
+    image: np.ndarray, points: np.ndarray, edges: np.ndarray, scale: int, sizes: np.ndarray, shares: np.ndarray
+) -> Image.Image:
     """One view, (H, W, 3) -> (H · scale, W · scale) with dots and lines."""
     height, width = image.shape[0] * scale, image.shape[1] * scale
-    zoom = scale * SUPERSAMPLE
+    fineness = 2 if min(height, width) >= REFERENCE else 4  # Pillow draws without smoothing: draw larger, then reduce
     enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    canvas = enlarged.resize((width * SUPERSAMPLE, height * SUPERSAMPLE), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(canvas)
-    unit = max(1.0, min(height, width) / 340) * SUPERSAMPLE
-    at = (points + 0.5) * zoom - 0.5  # Pillow cuts decimals off, so everything below is rounded first
-    shown = np.asarray((np.abs(at) < 1e5).all(axis=1))  # False for NaN
-    lines = [(*at[i].round(), *at[j].round()) for i, j in edges if shown[i] and shown[j]]
-    for colour, thickness in ((SHADOW, 3.2), (WHITE, 1.6)):
-        for line in lines:
-            draw.line(line, fill=colour, width=max(1, round(thickness * unit)))
-    colours = palette(len(points))
-    for j in np.flatnonzero(shown):
+    canvas = enlarged.resize((width * fineness, height * fineness), Image.Resampling.NEAREST)
+    unit = max(1.0, min(height, width) / REFERENCE) * fineness
+    at = (points + 0.5) * scale * fineness - 0.5  # Pillow cuts decimals off, so everything below is rounded first
+    _draw_edges(canvas, at, edges, shares, unit)
+    _draw_dots(canvas, at, sizes, unit)
+    return canvas.reduce(fineness)
+
+
+def _near(at: np.ndarray) -> np.ndarray:
+    """Which of the pixels (J, 2) Pillow can draw at (J,); False for NaN."""
+    return np.asarray((np.abs(at) < 1e5).all(axis=1))
+
+
+def _draw_edges(canvas: Image.Image, at: np.ndarray, edges: np.ndarray, shares: np.ndarray, unit: float) -> None:
+    """White lines with a shadow, the heaviest last; thickness and opacity by their share of the largest weight."""
+    draw, shown = ImageDraw.Draw(canvas, "RGBA"), _near(at)
+    for e in np.argsort(shares, kind="stable"):
+        i, j = edges[e]
+        if not (shown[i] and shown[j]):
+            continue
+        line, opacity = [*at[i].round(), *at[j].round()], round(90 + 165 * shares[e])
+        for colour, thickness in ((SHADOW, 3.2), (WHITE, 1.6)):
+            half = int(thickness * (0.5 + 0.5 * shares[e]) * unit / 2)
+            draw.line(line, fill=(*colour, opacity), width=2 * half + 1)  # Pillow puts even widths beside the line
+
+
+def _draw_dots(canvas: Image.Image, at: np.ndarray, sizes: np.ndarray, unit: float) -> None:
+    """Dots in their keypoints' colours, with a dark rim."""
+    draw, colours = ImageDraw.Draw(canvas), palette(len(at))
+    for j in np.flatnonzero(_near(at)):
         (x, y), radius = at[j], 4.2 * unit * sizes[j]
         for colour, r in ((SHADOW, radius), (tuple(colours[j].tolist()), radius - unit)):
             draw.ellipse([round(value) for value in (x - r, y - r, x + r, y + r)], fill=colour)
-    return canvas.reduce(SUPERSAMPLE)
 
 
 def _label(view: Image.Image, text: str) -> None:

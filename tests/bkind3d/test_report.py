@@ -12,180 +12,36 @@ import chromium
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
+from run_folder import (
+    CENTER,
+    FRAMES,
+    HEIGHT,
+    JOINTS,
+    SIDES,
+    VIEWS,
+    WIDTH,
+    caterpillar,
+    make_scene,
+    write_filmed_run,
+    write_run,
+)
 
-from bkind3d.cameras import Cameras, save_toml
-from bkind3d.config import Config, DataConfig, save_config
+from bkind3d.cameras import Cameras
 from bkind3d.errors import InputError
-from bkind3d.health import keypoint_health
 from bkind3d.poses import Poses
-from bkind3d.probe import compare_blocked
-from bkind3d.regressors import ProbeOptions
-from bkind3d.report import build_report, clip, page, pictures
-from bkind3d.report.inputs import Scene, read_run, run_inputs
-from bkind3d.skeleton_summary import summarise_skeleton
+from bkind3d.report import build_report, clip, crops, page, pictures, shots
+from bkind3d.report.inputs import choose_recording, read_run, run_inputs
 
-VIEWS, JOINTS, FRAMES, HEIGHT, WIDTH = 4, 10, 45, 72, 96
-CENTER, SIDES = np.array([1.0, 2.0, 0.3]), np.array([1.2, 1.2, 0.6])
-SECTIONS = ["results", "actions", "clip", "scene", "losses", "samples", "edges", "health", "configuration", "versions"]
-
-
-# --- a run folder, made by hand -----------------------------------------------------------------------------------
-
-
-def ring_of_cameras():
-    """Four pinholes around the volume, looking at its centre."""
-    rotations, translations = [], []
-    for angle in np.arange(VIEWS) * 2 * np.pi / VIEWS + 0.4:
-        position = CENTER + np.array([2.2 * np.cos(angle), 2.2 * np.sin(angle), 1.2])
-        z = (CENTER - position) / np.linalg.norm(CENTER - position)
-        x = np.cross(z, [0, 0, 1])
-        x /= np.linalg.norm(x)
-        rotation = np.stack([x, np.cross(z, x), z])
-        rotations.append(rotation)
-        translations.append(-rotation @ position)
-    intrinsics = np.array([[130.0, 0, (WIDTH - 1) / 2], [0, 130.0, (HEIGHT - 1) / 2], [0, 0, 1]])
-    return Cameras(
-        names=tuple(f"cam{m}" for m in range(VIEWS)),
-        intrinsics=torch.tensor(np.repeat(intrinsics[None], VIEWS, axis=0)),
-        distortion=torch.zeros(VIEWS, 5),
-        rotation=torch.tensor(np.stack(rotations)),
-        translation=torch.tensor(np.stack(translations)),
-        image_size=torch.tensor([[WIDTH, HEIGHT]]).expand(VIEWS, 2),
-        units="m",
-    )
-
-
-def caterpillar():
-    """(F, J, 3): a chain that walks in a circle and wriggles."""
-    phase = np.linspace(0, 2 * np.pi, FRAMES)[:, None] + 0.18 * np.arange(JOINTS)
-    wave = 0.06 * np.sin(5 * phase)
-    return CENTER + np.stack([0.35 * np.cos(phase), 0.35 * np.sin(phase), wave - 0.1], axis=2)
-
-
-def filmed(cameras, points):
-    """(F, M, H, W, 3) uint8: grey ground, a dark blob on every point."""
-    pixels = clip.project_keypoints(cameras, points)  # (F, M, J, 2)
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    near = np.zeros((*pixels.shape[:2], HEIGHT, WIDTH))
-    for j in range(points.shape[1]):
-        squared = (x - pixels[:, :, j, 0, None, None]) ** 2 + (y - pixels[:, :, j, 1, None, None]) ** 2
-        near = np.maximum(near, np.exp(-squared / 18))
-    ground = 150 + 40 * ((x // 12 + y // 12) % 2)
-    return np.repeat((ground * (1 - 0.8 * near)).astype(np.uint8)[..., None], 3, axis=4)
+SECTIONS = [
+    "crops", "parts", "results", "actions", "clip", "scene", "losses", "samples", "edges", "health",
+    "configuration", "versions",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def scene():
-    cameras = ring_of_cameras()
-    frames = filmed(cameras, caterpillar())
-    names = ("train", "test")
-    return Scene(
-        "demo", "m", np.array([0.0, 0, 1]), CENTER, SIDES,
-        cameras=dict.fromkeys(names, cameras),
-        frames=dict.fromkeys(names, frames),
-        clocks=dict.fromkeys(names, np.arange(FRAMES)),
-        splits={name: name for name in names},
-    )  # fmt: skip
-
-
-def write_run(run, scene, parts=None):
-    """Everything that training, prediction and evaluation write, or only the named parts."""
-    rng = np.random.default_rng(0)
-    parts = (
-        ["metrics", "health", "skeleton", "poses", "samples", "evaluation", "actions", "env"]
-        if parts is None
-        else parts
-    )
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text(
-        "project: demo/project.yaml\nmodel:\n  keypoints: 10\n# <script>alert(1)</script>\n"
-    )
-    points = caterpillar() + rng.normal(0, 0.004, (FRAMES, JOINTS, 3))
-    points[:, 8], points[:, 9] = CENTER, points[:, 1] + 0.003  # a dead one, and a twin
-    confidence = rng.uniform(0.1, 0.4, (FRAMES, JOINTS))
-    edges = [[j, j + 1, 1.5 - 0.1 * j] for j in range(7)]
-    if "env" in parts:
-        env = {
-            "python": "3.11.2",
-            "device": "cpu",
-            "versions": {"torch": "2.13.0"},
-            "backends": {"unproject": "reference"},
-        }
-        (run / "env.json").write_text(json.dumps(env))
-    if "metrics" in parts:
-        write_metrics(run / "metrics.csv", rng)
-    if "health" in parts:
-        records = []
-        for step in range(100, 2001, 100):
-            moved = CENTER + (points - CENTER) * min(1, step / 800)
-            health = keypoint_health(moved, confidence * min(1, step / 1000), CENTER, SIDES)
-            records.append(json.dumps({"step": step, **health.to_dict()}))
-        (run / "health.jsonl").write_text("\n".join(records) + "\n")
-    if "skeleton" in parts:
-        pairs = [[i, j] for i in range(JOINTS) for j in range(i + 1, JOINTS)]
-        drawn = {(i, j): w for i, j, w in edges}
-        rows = [[i, j, drawn.get((i, j), float(rng.uniform(0, 0.2)))] for i, j in pairs]
-        names = [f"kp{j:02d}" for j in range(JOINTS)]
-        skeleton = {"keypoints": names, "edges": edges, "threshold": 0.3, "all_weights": rows}
-        (run / "skeleton.json").write_text(json.dumps(skeleton))
-    if "poses" in parts:
-        (run / "poses").mkdir()
-        for name in ("train", "test"):
-            Poses(points, confidence, 30.0, "m", name).save(run / "poses" / f"{name}.nc")
-    if "samples" in parts:
-        (run / "samples").mkdir()
-        for step in (100, 200, 300):
-            write_sample(run / "samples" / f"step_{step:06d}.png", scene, points)
-    if "evaluation" in parts:
-        joints = np.concatenate([caterpillar(), caterpillar()[:, ::2] + 0.02], axis=1)
-        untrained = CENTER + rng.normal(0, 0.1, (FRAMES, JOINTS, 3))
-        options = ProbeOptions(ridge="auto")
-        document = compare_blocked({"BKinD-3D": points, "untrained network": untrained}, joints, 5, options, units="m")
-        document["skeleton"] = summarise_skeleton(points, np.array([[j, j + 1] for j in range(7)]))
-        (run / "evaluation.json").write_text(json.dumps(document))
-    if "actions" in parts:
-        tracked = {name: {"top1": 0.9, "topk": 1.0, "balanced": 0.857} for name in ("BKinD-3D", "true joints")}
-        spread = {"sd": {"top1": 0.012, "topk": 0.0, "balanced": 0.02}, "recall": [0.951, 0.763]}
-        document = {
-            "protocol": "1D convolutional network over 31 frames",
-            "options": {"window": 31, "top": 2, "seeds": 3},
-            "behaviours": ["walk", "groom"],
-            "windows": {"tested": [120, 17]},
-            "rows": [{"name": name} | values | spread for name, values in tracked.items()],
-            "paper": "Another table.",
-        }
-        (run / "actions.json").write_text(json.dumps(document))
-    return run
-
-
-def write_metrics(path, rng):
-    steps = np.arange(10, 2001, 10)
-    columns = {
-        "step": steps,
-        "epoch": steps / 200,
-        "loss": 0.1 + np.exp(-steps / 400) * rng.uniform(0.9, 1.1, len(steps)),
-        "reconstruction": 0.08 + np.exp(-steps / 400) * rng.uniform(0.9, 1.1, len(steps)),
-        "length": 0.05 * (1 - np.exp(-steps / 300)),
-        "separation": 0.04 * np.exp(-steps / 900),
-        "active_edges": 7 + 38 * np.exp(-steps / 500),
-        "lr": np.full(len(steps), 1e-3),
-        "grad_norm": rng.uniform(0.2, 2, len(steps)),
-        "seconds": steps * 0.17,
-    }
-    rows = [",".join(columns)] + [
-        ",".join(f"{column[k]:.6g}" for column in columns.values()) for k in range(len(steps))
-    ]
-    path.write_text("\n".join(rows) + "\n")
-
-
-def write_sample(path, scene, points):
-    images = scene.frames["train"][12]
-    target = np.abs(scene.frames["train"][18].astype(float) - images).mean(axis=3)  # (M, H, W)
-    pixels = clip.project_keypoints(scene.cameras["test"], points[12:13])[0]
-    edges = np.array([[j, j + 1] for j in range(7)])
-    pictures.sample_sheet(path, images, pixels, edges, target, 0.7 * target + 5, names=scene.cameras["test"].names)
+    return make_scene()
 
 
 @pytest.fixture
@@ -239,6 +95,20 @@ def test_overlay_draws_an_edge_between_its_keypoints_only():
     keypoints[0, 1] = np.nan
     lone = pictures.overlay(images, keypoints, np.array([[0, 1]]))
     assert (lone[50:52, 50] == 100).all()
+
+
+def test_edges_are_thinner_and_fainter_the_less_they_weigh():
+    images = np.full((1, 60, 60, 3), 100, np.uint8)
+    keypoints = np.array([[[5, 10], [55, 10], [5, 40], [55, 40]]], float)
+    edges = np.array([[2, 3], [0, 1]])
+    picture = pictures.overlay(images, keypoints, edges, weights=np.array([2.0, 0.2])).astype(int)
+    heavy, light = (np.abs(picture[top : top + 20, 60, 0] - 100) for top in (72, 12))
+    assert heavy.max() > 2 * light.max() > 20
+    assert (heavy > 10).sum() > (light > 10).sum()
+    alone = pictures.overlay(images, keypoints, edges[:1], weights=np.array([0.2]))
+    np.testing.assert_array_equal(alone, pictures.overlay(images, keypoints, edges[:1]))  # relative to the largest
+    with pytest.raises(InputError, match=r"weights: expected \(2,\), got \(3,\)"):
+        pictures.overlay(images, keypoints, edges, weights=np.ones(3))
 
 
 def test_overlay_survives_keypoints_far_away():
@@ -358,6 +228,145 @@ def test_drawn_moments_have_even_sides(scene):
     assert picture.shape[0] % 2 == picture.shape[1] % 2 == 0
 
 
+# --- crops --------------------------------------------------------------------------------------------------------
+
+
+def near_and_far():
+    """Two views of the origin from 1 m and from 3 m, along different axes, with different focal lengths."""
+    turn = np.array([[0.0, 1, 0], [0, 0, -1], [-1, 0, 0]])
+    matrix = np.array([[90.0, 0, 70.3], [0, 110.0, 52.1], [0, 0, 1]])
+    return Cameras(
+        names=("near", "far"),
+        intrinsics=torch.tensor(np.stack([matrix, matrix * [[2.5], [2.5], [1]]])),
+        distortion=torch.zeros(2, 5),
+        rotation=torch.tensor(np.stack([np.eye(3), turn])),
+        translation=torch.tensor([[0.0, 0, 1], [0, 0, 3]]),
+        image_size=torch.tensor([[160, 120], [400, 300]]),
+        units="m",
+    )
+
+
+def bright(cameras, m, points):
+    """(H, W, 3): black with a bright blob where view m shows each world point."""
+    width, height = cameras.image_size[m].tolist()
+    y, x = np.mgrid[:height, :width]
+    picture = np.zeros((height, width))
+    for u, v in cameras.project(torch.tensor(np.array(points)), distort=False)[0][m].numpy():
+        picture += 255 * np.exp(-((x - u) ** 2 + (y - v) ** 2) / 5)
+    return np.repeat(picture.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def middle_of(picture):
+    """(x, y) of the brightness of a picture."""
+    level = np.asarray(picture)[..., 0].astype(float)
+    y, x = np.mgrid[: level.shape[0], : level.shape[1]]
+    return np.array([(level * x).sum(), (level * y).sum()]) / level.sum()
+
+
+@pytest.mark.parametrize("m", [0, 1])
+def test_a_crop_has_its_keypoint_in_the_middle(m):
+    cameras, point = near_and_far(), np.array([0.107, -0.053, 0.08])
+    cell = crops.crop(bright(cameras, m, [point]), cameras, m, point, 0.4)
+    assert cell.size == (crops.CELL, crops.CELL)
+    np.testing.assert_allclose(middle_of(cell), crops.CELL // 2, atol=0.15)
+    brightest = np.unravel_index(np.asarray(cell)[..., 0].argmax(), cell.size)
+    assert brightest == (crops.CELL // 2, crops.CELL // 2)
+    crops.ring(cell, np.array([200, 30, 40]))
+    assert np.asarray(cell)[crops.CELL // 2, crops.CELL // 2, 2] > 200  # the ring leaves the middle free
+    assert (np.asarray(cell) == [200, 30, 40]).all(axis=2).sum() > 20
+
+
+def test_all_crops_have_the_same_physical_size():
+    """0.1 m is a quarter of a crop of 0.4 m, whatever the view, its distance and the depth of the keypoint."""
+    cameras = near_and_far()
+    for m, across in ((0, np.array([0.1, 0, 0])), (1, np.array([0, 0.1, 0]))):
+        for point in (np.array([0.02, 0.01, 0.1]), np.array([0.1, -0.05, -0.2])):
+            cell = crops.crop(bright(cameras, m, [point + across]), cameras, m, point, 0.4)
+            distance = np.linalg.norm(middle_of(cell) - crops.CELL // 2)
+            assert distance == pytest.approx(crops.CELL / 4, abs=0.4)
+
+
+def test_a_crop_beyond_the_frame_is_black_there():
+    cameras = near_and_far()
+    point = torch.linalg.solve(cameras.intrinsics[0], torch.tensor([2.0, 60.0, 1.0], dtype=torch.float64)) * 1.3
+    cell = np.asarray(crops.crop(np.full((120, 160, 3), 90, np.uint8), cameras, 0, point.numpy() - [0, 0, 1], 0.4))
+    assert (cell[:, : crops.CELL // 4] == 0).all()
+    assert (cell[:, crops.CELL // 2 :] == 90).all()
+
+
+def test_only_views_that_show_the_keypoint_are_cropped(scene):
+    cameras = scene.cameras["test"]
+    assert crops.views_of(cameras, CENTER, 0) == [0, 1, 2]
+    assert crops.views_of(cameras, CENTER, 3) == [3, 0, 1]
+    assert crops.views_of(cameras, np.full(3, np.nan), 0) == []
+    beyond = CENTER + 1.05 * (cameras.centers[0].numpy() - CENTER)  # behind camera 0, in front of the others
+    assert 0 not in crops.views_of(cameras, beyond, 0)
+    assert crops.views_of(cameras, CENTER + np.array([0, 0, 40]), 0) == []
+
+
+def test_moments_are_spread_over_the_recording():
+    assert crops.spread_moments(80).tolist() == [10, 30, 50, 70]
+    assert crops.spread_moments(3).tolist() == [0, 1, 2]
+
+
+def test_keypoints_astray_do_not_make_the_animal_larger():
+    positions = np.zeros((5, 4, 3))
+    positions[:, 1], positions[:, 2] = (0.3, 0.0, 0.0), (0.0, 0.4, 0.0)
+    positions[:, 3] = 9.0
+    assert crops.body_extent(positions, np.array([True, True, True, False])) == pytest.approx(0.5)
+    assert crops.body_extent(positions, np.zeros(4, bool)) > 15
+    assert crops.body_extent(np.full((5, 4, 3), np.nan), np.ones(4, bool)) == 0
+
+
+def test_the_grid_has_a_row_for_each_keypoint(tmp_path, scene):
+    files = read_run(write_run(tmp_path / "run", scene, ["poses"]))
+    shown = choose_recording(files, scene)
+    shown.poses.positions[:, 7] = np.nan  # never found
+    grid = crops.crop_grid(shown, scene)
+    sheet = np.asarray(Image.open(io.BytesIO(grid.jpeg))).astype(int)
+    assert len(grid.jpeg) <= crops.LARGEST
+    assert (grid.times, grid.views) == (pytest.approx(np.array([5, 16, 28, 39]) / 30), 3)
+    rows = [sheet[crops.HEADER + j * (crops.CELL + crops.GAP) :][: crops.CELL] for j in range(JOINTS)]
+    assert sheet.shape[0] == crops.HEADER + JOINTS * (crops.CELL + crops.GAP) - crops.GAP
+    for j, colour in enumerate(pictures.palette(JOINTS).astype(int)):
+        at = crops.CELL // 2
+        assert np.abs(rows[j][at, 10] - colour).max() < 40  # its colour beside its name
+        first = rows[j][:, crops.LABEL : crops.LABEL + crops.CELL]
+        rings = (np.abs(first - colour).sum(axis=2) < 60).sum()
+        assert rings == 0 if j == 7 else rings > 20, j
+    assert np.abs(rows[7][:, crops.LABEL + 5 : crops.LABEL + 60] - crops.BLANK).max() < 12
+    dark = rows[2][crops.CELL // 2, crops.LABEL + crops.CELL // 2]
+    assert dark.max() < 90  # the blob that keypoint 2 sits on
+
+
+def test_a_picture_that_is_too_large_is_coded_coarser():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8))
+    good = crops.small_jpeg(noise, 10**6)
+    assert len(crops.small_jpeg(noise, len(good) - 1)) < len(good)
+    assert len(crops.small_jpeg(noise, 1)) == len(crops.small_jpeg(noise, 2))  # there is a worst quality
+
+
+def test_shots_come_from_the_videos_where_those_are_sharper(tmp_path, scene, monkeypatch):
+    """The network sees 32 pixels where the video has 72: at 64 pixels, its blobs are darker than the cache's."""
+    run = write_filmed_run(tmp_path, scene, size=32)
+    found = run_inputs(run)
+    rows, cameras = np.array([3, 3, 17]), found.cameras["walk"].resize(64, 64).select(["cam2", "cam0"])
+    sharp = shots.take_shots(found, "walk", rows, cameras)
+    assert sharp.shape == (3, 2, 64, 64, 3)
+    np.testing.assert_array_equal(sharp[0], sharp[1])
+    monkeypatch.setattr(shots, "DECODED_PIXELS", 20 * 2 * HEIGHT * WIDTH - 1)  # less than up to frame 17, in two views
+    assert (shots.take_shots(found, "walk", np.array([3, 3, 5]), cameras)[:2] == sharp[:2]).all()
+    monkeypatch.setattr(shots, "DECODED_PIXELS", 18 * 2 * HEIGHT * WIDTH - 1)
+    blurred = shots.take_shots(found, "walk", rows, cameras)
+
+    pixels = clip.project_keypoints(cameras, caterpillar()[rows]).round().astype(int)  # (3, 2, J, 2)
+    f, m = np.ogrid[:3, :2]
+    at = (f[..., None], m[..., None], pixels[..., 1], pixels[..., 0])
+    assert sharp[at].mean() < blurred[at].mean() - 3
+    assert sharp[at].max() < 110
+    assert np.abs(sharp.astype(int) - blurred).mean() < 20  # the same view of the same moments
+
+
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
@@ -387,7 +396,9 @@ def test_report_names_numbers_and_units(full_report):
     for expected in ("MPJPE, absolute (m)", "1.2 × 1.2 × 0.6 m", "ridge auto; ridge chosen: BKinD-3D 1e-0", "Human3.6M",
                      "105 mm", "7 of 45", "Over 45 frames their lengths vary by", "5 min 40 s",
                      "dead, centre", "90 % ± 1.2", "95 %", "groom (17)", "kp09, 0.004", "step 300",
-                     "2.13.0"):  # fmt: skip
+                     "2.13.0", "0.041", "83 %", "0.734 m", "Of 7 active edges", "71 % join neighbours",
+                     "31 % (11 % to 52 %)",
+                     "at 4 moments of recording test (split: test), each in up to 3 views"):  # fmt: skip
         assert expected in text, expected
     assert text.count('class="missing"') == 0
 
@@ -401,9 +412,9 @@ def test_text_of_the_run_is_escaped(full_report):
 def test_unseen_motion_is_shown_where_there_is_any(full_report, scene, tmp_path):
     assert "Recording test (split: test)" in full_report.read_text(encoding="utf-8")
     run = write_run(tmp_path / "run", scene, ["poses"])
-    assert page.choose_recording(read_run(run), scene).poses.recording == "test"
+    assert choose_recording(read_run(run), scene).poses.recording == "test"
     (run / "poses" / "test.nc").unlink()
-    assert page.choose_recording(read_run(run), scene).poses.recording == "train"
+    assert choose_recording(read_run(run), scene).poses.recording == "train"
 
 
 def test_missing_parts_are_said_plainly(tmp_path, scene, with_frames):
@@ -423,8 +434,8 @@ def test_without_frames_the_page_says_why_and_shows_the_rest(tmp_path, scene, mo
     run = write_run(tmp_path / "run", scene, ["health", "skeleton", "poses"])
     text = build_report(run).read_text(encoding="utf-8")
     assert "The frames cannot be shown: demo/cam0.mp4: no such video" in text
-    # That, clip and 3D view; and results, losses, samples and versions, which this run has not got.
-    assert text.count('class="missing"') == 7
+    # That, crops, clip and 3D view; and parts, results, losses, samples and versions, which this run has not got.
+    assert text.count('class="missing"') == 9
     assert "training step 2000" in text  # keypoint health from the training
 
 
@@ -469,6 +480,11 @@ def test_not_a_run_folder(tmp_path):
             '"paper_source": "", "note": ""}',
             r"evaluation\.json: key 'regressor' is missing; run `bkind3d evaluate`",
         ),
+        (
+            "evaluation.json",
+            '{"parts": {"size": 1.0, "units": "m", "rows": []}}',
+            r"evaluation\.json: key 'edges' is missing; run `bkind3d evaluate --force` again",
+        ),
         ("actions.json", '{"rows": []}', r"actions\.json: key 'protocol' is missing; run `bkind3d actions`"),
         ("metrics.csv", "step,loss\n1,abc\n", r"metrics\.csv: a row is not made of numbers"),
         ("metrics.csv", "step,loss\n1\n", r"metrics\.csv: a row is not made of numbers"),
@@ -487,6 +503,19 @@ def test_corrupt_files_are_named(tmp_path, scene, with_frames, name, content, me
     assert not (run / "report.html").exists()
 
 
+def test_an_evaluation_without_parts_says_so(tmp_path, scene, with_frames):
+    run = write_run(tmp_path / "run", scene, ["evaluation"])
+    document = json.loads((run / "evaluation.json").read_text())
+    document["parts"]["edges"] = None  # a truth without bones
+    (run / "evaluation.json").write_text(json.dumps(document))
+    text = build_report(run).read_text(encoding="utf-8")
+    assert "83 %" in text
+    assert "join neighbours" not in text
+    del document["parts"]
+    (run / "evaluation.json").write_text(json.dumps(document))
+    assert "has not measured it" in build_report(run, force=True).read_text(encoding="utf-8")
+
+
 def test_poses_that_reach_beyond_the_frames_are_not_shown(tmp_path, scene, with_frames):
     run = write_run(tmp_path / "run", scene, [])
     (run / "poses").mkdir()
@@ -501,28 +530,13 @@ def test_poses_are_shown_on_the_frames_of_their_numbers(tmp_path, scene):
     clock = 10 + 3 * np.arange(FRAMES)
     Poses(np.zeros((2, 3, 3)), np.zeros((2, 3)), 30, "m", "test", frames=[16, 22]).save(run / "poses" / "test.nc")
     sparse = dataclasses.replace(scene, clocks={"train": clock, "test": clock})
-    assert page.choose_recording(read_run(run), sparse).rows.tolist() == [2, 4]
-    assert page.choose_recording(read_run(run), dataclasses.replace(scene, clocks={"test": clock + 1})) is None
+    assert choose_recording(read_run(run), sparse).rows.tolist() == [2, 4]
+    assert choose_recording(read_run(run), dataclasses.replace(scene, clocks={"test": clock + 1})) is None
 
 
 def test_frames_and_cameras_come_from_the_runs_project(tmp_path, scene):
     """Real videos and a real calibration: keypoints projected by the run's cameras fall on the dark blobs."""
-    save_toml(scene.cameras["test"], tmp_path / "calibration.toml")
-    videos = {}
-    for m, name in enumerate(scene.cameras["test"].names):
-        videos[name] = f"{name}.mp4"
-        (tmp_path / videos[name]).write_bytes(clip.encode(scene.frames["test"][:20, m], 30.0))
-    project = {
-        "name": "filmed",
-        "units": "m",
-        "calibration": "calibration.toml",
-        "volume": {"center": CENTER.tolist(), "size": SIDES.tolist()},
-        "recordings": [{"name": "walk", "split": "both", "videos": videos}],
-    }
-    (tmp_path / "project.yaml").write_text(yaml.safe_dump(project))
-    run = tmp_path / "run"
-    run.mkdir()
-    save_config(Config(tmp_path / "project.yaml", data=DataConfig(height=64, width=64)), run / "config.yaml")
+    run = write_filmed_run(tmp_path, scene)
 
     found = run_inputs(run)
 
