@@ -16,7 +16,7 @@ from bkind3d.data import CachedRecording, Recording, Truth, load_truth
 from bkind3d.errors import InputError
 from bkind3d.evaluation.parts import compare_parts, format_parts
 from bkind3d.models.discovery import DiscoveryModel
-from bkind3d.predict import predict_recording
+from bkind3d.predict import images_of, predict_recording
 from bkind3d.probe import compare, compare_blocked, format_joints, format_table, joints_csv
 from bkind3d.regressors import ProbeOptions
 from bkind3d.run import (
@@ -193,12 +193,11 @@ def settle_statistics(network: DiscoveryModel, inputs: Inputs, batch: int) -> No
         return
     device = next(network.parameters()).device
     recording = inputs.cache.recordings[inputs.recordings("train", "both")[0]]
-    frames, projections = recording.frames, recording.projections[None].to(device)
+    projections = recording.projections[None].to(device)
     network.train()
-    for chosen in np.array_split(np.linspace(0, len(frames) - 1, min(len(frames), 8 * batch)).astype(int), 8):
+    for chosen in np.array_split(np.linspace(0, len(recording) - 1, min(len(recording), 8 * batch)).astype(int), 8):
         if len(chosen):
-            images = torch.from_numpy(frames[chosen]).permute(0, 1, 4, 2, 3).to(device).float() / 255.0
-            network.detect(images, projections, inputs.grid.to(device))
+            network.detect(images_of(recording, chosen, device), projections, inputs.grid.to(device))
     network.eval()
 
 

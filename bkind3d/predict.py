@@ -6,13 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from bkind3d.data import CachedRecording
 from bkind3d.errors import InputError
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.models.views import foreground_only
 from bkind3d.poses import Poses
 from bkind3d.run import Inputs, available_device, load_model, open_inputs, open_run, refuse_results
+
+
+def images_of(recording: CachedRecording, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Moments as the networks see them, (n, M, 3, H, W) in [0, 1]: the body alone where its masks were built."""
+    images = torch.from_numpy(recording.frames[rows]).permute(0, 1, 4, 2, 3).to(device).float() / 255.0
+    if recording.masks_path is None:
+        return images
+    return foreground_only(images, torch.from_numpy(recording.masks[rows]).to(device).float() / 255.0)
 
 
 @torch.inference_mode()
@@ -48,11 +58,7 @@ def predict_recording(
         range(0, len(rows), batch), desc=f"predict {name}", unit="batch", disable=None if progress else True
     ):
         moments = rows[start : start + batch]
-        images = torch.from_numpy(recording.frames[moments])  # (n, M, H, W, 3)
-        seen = images.permute(0, 1, 4, 2, 3).to(device).float() / 255.0
-        if inputs.body_size is not None:
-            seen = foreground_only(seen, torch.from_numpy(recording.masks[moments]).to(device).float() / 255.0)
-        found = model.detect(seen, projections, grid)
+        found = model.detect(images_of(recording, moments, device), projections, grid)
         positions.append(found.positions.float().cpu().numpy())
         confidence.append(found.confidence.float().cpu().numpy())
     return Poses(
