@@ -136,7 +136,7 @@ def test_curriculum() -> None:
         target_channels="grey", network="none", length=2.0, separation=3.0, regularise_after=1.5, separation_sigma=0.3
     )
     skeleton = Skeleton(3, "relu", 1.0, 0.0, 0.3)
-    objective = Objective(config, side=2.0)
+    objective = Objective(config, unit=2.0)
     target = torch.rand(2, 2, 1, 8, 8)
     found = Reconstruction(torch.rand(2, 2, 3, 3), torch.rand(2, 2, 3), torch.rand(2, 2, 1, 8, 8))
     objective(found, target, skeleton, 0.0)  # sets the averages and the scales

@@ -522,7 +522,8 @@ def test_frames_and_cameras_come_from_the_runs_project(tmp_path, scene):
     (tmp_path / "project.yaml").write_text(yaml.safe_dump(project))
     run = tmp_path / "run"
     run.mkdir()
-    save_config(Config(tmp_path / "project.yaml", data=DataConfig(height=64, width=64)), run / "config.yaml")
+    data = DataConfig(height=64, width=64, foreground=False)
+    save_config(Config(tmp_path / "project.yaml", data=data), run / "config.yaml")
 
     found = run_inputs(run)
 
