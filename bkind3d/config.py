@@ -78,7 +78,7 @@ class ModelConfig:
         edge_start_mean: Mean of the edges' parameters at the start, before the activation.
         edge_start_std: Standard deviation of the edges' parameters at the start.
         edge_threshold: An edge with a weight above this is active: it counts in the length loss and is drawn at
-            inference.
+            inference. Where the foreground is known, the edges of the skeleton's tree are the active ones instead.
         edge_strides: Image pixels per pixel of the maps of edges or points, one for each level of the reconstruction
             decoder, from coarse to fine.
         edge_sigmas: Width σ of an edge, or of a point, in pixels of its own map, one for each stride.

@@ -50,6 +50,7 @@ MODELS: dict[Method, type[DiscoveryModel]] = {
     "keypoint3d": Keypoint3dModel,
 }
 CHECKPOINT = re.compile(r"step_(\d+)")
+LATER_BUFFERS = ("skeleton.observed", "skeleton.tree")  # of a run that knows the foreground; zeros in any other
 
 
 @dataclass
@@ -215,13 +216,14 @@ def load_model(path: Path, config: Config) -> tuple[DiscoveryModel, int]:
 
 
 def load_weights(model: DiscoveryModel, file: Path) -> None:
-    """Load a checkpoint's networks.
+    """Load a checkpoint's networks, also one of an earlier version, from before the foreground was known.
 
     Raises:
         InputError: The file cannot be read, or holds another network.
     """
+    own = model.state_dict()
     try:
-        model.load_state_dict(load_file(file))
+        model.load_state_dict({name: torch.zeros_like(own[name]) for name in LATER_BUFFERS} | load_file(file))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(corrupt(file, error)) from error
 

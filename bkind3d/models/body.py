@@ -67,7 +67,8 @@ class BodyTerms(nn.Module):
 
     Args:
         config: The networks' settings.
-        edges: Number of edges of the skeleton.
+        edges: Number of edges of the skeleton; with 0, of keypoints drawn as points, silhouette and rigidity are not
+            taken.
         channels: Channels of the encoder's levels, fine to coarse.
     """
 
@@ -103,15 +104,13 @@ class BodyTerms(nn.Module):
         distances = body.distances.transpose(0, 1).flatten(0, 2)
         strides, sigma = config.silhouette_strides, config.silhouette_sigma
         tree = skeleton.tree.clone()  # it is found again before the backward pass
-        drawn = self.capsules(pixels, tree, skeleton.pairs, scale, size, strides, sigma, config.backend)
         identity, recognised = identity_loss(self.describe(features, pixels, size))
         away = distance_of(pixels, distances, size)
-        terms = {
-            "containment": (away / scale[:, None]).mean(),
-            "silhouette": silhouette_loss(drawn, soft_silhouettes(distances, size, strides, sigma)),
-            "identity": identity,
-            "rigidity": rigidity_loss(skeleton.lengths(positions)[:, tree]),
-        }
+        terms = {"containment": (away / scale[:, None]).mean(), "identity": identity}
+        if len(tree):
+            drawn = self.capsules(pixels, tree, skeleton.pairs, scale, size, strides, sigma, config.backend)
+            terms["silhouette"] = silhouette_loss(drawn, soft_silhouettes(distances, size, strides, sigma))
+            terms["rigidity"] = rigidity_loss(skeleton.lengths(positions)[:, tree])
         share = (away.detach() < ON_BODY).float().unflatten(0, projections.shape[:2]).mean(1)
         return OnBody(terms, share, recognised)
 
@@ -172,7 +171,7 @@ class Capsules(nn.Module):
 
     def __init__(self, edges: int, start: float) -> None:
         super().__init__()
-        self.parameter = nn.Parameter(torch.full((edges,), math.log(start)))
+        self.parameter = nn.Parameter(torch.full((edges,), math.log(start)), requires_grad=edges > 0)
 
     @property
     def radii(self) -> Tensor:

@@ -70,6 +70,8 @@ class Skeleton(nn.Module):
     @torch.no_grad()
     def observe(self, lengths: Tensor) -> None:
         """Take in the lengths (2, E) of a batch, mean and mean square over its moments, and find the tree again."""
+        if not len(self.pairs):
+            return
         kept = TREE_MOMENTUM if bool(self.observed.any()) else 0.0
         self.observed.copy_(kept * self.observed + (1 - kept) * lengths)
         mean, square = self.observed

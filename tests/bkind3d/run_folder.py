@@ -204,7 +204,9 @@ def write_filmed_run(folder, scene, size=64):
     (folder / "project.yaml").write_text(yaml.safe_dump(project))
     run = folder / "run"
     (run / "poses").mkdir(parents=True)
-    save_config(Config(folder / "project.yaml", data=DataConfig(height=size, width=size)), run / "config.yaml")
+    save_config(
+        Config(folder / "project.yaml", data=DataConfig(height=size, width=size, foreground=False)), run / "config.yaml"
+    )
     points = caterpillar()[:20]
     Poses(points, np.full(points.shape[:2], 0.5), 30.0, "m", "walk").save(run / "poses" / "walk.nc")
     return run

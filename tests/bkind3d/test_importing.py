@@ -8,6 +8,7 @@ import pytest
 from layouts import H36M_CAMERAS, TRAIN_FRAMES, write_h36m_layout, write_rat7m_layout
 
 from bkind3d.cli import build_parser, main
+from bkind3d.config import Config, validate
 from bkind3d.data import load_project
 from bkind3d.poses import Poses
 
@@ -35,6 +36,24 @@ def test_presets_have_the_settings_of_the_paper(name: str, gap: str, tmp_path: P
         4,
         64,
     )
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.iterdir()), ids=lambda file: file.name)
+def test_every_preset_can_be_trained(file: Path, tmp_path: Path) -> None:
+    parser = build_parser()
+    namespace = parser.parse_args(["train", "--config", str(file), "--out", str(tmp_path / "run")])
+    settings = parser.instantiate(namespace).train
+    validate(Config(**{name: settings[name] for name in Config.__dataclass_fields__}))
+
+
+def test_the_papers_objective_joins_any_other_preset(tmp_path: Path) -> None:
+    files = ["--config", str(CONFIGS / "rat7m.yaml"), "--config", str(CONFIGS / "paper.yaml")]
+    settings = build_parser().parse_args(["train", *files, "--out", str(tmp_path / "run")]).train
+    assert (settings.data.gap, settings.data.crop, settings.model.encoder) == ("0.66 s", "none", "resnet50")
+    assert (settings.data.foreground, settings.method, settings.model.turn_volume) == (False, "volumetric", False)
+    assert settings.model.bottleneck == "edges"
+    loss = settings.loss
+    assert (loss.length, loss.separation, loss.separation_sigma, loss.target) == (0.1, 0.01, 0.05, "ssim")
 
 
 def test_rat7m_from_its_files_to_an_evaluation(tmp_path: Path, capsys) -> None:

@@ -321,7 +321,7 @@ def test_check_doubts_a_truth_that_no_camera_sees(project_file: Path) -> None:
 def test_training_pairs_each_frame_with_the_cameras_that_filmed_it(two_rigs: Project) -> None:
     config = Config(
         project=two_rigs.path,
-        data=DataConfig(height=24, width=32, gap=2),
+        data=DataConfig(height=24, width=32, gap=2, foreground=False),
         model=ModelConfig(
             keypoints=2, encoder="small", pyramid_channels=4, channels=2, voxels=4, volume_channels=(2, 2),
             volume_stem=3, volume_blocks=1, edge_strides=(8,), edge_sigmas=(1.0,), decoder_channels=(4,),

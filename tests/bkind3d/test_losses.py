@@ -9,6 +9,7 @@ import torch
 from bkind3d.config import LossConfig
 from bkind3d.errors import InputError
 from bkind3d.losses import Objective, ReconstructionLoss, difference_target, length_loss, separation_loss
+from bkind3d.models.body import OnBody
 from bkind3d.models.discovery import Reconstruction
 from bkind3d.models.skeleton import Skeleton
 
@@ -136,7 +137,7 @@ def test_curriculum() -> None:
         target_channels="grey", network="none", length=2.0, separation=3.0, regularise_after=1.5, separation_sigma=0.3
     )
     skeleton = Skeleton(3, "relu", 1.0, 0.0, 0.3)
-    objective = Objective(config, side=2.0)
+    objective = Objective(config, unit=2.0)
     target = torch.rand(2, 2, 1, 8, 8)
     found = Reconstruction(torch.rand(2, 2, 3, 3), torch.rand(2, 2, 3), torch.rand(2, 2, 1, 8, 8))
     objective(found, target, skeleton, 0.0)  # sets the averages and the scales
@@ -147,3 +148,62 @@ def test_curriculum() -> None:
     torch.testing.assert_close(late["loss"], expected)
     assert float(late["length"]) > 0
     assert float(late["separation"]) > 0
+
+
+FOREGROUND = {"containment": 0.2, "silhouette": 0.7, "identity": 1.1, "rigidity": 0.05}
+WEIGHTS = {"containment": 2.0, "silhouette": 3.0, "identity": 0.5, "rigidity": 4.0}
+
+
+def found_with(on_body: bool) -> Reconstruction:
+    """Random keypoints and maps of three keypoints, with or without terms of the foreground."""
+    generator = torch.Generator().manual_seed(5)
+    terms = {name: torch.tensor(value) for name, value in FOREGROUND.items()} if on_body else {}
+    return Reconstruction(
+        torch.rand(2, 2, 3, 3, generator=generator), torch.rand(2, 2, 3), torch.rand(2, 2, 1, 8, 8), terms,
+        OnBody(terms, torch.ones(4, 3), torch.ones(3)) if on_body else None,
+    )  # fmt: skip
+
+
+def test_terms_of_the_foreground_are_added_with_their_weights() -> None:
+    config = LossConfig(target_channels="grey", network="none", regularise_after=10.0, **WEIGHTS)
+    skeleton = Skeleton(3, "softplus", 1.0, 0.0, 0.3)
+    terms = Objective(config, unit=1.0)(found_with(on_body=True), torch.rand(2, 2, 1, 8, 8), skeleton, 0.0)
+    assert {name: float(terms[name]) for name in FOREGROUND} == pytest.approx(FOREGROUND)
+    expected = float(terms["reconstruction"]) + 2 * 0.2 + 3 * 0.7 + 0.5 * 1.1 + 4 * 0.05
+    assert float(terms["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_tree_is_found_where_the_foreground_is_known_and_in_training() -> None:
+    config = LossConfig(target_channels="grey", network="none")
+    for on_body, training in ((True, True), (True, False), (False, True)):
+        skeleton, target = Skeleton(3, "softplus", 1.0, 0.0, 0.3), torch.rand(2, 2, 1, 8, 8)
+        found = found_with(on_body)
+        Objective(config, unit=2.0).train(training)(found, target, skeleton, 0.0)
+        assert int(skeleton.tree.sum()) == (2 if on_body and training else 0)
+        if on_body and training:
+            lengths = skeleton.lengths(found.positions.flatten(0, 1)) / 2
+            expected = torch.stack([lengths.mean(0), lengths.square().mean(0)])
+            torch.testing.assert_close(skeleton.observed, expected)
+
+
+@pytest.mark.parametrize("on_body", [False, True])
+def test_without_weights_for_the_foreground_the_objective_is_the_papers(on_body: bool) -> None:
+    """Equation 4 by hand: every term from its formula, over all pairs of keypoints."""
+    config = LossConfig(
+        target_channels="grey", network="none", length=0.1, separation=0.01, separation_sigma=0.05,
+        regularise_after=0.0, containment=0.0, silhouette=0.0, identity=0.0, rigidity=0.0,
+    )  # fmt: skip
+    skeleton, unit = Skeleton(3, "softplus", 1.0, 0.0, 0.3), 2.0
+    found, target = found_with(on_body), torch.rand(2, 2, 1, 8, 8)
+    objective = Objective(config, unit)
+    objective(found, target, skeleton, 0.0)  # sets the scales and the averages
+    objective.eval()
+    expected = float((found.difference - target).square().mean() / target.square().mean())
+    positions = found.positions.flatten(0, 1).double().numpy() / unit
+    distances = np.linalg.norm(positions[:, :, None] - positions[:, None], axis=-1)  # (4, 3, 3)
+    joined = skeleton.pairs[skeleton.active].tolist()
+    assert len(joined) == (2 if on_body else 3)
+    average = distances.mean(0)
+    expected += 0.1 * np.mean([sum(abs(one[i, j] - average[i, j]) for i, j in joined) for one in distances])
+    expected += 0.01 * (np.exp(-(distances**2) / (2 * 0.05**2)).sum((1, 2)) - 3).mean()
+    assert float(objective(found, target, skeleton, 0.0)["loss"]) == pytest.approx(expected, rel=1e-4)

@@ -36,6 +36,8 @@ from bkind3d_kernels.geometry import project_points, rescale_points
 
 METHODS: tuple[Method, ...] = get_args(Method)
 HEATMAP_METHODS: tuple[Method, ...] = ("triangulation", "depth", "keypoint3d")
+FOREGROUND = {"containment", "silhouette", "identity", "rigidity"}
+OWN_TERMS = {"volumetric": (), "triangulation": ("reprojection",), "depth": (), "keypoint3d": ("consistency",)}
 TINY = replace(test_models.TINY, map_stride=2)
 LOSS = LossConfig(target_channels="grey", network="none", pixel_scales=2, regularise_after=0.0)
 GRID = VoxelGrid.box((0.1, -0.1, 0.0), (1.0, 1.2, 0.6), (7, 8, 5))
@@ -339,15 +341,15 @@ MakeConfig = Callable[..., Config]
 
 @pytest.fixture
 def config(rig: Path) -> MakeConfig:
-    """Settings small enough for tests; keyword arguments change those of training."""
+    """Settings small enough for tests, without the foreground; keyword arguments change those of training."""
 
-    def make(method: Method, bottleneck: str = "edges", **changes: object) -> Config:
+    def make(method: Method, bottleneck: str = "edges", *, foreground: bool = False, **changes: object) -> Config:
         return Config(
             project=rig,
             cache=rig.parent / "cache",
             method=method,
-            data=DataConfig(height=32, width=32, gap=4),
-            model=replace(TINY, map_stride=4, bottleneck=bottleneck),
+            data=DataConfig(height=32, width=32, gap=4, foreground=foreground),
+            model=replace(TINY, map_stride=4, bottleneck=bottleneck, turn_views=90.0, silhouette_strides=(4, 2)),
             loss=LOSS,
             train=TrainConfig(
                 **{"steps": 6, "batch": 3, "log_every": 1, "sample_every": 3, "save_every": 3, "warmup": 2} | changes  # type: ignore[arg-type]
@@ -393,16 +395,45 @@ def test_resumed_run_equals_an_unbroken_one(
     ]
     torch.testing.assert_close(optimizers[1]["state"], optimizers[0]["state"], rtol=0, atol=0)
     assert rows(tmp_path / "whole") == rows(broken)
-    own = {"triangulation": "reprojection", "keypoint3d": "consistency"}[method]
     for row in rows(broken):
-        assert {name for name in PENALTIES if float(row[name]) > 0} == {own}
+        assert {name for name in PENALTIES if float(row[name]) > 0} == set(OWN_TERMS[method])
 
 
-@pytest.mark.parametrize(("method", "bottleneck"), [("depth", "points"), ("keypoint3d", "points")])
-def test_the_whole_way(config: MakeConfig, tmp_path: Path, method: Method, bottleneck: str) -> None:
+@every_model
+def test_the_foreground_has_its_terms_in_every_method(
+    config: MakeConfig, tmp_path: Path, method: Method, bottleneck: str
+) -> None:
+    """Points have no skeleton, hence neither silhouette nor rigidity."""
+    settings = config(method, bottleneck, foreground=True, steps=2, sample_every=2)
+    assert train(settings, tmp_path / "run", progress=False)
+    asked = {"containment", "identity"} | ({"silhouette", "rigidity"} if bottleneck == "edges" else set())
+    for row in rows(tmp_path / "run"):
+        found = {name: float(row[name]) for name in PENALTIES}
+        # There is no tree yet in the first step.
+        assert {name for name, value in found.items() if value > 0} - FOREGROUND <= set(OWN_TERMS[method])
+        assert {name for name in FOREGROUND if found[name] > 0} == asked - (
+            {"rigidity"} if row["step"] == "1" else set()
+        )
+        terms = {name: getattr(LOSS, name) * value for name, value in found.items()}
+        regular = LOSS.length * float(row["length"]) + LOSS.separation * float(row["separation"])
+        expected = float(row["reconstruction"]) + regular + sum(terms.values())
+        assert float(row["loss"]) == pytest.approx(expected, rel=1e-4)
+    assert rows(tmp_path / "run")[-1]["active_edges"] == ("3" if bottleneck == "edges" else "0")
+    before, after = build_model(settings), load_model(tmp_path / "run", settings)[0]
+    assert before.body is not None
+    assert after.body is not None
+    assert not torch.equal(before.body.descriptors.head.weight, after.body.descriptors.head.weight)
+    if bottleneck == "edges":
+        assert not torch.equal(before.body.capsules.radii, after.body.capsules.radii)
+
+
+@pytest.mark.parametrize(
+    ("method", "bottleneck", "foreground"), [("depth", "points", True), ("keypoint3d", "points", False)]
+)
+def test_the_whole_way(config: MakeConfig, tmp_path: Path, method: Method, bottleneck: str, foreground: bool) -> None:
     """Training, prediction, evaluation and report, without a skeleton."""
     run = tmp_path / "run"
-    train(config(method, bottleneck, steps=3), run, progress=False)
+    train(config(method, bottleneck, foreground=foreground, steps=3), run, progress=False)
     assert load_config(run / "config.yaml").method == method
     assert len(predict(run, progress=False)) == 2
     result = evaluate(run, every=2, progress=False)

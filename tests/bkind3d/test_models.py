@@ -190,7 +190,7 @@ def test_skeleton_averages_move_for_active_edges_alone() -> None:
     skeleton.update_averages(torch.tensor([[3.0, 9.0, 4.0]]), 0.9)
     torch.testing.assert_close(skeleton.average, torch.tensor([2.1, 0.0, 4.0]))
     assert skeleton.known.tolist() == [True, False, True]
-    assert {"parameter", "average", "known"} == set(skeleton.state_dict())
+    assert {"parameter", "average", "known", "observed", "tree"} == set(skeleton.state_dict())
 
 
 def test_skeleton_activations() -> None:

@@ -16,14 +16,17 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, load_config, save_config
 from bkind3d.errors import InputError
 from bkind3d.evaluate import UNTRAINED, evaluate
 from bkind3d.evaluation.parts import OUTLINE_POINTS, RANDOM_POINTS
+from bkind3d.losses import PENALTIES
+from bkind3d.models.views import GREY
 from bkind3d.poses import Poses
 from bkind3d.predict import predict
-from bkind3d.run import build_model, checkpoints, load_model
+from bkind3d.run import LATER_BUFFERS, build_model, checkpoints, load_model
 from bkind3d.train import EpochSampler, Trainer, build_optimizer, learning_rate_factor, resume, train
 
 MakeConfig = Callable[..., Config]
@@ -31,17 +34,17 @@ MakeConfig = Callable[..., Config]
 
 @pytest.fixture
 def config(rig: Path, tmp_path: Path) -> MakeConfig:
-    """Settings small enough for tests; keyword arguments change those of training."""
+    """Settings small enough for tests, with the foreground and turned views; keywords change those of training."""
 
-    def make(**changes: object) -> Config:
+    def make(*, foreground: bool = True, **changes: object) -> Config:
         return Config(
             project=rig,
             cache=rig.parent / "cache",
-            data=DataConfig(height=32, width=32, gap=4),
+            data=DataConfig(height=32, width=32, gap=4, foreground=foreground),
             model=ModelConfig(
                 keypoints=4, encoder="small", pyramid_channels=8, channels=4, voxels=8, volume_channels=(4, 4, 8),
                 volume_stem=3, volume_blocks=1, edge_strides=(8, 4), edge_sigmas=(1.0, 1.5), decoder_channels=(8, 8),
-                turn_volume=True,
+                turn_volume=True, turn_views=180.0, silhouette_strides=(4, 2),
             ),
             loss=LossConfig(target_channels="grey", network="none", pixel_scales=2, regularise_after=1.0),
             train=TrainConfig(
@@ -83,7 +86,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 
 def test_resumed_run_equals_an_unbroken_one_bit_for_bit(config: MakeConfig, tmp_path: Path) -> None:
-    """Stopped inside the second epoch and again later; with regularisers, averages and curriculum in the state."""
+    """Stopped inside the second epoch and again later; with regularisers, averages, tree and curriculum in it."""
     assert train(config(), tmp_path / "whole", progress=False)
     broken = tmp_path / "broken"
 
@@ -113,6 +116,14 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(config: MakeConfig, tmp_
         assert torch.equal(value, got[name]), name
     assert rows(tmp_path / "whole") == rows(broken)
     assert (tmp_path / "whole" / "health.jsonl").read_text() == (broken / "health.jsonl").read_text()
+
+    assert int(got["model.skeleton.tree"].sum()) == 3  # of four keypoints
+    last = rows(broken)[-1]
+    assert last["active_edges"] == "3"
+    for name in ("containment", "silhouette", "identity", "rigidity"):
+        assert float(last[name]) > 0, name
+    health = json.loads((broken / "health.jsonl").read_text().splitlines()[-1])
+    assert len(health["on_body"]) == len(health["identity"]) == 4
 
 
 def test_resume_after_a_crash_rewrites_the_log(config: MakeConfig, tmp_path: Path) -> None:
@@ -234,7 +245,7 @@ def test_predict_and_evaluate(config: MakeConfig, tmp_path: Path, rig: Path) -> 
 
 
 def test_evaluation_without_edges(config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = config(steps=1)
+    settings = config(steps=1, foreground=False)
     settings.model.edge_threshold = 1e6
     train(settings, tmp_path / "run", progress=False)
     result = evaluate(tmp_path / "run")
@@ -272,6 +283,62 @@ def test_no_label_is_read_in_training(config: MakeConfig, tmp_path: Path, rig: P
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
     with pytest.raises(InputError, match="nothing to evaluate"):
         evaluate(tmp_path / "blind", progress=False)
+
+
+def test_checkpoints_from_before_the_foreground_go_on(config: MakeConfig, tmp_path: Path) -> None:
+    """They lack the buffers of the tree, which such a run leaves at zero; nothing else may be missing."""
+    run = tmp_path / "run"
+    train(config(steps=2, save_every=1, foreground=False), run, progress=False)
+    expected, last = states(run), checkpoints(run)[-1][1]
+    shutil.rmtree(last)
+    file = checkpoints(run)[-1][1] / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: value for name, value in weights.items() if name not in LATER_BUFFERS}, file)
+    assert resume(run, progress=False)
+    got = states(run)
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    file = last / "model.safetensors"
+    save_file({name: value for name, value in weights.items() if name != "skeleton.known"}, file)
+    with pytest.raises(InputError, match="corrupt or foreign checkpoint"):
+        load_model(run, load_config(run / "config.yaml"))
+
+
+def test_the_objective_of_the_paper(config: MakeConfig, tmp_path: Path) -> None:
+    """Without the foreground, the loss is reconstruction, length and separation."""
+    settings = config(steps=2, batch=16, foreground=False)  # the second step is the second epoch
+    settings.model.turn_volume = False
+    settings.loss.length, settings.loss.separation = 0.7, 0.3
+    train(settings, tmp_path / "run", progress=False)
+    first, second = ({name: float(value) for name, value in row.items()} for row in rows(tmp_path / "run"))
+    assert first["loss"] == first["reconstruction"]
+    expected = second["reconstruction"] + 0.7 * second["length"] + 0.3 * second["separation"]
+    assert second["length"] > 0
+    assert second["loss"] == pytest.approx(expected, rel=1e-4)
+    assert all(row[name] == 0 for row in (first, second) for name in PENALTIES)
+
+
+def test_networks_see_the_body_alone(config: MakeConfig, tmp_path: Path) -> None:
+    """In training, in the sample pictures and in prediction; of a recording for tests alone too."""
+    trainer = Trainer(config(), tmp_path, progress=False)
+    entry = trainer.inputs.cache.recordings["test"]
+    images = trainer.inputs.pictures(entry, np.array([2, 5]))
+    masks = torch.from_numpy(entry.masks[[2, 5]])[:, :, None].expand_as(images)
+    frames = torch.from_numpy(entry.frames[[2, 5]]).permute(0, 1, 4, 2, 3) / 255
+    assert 0.005 < float((masks == 255).float().mean()) < 0.5
+    assert (images[masks == 0] == GREY).all()
+    assert torch.equal(images[masks == 255], frames[masks == 255])
+    pair, projections, shares = (part[None] for part in trainer.pairs[0])
+    still, same, body = trainer._seen(pair, projections, shares)
+    assert (still[(shares == 0)[:, :, :, None].expand_as(still)] == GREY).all()
+    assert torch.equal(same, projections)
+    assert body is not None
+    assert ((body.distances == 0) == (shares > 127)).all()
+    turned, moved, body = trainer._seen(pair, projections, shares, torch.Generator().manual_seed(0))
+    assert (turned - still).abs().max() > 0.1
+    assert (moved - projections).abs().max() > 1
+    assert body is not None
+    again = trainer._seen(pair, projections, shares, torch.Generator().manual_seed(0))
+    assert torch.equal(again[0], turned)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -412,14 +479,17 @@ def test_learning_rate() -> None:
 
 
 def test_every_parameter_has_its_group(config: MakeConfig) -> None:
-    settings = config()
-    model = build_model(settings)
-    for name in ("adamw", "sgd"):
-        settings.train.optimizer = name
-        networks, edges = build_optimizer(model, settings.train).param_groups
-        assert len(networks["params"]) + len(edges["params"]) == len(list(model.parameters()))
-        assert edges["params"] == [model.skeleton.parameter]
-        assert (edges["lr"], edges["weight_decay"]) == (settings.train.edge_lr, 0.0)
+    for foreground in (True, False):
+        settings = config(foreground=foreground)
+        model = build_model(settings)
+        radii = [model.body.capsules.parameter] if model.body is not None else []
+        assert len(radii) == foreground
+        for name in ("adamw", "sgd"):
+            settings.train.optimizer = name
+            networks, edges = build_optimizer(model, settings.train).param_groups
+            assert len(networks["params"]) + len(edges["params"]) == len(list(model.parameters()))
+            assert edges["params"] == [model.skeleton.parameter, *radii]
+            assert (edges["lr"], edges["weight_decay"]) == (settings.train.edge_lr, 0.0)
 
 
 def test_config_round_trip_and_unknown_keys(config: MakeConfig, tmp_path: Path) -> None:
@@ -431,3 +501,15 @@ def test_config_round_trip_and_unknown_keys(config: MakeConfig, tmp_path: Path) 
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(InputError, match="voxles"):
         load_config(path)
+
+
+def test_settings_from_before_the_foreground_have_none(config: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(config(), path)
+    assert load_config(path).data.foreground
+    content = yaml.safe_load(path.read_text())
+    del content["data"]["foreground"]
+    for name in ("containment", "silhouette", "identity", "rigidity"):
+        del content["loss"][name]
+    path.write_text(yaml.safe_dump(content))
+    assert load_config(path) == config(foreground=False)
