@@ -29,6 +29,8 @@ class DataConfig:
         foreground: Whether the body is told from the room, by the static background or the project's own masks: the
             networks then see the body alone, and the objective can ask for keypoints on it (`loss.containment`,
             `silhouette`, `identity`, `rigidity`). False is the paper's.
+        window: Side in pixels of a window that follows the body, where the foreground is known: the network sees that
+            part of the frames, of `height` × `width`, alone, so that thin limbs have pixels. 0 shows whole frames.
     """
 
     height: int = 256
@@ -37,6 +39,7 @@ class DataConfig:
     gap: str | int | list[str | int] = "0.4 s"
     reverse: bool = False
     foreground: bool = True
+    window: int = 0
 
     @property
     def gaps(self) -> list[str | int]:
@@ -83,8 +86,6 @@ class ModelConfig:
             decoder, from coarse to fine.
         edge_sigmas: Width σ of an edge, or of a point, in pixels of its own map, one for each stride.
         decoder_channels: Channels of the reconstruction decoder ψ, one for each stride.
-        turn_views: Largest angle, in degrees, by which each picture is turned about its centre in training, where the
-            foreground is known: a camera, or a side of the body, then is not told by the place in the picture.
         capsule_radius: Radius of the skeleton's edges at the start, in sizes of the body, where they are drawn against
             the silhouette; each edge learns its own.
         silhouette_strides: Image pixels per pixel of the silhouettes that are compared.
@@ -117,7 +118,6 @@ class ModelConfig:
     edge_strides: tuple[int, ...] = (32, 16, 8, 4, 2)
     edge_sigmas: tuple[float, ...] = (1.8, 3.6, 2.3, 4.5, 2.9)
     decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
-    turn_views: float = 0.0
     capsule_radius: float = 0.05
     silhouette_strides: tuple[int, ...] = (8, 4, 2)
     silhouette_sigma: float = 1.2
@@ -267,6 +267,12 @@ def validate(config: Config) -> None:
         ("method", config.method, config.method in get_args(Method), f"one of {', '.join(get_args(Method))}"),
         ("data.height", data.height, _multiple(data.height, stride), f"a multiple of {stride}, the coarsest stride"),
         ("data.width", data.width, _multiple(data.width, stride), f"a multiple of {stride}, the coarsest stride"),
+        (
+            "data.window",
+            data.window,
+            data.window == 0 or (data.foreground and _multiple(data.window, stride)),
+            f"0, or with data.foreground a multiple of {stride}, the coarsest stride",
+        ),
         ("data.gap", data.gap, len(data.gaps) > 0, "at least one distance"),
         ("model.keypoints", model.keypoints, model.keypoints >= 2, "2 or more"),
         ("model.voxels", model.voxels, model.voxels >= 2, "2 or more"),
@@ -298,7 +304,6 @@ def validate(config: Config) -> None:
         ("loss.length_momentum", loss.length_momentum, 0 <= loss.length_momentum < 1, "0 or more and below 1"),
         ("loss.reprojection", loss.reprojection, loss.reprojection >= 0, "0 or more"),
         ("loss.equivariance", loss.equivariance, loss.equivariance >= 0, "0 or more"),
-        ("model.turn_views", model.turn_views, 0 <= model.turn_views <= 180, "0 to 180 degrees"),
         ("model.capsule_radius", model.capsule_radius, model.capsule_radius > 0, "a number above 0"),
         ("model.silhouette_strides", model.silhouette_strides, _positive(model.silhouette_strides, 1), "one or more"),
         ("model.silhouette_sigma", model.silhouette_sigma, model.silhouette_sigma > 0, "a number above 0"),

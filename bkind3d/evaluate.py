@@ -201,11 +201,11 @@ def settle_statistics(network: DiscoveryModel, inputs: Inputs, batch: int) -> No
         return
     device = next(network.parameters()).device
     recording = inputs.cache.recordings[inputs.recordings("train", "both")[0]]
-    projections = recording.projections[None].to(device)
     network.train()
     for chosen in np.array_split(np.linspace(0, len(recording) - 1, min(len(recording), 8 * batch)).astype(int), 8):
         if len(chosen):
-            network.detect(inputs.pictures(recording, chosen).to(device), projections, inputs.grid.to(device))
+            images, projections = inputs.pictures(recording, chosen)
+            network.detect(images.to(device), projections.to(device), inputs.grid.to(device))
     network.eval()
 
 
@@ -300,9 +300,9 @@ def recognised(
         return None
     device = next(model.parameters()).device
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), RECOGNISED)).astype(int)]
-    projections, described = recording.projections[None].to(device), []
+    described = []
     for some in np.array_split(chosen, max(1, -(-len(chosen) // batch))):
-        images = inputs.pictures(recording, some).to(device)
+        images, projections = (part.to(device) for part in inputs.pictures(recording, some))
         found = model.detect(images, projections, inputs.grid.to(device))
         pixels, _ = project_points(projections, found.positions[:, None])
         size = (images.shape[-2], images.shape[-1])

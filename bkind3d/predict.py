@@ -40,14 +40,14 @@ def predict_recording(
     device = next(model.parameters()).device
     recording = inputs.cache.recordings[name]
     rows = recording.rows(every)
-    projections, grid = recording.projections[None].to(device), inputs.grid.to(device)
+    grid = inputs.grid.to(device)
     positions, confidence = [], []
     model.eval()
     for start in tqdm(
         range(0, len(rows), batch), desc=f"predict {name}", unit="batch", disable=None if progress else True
     ):
-        images = inputs.pictures(recording, rows[start : start + batch]).to(device)
-        found = model.detect(images, projections, grid)
+        images, projections = inputs.pictures(recording, rows[start : start + batch])
+        found = model.detect(images.to(device), projections.to(device), grid)
         positions.append(found.positions.float().cpu().numpy())
         confidence.append(found.confidence.float().cpu().numpy())
     return Poses(

@@ -25,6 +25,7 @@ from torch import Tensor
 from bkind3d.config import Config, Method, load_config
 from bkind3d.data import CachedRecording, FrameCache, Project, Volume, build_cache, load_project
 from bkind3d.data.foreground import body_size
+from bkind3d.data.window import look
 from bkind3d.errors import InputError
 from bkind3d.models.depth import DepthModel
 from bkind3d.models.discovery import DiscoveryModel
@@ -63,6 +64,7 @@ class Inputs:
         cache: Undistorted frames and cameras at the network's size.
         grid: The voxels.
         body_size: Size of the body, project units; None where it is not told from the room.
+        window: Side of the windows that follow the body, pixels; 0 where the networks see whole frames.
     """
 
     project: Project
@@ -70,6 +72,7 @@ class Inputs:
     cache: FrameCache
     grid: VoxelGrid
     body_size: float | None = None
+    window: int = 0
 
     @property
     def unit(self) -> float:
@@ -81,12 +84,17 @@ class Inputs:
         """Longest side of the volume, project units."""
         return max(self.volume.size)
 
-    def pictures(self, recording: CachedRecording, rows: np.ndarray) -> Tensor:
-        """What the networks see of some moments, (n, M, 3, H, W) in [0, 1]: without the room, where it is known."""
-        images = torch.from_numpy(recording.frames[rows]).permute(0, 1, 4, 2, 3).float() / 255.0
+    def pictures(self, recording: CachedRecording, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """What the networks see of some moments, (B, M, 3, H, W) in [0, 1], and its projections (B or 1, M, 3, 4).
+
+        Where the foreground is known it is the body without the room, in the windows that follow it.
+        """
         if self.body_size is None:
-            return images
-        return foreground_only(images, torch.from_numpy(recording.masks[rows]).float() / 255.0)
+            images = torch.from_numpy(recording.frames[rows]).permute(0, 1, 4, 2, 3).float() / 255.0
+            return images, recording.projections[None]
+        frames, masks, projections = look(recording, rows, self.window)
+        images = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255.0
+        return foreground_only(images, torch.from_numpy(masks).float() / 255.0), projections
 
     def recordings(self, *splits: str) -> list[str]:
         """Names of the recordings in any of the splits."""
@@ -108,7 +116,7 @@ def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
     )
     seen = [cache.recordings[name] for name in cache.names("train", "both")]
     size = body_size(seen, volume.center) if config.data.foreground and seen else None
-    return Inputs(project, volume, cache, volume.grid(config.model.voxels), size)
+    return Inputs(project, volume, cache, volume.grid(config.model.voxels), size, config.data.window)
 
 
 def build_model(config: Config) -> DiscoveryModel:

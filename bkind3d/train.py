@@ -35,7 +35,7 @@ from bkind3d.health import keypoint_health
 from bkind3d.losses import PENALTIES, Objective
 from bkind3d.models.body import Body, distances_to
 from bkind3d.models.discovery import DiscoveryModel, Reconstruction
-from bkind3d.models.views import foreground_only, turned_views
+from bkind3d.models.views import foreground_only
 from bkind3d.report.pictures import sample_sheet
 from bkind3d.run import (
     WEIGHTS,
@@ -87,7 +87,14 @@ def build_pairs(config: Config, cache: FrameCache, names: list[str]) -> ConcatDa
     fps = cache.recordings[names[0]].fps
     directions = (False, True) if config.data.reverse else (False,)
     return ConcatDataset(
-        PairDataset(cache, names, gap_in_frames(gap, fps), reverse=reverse, masks=config.data.foreground)
+        PairDataset(
+            cache,
+            names,
+            gap_in_frames(gap, fps),
+            reverse=reverse,
+            masks=config.data.foreground,
+            window=config.data.window,
+        )
         for gap in config.data.gaps
         for reverse in directions
     )
@@ -264,7 +271,7 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
         # From (seed, step) alone, like the order of pairs: a resumed run draws the same.
         generator = torch.Generator().manual_seed((self.config.train.seed << 32) + self.step)
-        images, projections, body = self._seen(images, projections, masks, generator)
+        images, body = self._seen(images, masks)
         grid = self.model.training_grid(self.grid, self.inputs.project.up, 2 * len(images), generator)
         with self.accelerator.autocast():
             found: Reconstruction = self.wrapped(images, projections, grid, body)
@@ -278,21 +285,14 @@ class Trainer:
         self.step += 1
         return {**{name: term.detach() for name, term in terms.items()}, "grad_norm": norm}
 
-    def _seen(
-        self, images: Tensor, projections: Tensor, masks: Tensor | None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Body | None]:
-        """What the networks see, in [0, 1], with its projections and the foreground in it; turned with a generator."""
+    def _seen(self, images: Tensor, masks: Tensor | None) -> tuple[Tensor, Body | None]:
+        """What the networks see, in [0, 1], and the foreground in it."""
         images = images.float() / 255.0
         if masks is None:
-            return images, projections, None
+            return images, None
         shares = masks.float() / 255.0
-        images = foreground_only(images, shares)
-        most = math.radians(self.config.model.turn_views)
-        if most > 0 and generator is not None:
-            angles = most * (2 * torch.rand(images.shape[0], images.shape[2], generator=generator) - 1)
-            images, shares, projections = turned_views(images, shares, projections, angles)
         distances = torch.from_numpy(distances_to(shares.cpu().numpy())).to(images.device)
-        return images, projections, Body(distances, self.inputs.unit)
+        return foreground_only(images, shares), Body(distances, self.inputs.unit)
 
     def _after_step(self, row: dict[str, Tensor], bar: Any) -> None:
         every = self.config.train
@@ -346,10 +346,11 @@ class Trainer:
         self.wrapped.eval()
         parts = (part[None].to(self.accelerator.device) for part in self.pairs[len(self.pairs) // 2])
         images, projections, masks, *_ = (*parts, None)
-        scaled, projections, _ = self._seen(images, projections, masks)
+        scaled, _ = self._seen(images, masks)
         found = self.model(scaled, projections, self.grid)
         target = self.model.target(scaled, self.config.loss)
-        pixels, _ = project_points(projections, found.positions[0][:, None])
+        first = projections[:, 0] if projections.ndim == 5 else projections  # of frame t
+        pixels, _ = project_points(first, found.positions[:, 0, None])
         skeleton = self.model.skeleton
         sample_sheet(
             self.run / "samples" / f"step_{self.step:06d}.png",

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bkind3d.data.cache import FrameCache
+from bkind3d.data.window import look
 from bkind3d.errors import InputError
 
 LATEST = 0.1  # of the gap that frame t + gap may come late
@@ -95,9 +96,9 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
     """Pairs of frames t and t + gap of all cameras, from a cache; no pair reaches over a recording's end.
 
     Item: images (2, M, 3, H, W) uint8, and the projections of the recording's cameras (M, 3, 4) float32, from the world
-    to pixels of these images; with ``masks`` also the masks of the body (2, M, H, W) uint8, 0 to 255. Items of the
-    first recording come first, by t. Frames are opened on first use, so the data set may be pickled or inherited by
-    worker processes.
+    to pixels of these images. With ``masks`` the projections are of each frame, (2, M, 3, 4), and the masks of the body
+    follow, (2, M, H, W) uint8, 0 to 255. Items of the first recording come first, by t. Frames are opened on first use,
+    so the data set may be pickled or inherited by worker processes.
 
     Args:
         cache: the frame cache.
@@ -106,6 +107,7 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
             :func:`pair_rows`.
         reverse: give frame t + gap first and frame t second.
         masks: give the masks of the body too.
+        window: with masks, side of the windows that follow the body, pixels; 0 gives whole frames.
 
     Raises:
         InputError: a recording is unknown, too short for the gap, without two moments so far apart, of another frame
@@ -113,7 +115,14 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
     """
 
     def __init__(
-        self, cache: FrameCache, recordings: list[str], gap_frames: int, *, reverse: bool = False, masks: bool = False
+        self,
+        cache: FrameCache,
+        recordings: list[str],
+        gap_frames: int,
+        *,
+        reverse: bool = False,
+        masks: bool = False,
+        window: int = 0,
     ) -> None:
         if not recordings:
             raise InputError("pairs: no recording to draw from; give at least one the split 'train' or 'both'")
@@ -121,6 +130,7 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
         self.gap_frames = gap_frames
         self.reverse = reverse
         self.masks = masks
+        self.window = window
         first = self.recordings[0]
         for recording in self.recordings:
             if abs(recording.fps / first.fps - 1) > 0.01:
@@ -141,11 +151,11 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
         recording = self.recordings[place]
         if self.reverse:
             rows = rows[::-1]
-        pair = np.stack([recording.frames[row] for row in rows])  # (2, M, H, W, 3)
-        images = torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous()
         if not self.masks:
-            return images, recording.projections
-        return images, recording.projections, torch.from_numpy(np.stack([recording.masks[row] for row in rows]))
+            pair = np.stack([recording.frames[row] for row in rows])  # (2, M, H, W, 3)
+            return torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous(), recording.projections
+        pair, masks, projections = look(recording, np.array(rows), self.window)
+        return torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous(), projections, torch.from_numpy(masks)
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Which recording (its place in ``recordings``) an item is of, and which of its rows are t and t + gap."""

@@ -207,14 +207,16 @@ class DiscoveryModel(nn.Module, ABC):
 
         Args:
             images: (N, 2, M, 3, H, W) in [0, 1]: frames t and t + gap of every view.
-            projections: (N or 1, M, 3, 4), world to image pixels.
+            projections: (N or 1, M, 3, 4), world to image pixels, or (N, 2, M, 3, 4) where they differ between times.
             grid: Where to look.
             body: The foreground, where it is known in training.
         """
         n, _, m, _, height, width = images.shape
         size = (height, width)
         # Times go first so that the features of frame t are the first half of the batch: no copy to pick them.
-        projections = projections.expand(n, -1, -1, -1).repeat(2, 1, 1, 1)
+        if projections.ndim == 4:
+            projections = projections[:, None].expand(n, 2, -1, -1, -1)
+        projections = projections.transpose(0, 1).flatten(0, 1)
         found = self.detect(images.transpose(0, 1).flatten(0, 1), projections, grid)
         drawn = [
             level.unflatten(0, (2, n * m)).transpose(0, 1).flatten(1, 2)
