@@ -157,27 +157,25 @@ def _film_human(folder: Path, film: Film, progress: bool) -> Path:
 # Where the distance is shorter than the animal needs to leave its silhouette, the difference can be predicted from the
 # looks of frame t, past the keypoints: on the rat, nearly all of them died at 0.4 s and at 0.67 s (docs/paper.md).
 _LONG_GAPS: list[str | int] = ["1 s", "2 s", "4 s"]
-_RENDERED: dict[str, Any] = {
-    "data": DataConfig(height=96, width=96, gap=_LONG_GAPS, reverse=True), "keypoints": 15, "steps": 400,
-    "separation": 0.005, "probe": {"every": 2},
-}  # fmt: skip
+_RENDERED: dict[str, Any] = {"keypoints": 15, "steps": 600, "separation": 0.005, "probe": {"every": 2}}
 
 SUBJECTS = {
     "animal": Subject(
-        title="a simulated animal of capsules", make=_film_animal, data=DataConfig(height=96, width=96, gap="0.67 s"),
-        keypoints=12, steps=360, probe={"every": 2},
+        title="a simulated animal of capsules", make=_film_animal,
+        data=DataConfig(height=144, width=144, window=80, gap="0.67 s"),
+        keypoints=12, steps=800, probe={"every": 2},
     ),
     "rat": Subject(
         title="a virtual rat", make=_film_rat, takes_source=True, needs=load_mujoco,
-        **_RENDERED,
+        data=DataConfig(height=128, width=128, window=96, gap=_LONG_GAPS, reverse=True), **_RENDERED,
     ),
     "human-sim": Subject(
         title="a virtual human", make=_film_human_sim, needs=load_mujoco,
-        **_RENDERED,
+        data=DataConfig(height=112, width=112, window=96, gap=_LONG_GAPS, reverse=True), **_RENDERED,
     ),
     "human": Subject(
         title="four real videos of a man balancing", make=_film_human, takes_source=True, simulated=False,
         data=DataConfig(height=128, width=96, gap=["0.17 s", "0.33 s", "0.5 s", "0.67 s"], reverse=True),
-        keypoints=15, steps=500, edge_lr=5e-3, probe={"ridge": "auto", "blocks": 10},
+        keypoints=15, steps=500, edge_lr=5e-3, identity=0.3, probe={"ridge": "auto", "blocks": 10},
     ),
 }  # fmt: skip
