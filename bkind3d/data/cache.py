@@ -45,6 +45,7 @@ _VERSION = 1  # raise it whenever the same input would give other frames
 _DECODERS = max(2, min(8, os.cpu_count() or 2))  # cameras that are read at a time
 _BLOCK = 1 << 22  # bytes hashed at a time
 _MOMENTS = 64  # of which masks are found at a time
+_WHITE = 128  # that some pixel of a project's own masks must reach
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,7 +416,8 @@ def _with_masks(
             made_from = [masking.VERSION, *(other.path.stem for other in pool)]
         key = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=8).hexdigest()
         entry = replace(entry, masks_path=entry.path.with_name(f"{entry.path.stem}.masks-{key}.npy"))
-        if not _is_complete(entry._masks_file(), entry.shape[:-1]):
+        path, kept = entry._masks_file(), source.masks is not None
+        if not (_is_complete(path, entry.shape[:-1]) and (kept or path.with_suffix(".npz").exists())):
             _build_masks(entry, source, pool, progress)
         found[name] = entry
     return found
@@ -438,8 +440,19 @@ def _build_masks(entry: CachedRecording, source: _Source, pool: list[CachedRecor
 
     def copy(descriptor: int, start: int) -> None:
         assert source.masks is not None
+        brightest = 0
+
+        def grey(picture: np.ndarray) -> np.ndarray:
+            nonlocal brightest
+            mask = np.rint(picture.mean(-1)).astype(np.uint8)
+            brightest = max(brightest, int(mask.max()))
+            return mask
+
         with _bar(entry, "masks of", progress) as bar:
-            _write_pictures(descriptor, start, shape, source.masks, source, _grey, bar)
+            _write_pictures(descriptor, start, shape, source.masks, source, grey, bar)
+        if brightest < _WHITE:
+            file = next(iter(source.masks.values())).parts[0][1]
+            raise InputError(f"{file}: the masks are nowhere brighter than {brightest}; the body must be white, 255")
 
     def find(descriptor: int, start: int) -> None:
         background = masking.pooled_background([other.frames for other in pool])
@@ -453,11 +466,6 @@ def _build_masks(entry: CachedRecording, source: _Source, pool: list[CachedRecor
                 bar.update(masks.shape[0] * masks.shape[1])
 
     _write_array(path, shape, entry, "masks", copy if source.masks is not None else find)
-
-
-def _grey(picture: np.ndarray) -> np.ndarray:
-    """The mean of the colours, (H, W, 3) to (H, W)."""
-    return np.rint(picture.mean(-1)).astype(np.uint8)
 
 
 def _rows_by_number(numbers: np.ndarray) -> dict[int, list[int]]:

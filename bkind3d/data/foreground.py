@@ -3,9 +3,9 @@
 The cameras stand still, so the room behind the body can be learned and what differs from it is the body:
 
 1. Background. A pixel of some moments well apart shows the room most often, or the body where that rests. Its most
-   frequent colours (modes) are found, and of each pixel's modes the one is taken with which the whole picture goes on
-   smoothly: a body that rests leaves an outline in it, the room does not. That is a labelling of least energy, found by
-   belief propagation.
+   frequent colours (modes) are found, and of each pixel's modes the one is taken with which the whole picture holds
+   together: few steps between neighbours, which were seen at the same moments. That is a labelling of least energy,
+   found by belief propagation.
 2. Light. Each frame is divided by its gain against the background, the median ratio of each colour.
 3. Difference, in units of each pixel's own noise.
 4. Shadow. A pixel that is an even fraction of the background and keeps its texture is not the body.
@@ -28,7 +28,7 @@ from bkind3d.errors import InputError
 if TYPE_CHECKING:  # the cache builds the masks with this module
     from bkind3d.data.cache import CachedRecording
 
-VERSION = 2  # raise it whenever the same frames would give other masks
+VERSION = 3  # raise it whenever the same frames would give other masks
 
 _SAMPLES = 120  # moments that a background is estimated from
 _CANDIDATES = 30  # of them, whose colours may be a mode
@@ -37,7 +37,7 @@ _LEAST_SHARE = 0.03  # of the moments that a mode must have, beside the first
 _RADIUS = 4.0  # standard deviations of noise in which colours are one mode
 _SWEEPS = 100  # of belief propagation
 _CAP = 40.0  # grey levels: a step between neighbours costs no more
-_SEAM = 20.0  # grey levels that two modes cost beside their step, if no sample shows both
+_SEAM = 200.0  # grey levels that two modes of neighbours cost which no sample shows together
 _RARITY = 50.0  # cost of a rare mode, over the picture's longest side
 _DIFFERENT, _SLACK = 5.0, 6.0  # standard deviations, and grey levels beyond, by which a colour is not the room's
 _TINT = 0.025  # of its brightness that a shadow's colour may be off
@@ -137,14 +137,15 @@ def _smoothest(colors: np.ndarray, times: np.ndarray) -> np.ndarray:
 def _seams(first: np.ndarray, second: np.ndarray, seen: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Cost (K, K, ...) of each pair of modes (..., K, 3) of two neighbours, seen by the samples (..., K, S).
 
-    A step in colour costs as much as the share of samples that show only one of the two: the outline of a body costs
-    when the body moves, an edge of the room that all see costs nothing.
+    A step in colour costs its height: a body that rests leaves an outline in the picture, the room does not. Two modes
+    cost the share of the samples that show the rarer one without the other: the room comes into view together, while
+    what passes by does not keep to its neighbours.
     """
     steps = np.minimum(np.abs(first[..., :, None, :] - second[..., None, :, :]).mean(-1), _CAP)
     both = seen @ there.swapaxes(-1, -2)
-    either = seen.sum(-1)[..., :, None] + there.sum(-1)[..., None, :] - both
-    apart = 1 - both / np.maximum(either, 1)
-    return np.ascontiguousarray(np.moveaxis(apart * (_SEAM + steps), (-2, -1), (0, 1)), dtype=np.float32)
+    fewer = np.minimum(seen.sum(-1)[..., :, None], there.sum(-1)[..., None, :])
+    apart = 1 - both / np.maximum(fewer, 1)
+    return np.ascontiguousarray(np.moveaxis(_SEAM * apart + steps, (-2, -1), (0, 1)), dtype=np.float32)
 
 
 def _least_energy(cost: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
