@@ -38,7 +38,7 @@ def run_check(
     width: int = 256,
     batch: int = 1,
     out: Path | None = None,
-    foreground: bool = False,
+    foreground: bool = True,
 ) -> None:
     """Look at a project before training: files, frame counts, calibration, and what the cameras see of the volume.
 
