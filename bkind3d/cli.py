@@ -154,7 +154,6 @@ VERBS: dict[str, tuple[Callable[..., object], str]] = {
 READERS: dict[str, Callable[..., Path]] = {"h36m": h36m_project, "rat7m": rat7m_project}
 # Switches, given by their name alone.
 FLAGS = {
-    "foreground": "look at the masks of the body too",
     "force": "replace what an earlier call wrote",
     "bias": "give the linear map a constant term (paper: none)",
     "scale": "allow scale in the aligned error (paper: none)",
