@@ -139,7 +139,8 @@ def pixels_per_unit(projections: Tensor, pixels: Tensor, depth: Tensor) -> Tenso
 def sample(maps: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear samples of maps (B, C, h, w) at pixels (B, J, 2) of an image of `size` -> (B, J, C); borders repeat."""
     height, width = size
-    grid = (pixels + 0.5) / pixels.new_tensor((width, height)) * 2 - 1
+    # At a place that is not a number, torch writes outside its memory in the backward pass.
+    grid = (pixels.nan_to_num() + 0.5) / pixels.new_tensor((width, height)) * 2 - 1
     found = nn.functional.grid_sample(maps, grid[:, None].to(maps.dtype), padding_mode="border", align_corners=False)
     return found[:, :, 0].transpose(1, 2)
 

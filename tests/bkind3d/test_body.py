@@ -26,6 +26,7 @@ from bkind3d.models.body import (
     identity_loss,
     pixels_per_unit,
     rigidity_loss,
+    sample,
     silhouette_loss,
     soft_silhouettes,
 )
@@ -89,6 +90,19 @@ def test_distance_falls_towards_the_body() -> None:
     # In the picture, to its right, below it, and on the body.
     expected = torch.tensor([[[1.0, 0], [1, 0], [0, 1], [0, 0]]])
     torch.testing.assert_close(pixels.grad, expected, rtol=0, atol=1e-4)
+
+
+def test_a_keypoint_of_a_diverging_run_is_no_place_to_write_to() -> None:
+    for bad in (math.nan, math.inf, -1e30):
+        maps = torch.rand(2, 3, 9, 12, requires_grad=True)
+        pixels = torch.tensor([[[4.0, 7], [bad, 7]], [[9.0, bad], [bad, bad]]], requires_grad=True)
+        sample(maps, pixels, SIZE).sum().backward()
+        assert maps.grad is not None
+        assert pixels.grad is not None
+        assert maps.grad.isfinite().all()
+        assert pixels.grad.isfinite().all()
+    distances = half_plane().expand(2, -1, -1)
+    assert distance_of(torch.full((2, 2, 2), math.nan), distances, SIZE).isnan().all()
 
 
 def test_distances_to_against_all_pairs_of_pixels() -> None:
