@@ -31,7 +31,6 @@ from bkind3d.models.body import (
     soft_silhouettes,
 )
 from bkind3d.models.skeleton import Skeleton
-from bkind3d.models.views import turned_views
 from bkind3d_kernels.geometry import all_pairs, project_points
 
 SIZE = (36, 48)
@@ -45,14 +44,9 @@ def generator(seed: int = 0) -> torch.Generator:
 # -- scale -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_turned", [False, True])
-def test_pixels_per_unit_against_finite_differences(is_turned: bool) -> None:
+def test_pixels_per_unit_against_finite_differences() -> None:
     """The geometric mean of how fast u and v grow at most, when a point moves by a small step in any direction."""
     projections = ring(4, (SIZE[1], SIZE[0]), skew=1.5).projection_matrices()[None]
-    if is_turned:
-        pictures = torch.zeros(1, 2, 4, 3, *SIZE, dtype=torch.float64)
-        angles = 6 * torch.rand(1, 4, generator=generator()).double()
-        _, _, projections = turned_views(pictures, pictures[:, :, :, 0], projections, angles)
     points = torch.rand(1, 5, 3, generator=generator(1)).double() - 0.5
     pixels, depth = project_points(projections, points[:, None])
     step = 1e-5

@@ -349,7 +349,7 @@ def config(rig: Path) -> MakeConfig:
             cache=rig.parent / "cache",
             method=method,
             data=DataConfig(height=32, width=32, gap=4, foreground=foreground),
-            model=replace(TINY, map_stride=4, bottleneck=bottleneck, turn_views=90.0, silhouette_strides=(4, 2)),
+            model=replace(TINY, map_stride=4, bottleneck=bottleneck, silhouette_strides=(4, 2)),
             loss=LOSS,
             train=TrainConfig(
                 **{"steps": 6, "batch": 3, "log_every": 1, "sample_every": 3, "save_every": 3, "warmup": 2} | changes  # type: ignore[arg-type]
