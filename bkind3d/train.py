@@ -33,7 +33,7 @@ from bkind3d.data import FrameCache, PairDataset, gap_in_frames
 from bkind3d.errors import InputError
 from bkind3d.health import keypoint_health
 from bkind3d.losses import PENALTIES, Objective
-from bkind3d.models.body import Body, distances_to
+from bkind3d.models.body import Body
 from bkind3d.models.discovery import DiscoveryModel, Reconstruction
 from bkind3d.models.views import foreground_only
 from bkind3d.report.pictures import sample_sheet
@@ -265,13 +265,13 @@ class Trainer:
         """Epochs since the start, with fraction."""
         return self.step / len(self.loader)
 
-    def _train_step(self, images: Tensor, projections: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
+    def _train_step(self, images: Tensor, projections: Tensor, *foreground: Tensor) -> dict[str, Tensor]:
         factor = learning_rate_factor(self.step, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         # From (seed, step) alone, like the order of pairs: a resumed run draws the same.
         generator = torch.Generator().manual_seed((self.config.train.seed << 32) + self.step)
-        images, body = self._seen(images, masks)
+        images, body = self._seen(images, *foreground)
         grid = self.model.training_grid(self.grid, self.inputs.project.up, 2 * len(images), generator)
         with self.accelerator.autocast():
             found: Reconstruction = self.wrapped(images, projections, grid, body)
@@ -285,14 +285,14 @@ class Trainer:
         self.step += 1
         return {**{name: term.detach() for name, term in terms.items()}, "grad_norm": norm}
 
-    def _seen(self, images: Tensor, masks: Tensor | None) -> tuple[Tensor, Body | None]:
+    def _seen(
+        self, images: Tensor, masks: Tensor | None = None, distances: Tensor | None = None
+    ) -> tuple[Tensor, Body | None]:
         """What the networks see, in [0, 1], and the foreground in it."""
         images = images.float() / 255.0
-        if masks is None:
+        if masks is None or distances is None:
             return images, None
-        shares = masks.float() / 255.0
-        distances = torch.from_numpy(distances_to(shares.cpu().numpy())).to(images.device)
-        return foreground_only(images, shares), Body(distances, self.inputs.unit)
+        return foreground_only(images, masks.float() / 255.0), Body(distances, self.inputs.unit)
 
     def _after_step(self, row: dict[str, Tensor], bar: Any) -> None:
         every = self.config.train
@@ -344,9 +344,10 @@ class Trainer:
         write_skeleton(self.run, self.model)
 
         self.wrapped.eval()
-        parts = (part[None].to(self.accelerator.device) for part in self.pairs[len(self.pairs) // 2])
-        images, projections, masks, *_ = (*parts, None)
-        scaled, _ = self._seen(images, masks)
+        images, projections, *foreground = (
+            part[None].to(self.accelerator.device) for part in self.pairs[len(self.pairs) // 2]
+        )
+        scaled, _ = self._seen(images, *foreground)
         found = self.model(scaled, projections, self.grid)
         target = self.model.target(scaled, self.config.loss)
         first = projections[:, 0] if projections.ndim == 5 else projections  # of frame t

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bkind3d.data.cache import FrameCache
-from bkind3d.data.window import look
+from bkind3d.data.window import HALF, distances_to, look
 from bkind3d.errors import InputError
 
 LATEST = 0.1  # of the gap that frame t + gap may come late
@@ -96,9 +96,10 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
     """Pairs of frames t and t + gap of all cameras, from a cache; no pair reaches over a recording's end.
 
     Item: images (2, M, 3, H, W) uint8, and the projections of the recording's cameras (M, 3, 4) float32, from the world
-    to pixels of these images. With ``masks`` the projections are of each frame, (2, M, 3, 4), and the masks of the body
-    follow, (2, M, H, W) uint8, 0 to 255. Items of the first recording come first, by t. Frames are opened on first use,
-    so the data set may be pickled or inherited by worker processes.
+    to pixels of these images. With ``masks`` the projections are of each frame, (2, M, 3, 4), and two things follow:
+    the masks of the body (2, M, H, W) uint8, 0 to 255, and each pixel's distance to it, (2, M, H, W) float32, pixels.
+    Items of the first recording come first, by t. Frames are opened on first use, so the data set may be pickled or
+    inherited by worker processes.
 
     Args:
         cache: the frame cache.
@@ -155,7 +156,8 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
             pair = np.stack([recording.frames[row] for row in rows])  # (2, M, H, W, 3)
             return torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous(), recording.projections
         pair, masks, projections = look(recording, np.array(rows), self.window)
-        return torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous(), projections, torch.from_numpy(masks)
+        images = torch.from_numpy(pair).permute(0, 1, 4, 2, 3).contiguous()
+        return images, projections, torch.from_numpy(masks), torch.from_numpy(distances_to(masks > HALF))
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Which recording (its place in ``recordings``) an item is of, and which of its rows are t and t + gap."""

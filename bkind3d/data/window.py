@@ -1,4 +1,6 @@
-"""Windows that follow the body: the network looks at a part of a larger frame, so that thin limbs have pixels.
+"""Windows that follow the body, and how far each pixel is from it.
+
+The network looks at a part of a larger frame, so that thin limbs have pixels.
 
 A window has a whole number of pixels and starts at one, so that nothing is resampled, and its projections are those of
 the frame, shifted.
@@ -10,7 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
+
+HALF = 127  # of 255: a pixel shows the body where more of it than this is the body's
 
 if TYPE_CHECKING:  # the pairs, which the cache's package gives, look through windows
     from bkind3d.data.cache import CachedRecording
@@ -22,7 +27,7 @@ def body_corners(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     The middle of the body's box becomes the middle of the window; where no body is seen, the middle of the frame does.
     A window may reach over the frame.
     """
-    seen = masks > 127
+    seen = masks > HALF
     middles = [_middle(np.any(seen, axis=axis)) for axis in (-2, -1)]  # of x from the columns, of y from the rows
     corners = [middle - (length - 1) / 2 for middle, length in zip(middles, (size[1], size[0]))]
     return np.floor(np.stack(corners, axis=-1) + 0.5).astype(np.int64)
@@ -77,3 +82,20 @@ def look(recording: CachedRecording, rows: np.ndarray, window: int) -> tuple[np.
         for whole in (frames, masks)
     )
     return frames, masks, shifted(projections, corners)
+
+
+def distances_to(body: np.ndarray) -> np.ndarray:
+    """Euclidean distance of every pixel to the body.
+
+    Args:
+        body: which pixels show it, (..., H, W) bool.
+
+    Returns:
+        (..., H, W) float32, pixels; 0 everywhere in a picture without a body, which says nothing.
+    """
+    flat = body.reshape(-1, *body.shape[-2:])
+    found = np.zeros(flat.shape, np.float32)
+    for distances, picture in zip(found, flat):
+        if picture.any():
+            distances[:] = ndimage.distance_transform_edt(~picture)
+    return found.reshape(body.shape)

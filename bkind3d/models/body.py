@@ -17,9 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 
 from bkind3d.config import ModelConfig
@@ -290,20 +288,3 @@ def rigidity_loss(lengths: Tensor) -> Tensor:
         return lengths.sum()
     mean = lengths.detach().mean(0).square()
     return (lengths.var(0, correction=0) / mean.clamp_min(1e-4 * float(mean.mean()) + 1e-12)).mean()
-
-
-def distances_to(masks: np.ndarray) -> np.ndarray:
-    """Euclidean distance of every pixel to the foreground.
-
-    Args:
-        masks: (..., H, W) in [0, 1]; the foreground is 0.5 and above.
-
-    Returns:
-        (..., H, W) float32, pixels; 0 everywhere in a picture without foreground, which says nothing.
-    """
-    background = masks.reshape(-1, *masks.shape[-2:]) < 0.5
-    found = np.zeros(background.shape, np.float32)
-    for index, picture in enumerate(background):
-        if not picture.all():
-            found[index] = ndimage.distance_transform_edt(picture)
-    return found.reshape(masks.shape)

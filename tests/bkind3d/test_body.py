@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from bkind3d.data.foreground import body_size
+from bkind3d.data.window import distances_to
 from bkind3d.errors import InputError
 from bkind3d.models.body import (
     MOST_LOG_WEIGHT,
@@ -22,7 +23,6 @@ from bkind3d.models.body import (
     Capsules,
     Descriptors,
     distance_of,
-    distances_to,
     identity_loss,
     pixels_per_unit,
     rigidity_loss,
@@ -65,8 +65,8 @@ def test_pixels_per_unit_against_finite_differences() -> None:
 
 def half_plane() -> Tensor:
     """Distances (1, H, W) to a body that fills the columns 0 to 9."""
-    masks = np.zeros((1, *SIZE), np.float32)
-    masks[..., :10] = 1
+    masks = np.zeros((1, *SIZE), bool)
+    masks[..., :10] = True
     return torch.from_numpy(distances_to(masks))
 
 
@@ -100,14 +100,14 @@ def test_a_keypoint_of_a_diverging_run_is_no_place_to_write_to() -> None:
 
 
 def test_distances_to_against_all_pairs_of_pixels() -> None:
-    masks = torch.rand(2, 3, 9, 12, generator=generator()).square().numpy()
-    masks[0, 1] = 0.49  # no foreground: it says nothing
-    masks[1, 2] = 0.5
+    masks = torch.rand(2, 3, 9, 12, generator=generator()).square().numpy() >= 0.5
+    masks[0, 1] = False  # no foreground: it says nothing
+    masks[1, 2] = True
     found = distances_to(masks)
     assert (found.shape, found.dtype) == (masks.shape, np.float32)
     places = np.stack(np.mgrid[:9, :12], -1).reshape(-1, 2)
     for index in np.ndindex(2, 3):
-        body = places[masks[index].ravel() >= 0.5]
+        body = places[masks[index].ravel()]
         expected = cdist(places, body).min(1).reshape(9, 12) if len(body) else 0
         np.testing.assert_allclose(found[index], expected, atol=1e-5)
     assert not found[0, 1].any()
@@ -260,7 +260,7 @@ def test_a_body_that_is_seen_is_drawn_without_loss() -> None:
     """The drawn capsule and the distances to a mask of the same capsule agree to a few percent."""
     pixels = chain((10.0, 14.0), (22.0, 20.0), (37.0, 16.0))
     (sharp,) = draw(Capsules(2, 0.1), pixels)
-    distances = torch.from_numpy(distances_to((sharp >= 1).float().detach().numpy()))
+    distances = torch.from_numpy(distances_to((sharp >= 1).numpy()))
     drawn, seen = draw(Capsules(2, 0.1), pixels, (2, 1)), soft_silhouettes(distances, SIZE, (2, 1), 1.5)
     assert float(silhouette_loss(drawn, seen).detach()) < 0.06
     away = draw(Capsules(2, 0.1), pixels + torch.tensor([0.0, 6.0]), (2, 1))
@@ -358,7 +358,7 @@ def terms_of(points: Tensor, edges: int) -> tuple[BodyTerms, Skeleton, SimpleNam
     radius = 0.3 * pixels_per_unit(projections, centers, depth)
     y, x = torch.meshgrid(torch.arange(36.0), torch.arange(48.0), indexing="ij")
     disc = (torch.stack([x, y], -1) - centers[:, :, :, None]).norm(dim=-1) <= radius[..., None]  # (2N, M, H, W)
-    distances = torch.from_numpy(distances_to(disc.float().numpy()))
+    distances = torch.from_numpy(distances_to(disc.numpy()))
     body = Body(distances.unflatten(0, (2, moments // 2)).transpose(0, 1), 0.6)
     features = [torch.rand(3 * moments, 3, 36, 48), torch.rand(3 * moments, 5, 18, 24)]
     inputs = SimpleNamespace(features=features, projections=projections, body=body)

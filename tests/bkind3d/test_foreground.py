@@ -20,6 +20,7 @@ from bkind3d.data.foreground import estimate_background, foreground_masks, poole
 from bkind3d.data.simulate.motion import animate
 from bkind3d.data.simulate.rig import RING, make_film
 from bkind3d.data.studio import place_cameras
+from bkind3d.data.window import look
 from bkind3d.errors import InputError
 
 MOMENTS = 60
@@ -369,10 +370,16 @@ def test_pairs_carry_masks(tmp_path: Path) -> None:
     cache = build(square_project(tmp_path), tmp_path / "cache")
     recording = cache.recording("take")
     pairs = PairDataset(cache, ["take"], 4, masks=True)
-    images, projections, masks = pickle.loads(pickle.dumps(pairs))[2]
+    images, projections, masks, distances = pickle.loads(pickle.dumps(pairs))[2]
     assert images.shape == (2, 3, 3, 48, 64)
-    assert projections.shape == (3, 3, 4)
+    np.testing.assert_array_equal(projections, recording.projections.expand(2, -1, -1, -1))
     np.testing.assert_array_equal(masks, recording.masks[[2, 6]])
+    assert distances.shape == masks.shape
+    np.testing.assert_array_equal(distances == 0, masks > 127)
+    images, projections, masks, distances = PairDataset(cache, ["take"], 4, masks=True, window=32)[2]
+    assert images.shape == (2, 3, 3, 32, 32)
+    assert masks.shape == distances.shape == (2, 3, 32, 32)
+    np.testing.assert_array_equal(projections, look(recording, np.array([2, 6]), 32)[2])
     backward = PairDataset(cache, ["take"], 4, reverse=True, masks=True)[2][2]
     np.testing.assert_array_equal(backward, recording.masks[[6, 2]])
     assert len(PairDataset(cache, ["take"], 4)[2]) == 2

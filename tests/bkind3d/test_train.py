@@ -329,9 +329,9 @@ def test_networks_see_the_body_alone(config: MakeConfig, tmp_path: Path) -> None
     assert 0.005 < float((body == 255).float().mean()) < 0.5
     assert (images[body == 0] == GREY).all()
     assert torch.equal(images[body == 255], torch.from_numpy(frames).permute(0, 1, 4, 2, 3)[body == 255] / 255)
-    pair, projections, shares = (part[None] for part in trainer.pairs[0])
+    pair, projections, shares, distances = (part[None] for part in trainer.pairs[0])
     assert (pair.shape[-2:], projections.shape[:3]) == ((24, 24), (1, 2, pair.shape[3]))
-    seen, found = trainer._seen(pair, shares)
+    seen, found = trainer._seen(pair, shares, distances)
     assert (seen[(shares == 0)[:, :, :, None].expand_as(seen)] == GREY).all()
     assert found is not None
     assert ((found.distances == 0) == (shares > 127)).all()
