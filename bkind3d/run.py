@@ -286,7 +286,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_skeleton(path: Path, model: DiscoveryModel) -> None:
-    """Write skeleton.json: keypoint names, active edges and all weights."""
+    """Write skeleton.json: keypoint names, active edges, whether they are a tree of bones, and all weights."""
     skeleton = model.skeleton
     rows = [
         [*pair, round(weight, 6)]
@@ -295,6 +295,7 @@ def write_skeleton(path: Path, model: DiscoveryModel) -> None:
     content = {
         "keypoints": keypoint_names(model.config.keypoints),
         "edges": [row for row, active in zip(rows, skeleton.active.tolist(), strict=True) if active],
+        "tree": bool(skeleton.tree.any()),
         "threshold": skeleton.threshold,
         "all_weights": rows,
     }

@@ -67,8 +67,13 @@ class RunFiles:
     samples: list[Path]
 
     def active_edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keypoint pairs (E, 2) of the active edges and their weights (E,); none where there is no skeleton."""
+        """Keypoint pairs (E, 2) of the active edges and their weights (E,); none where there is no skeleton.
+
+        The bones of a tree weigh the same: they are active whatever the weights that the reconstruction gives them.
+        """
         rows = np.array(self.skeleton["edges"] if self.skeleton else [], dtype=np.float64).reshape(-1, 3)
+        if self.skeleton and self.skeleton.get("tree"):
+            rows[:, 2] = 1.0
         return rows[:, :2].astype(np.int64), rows[:, 2]
 
 
