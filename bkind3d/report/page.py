@@ -303,7 +303,7 @@ def _edge_section(skeleton: dict[str, Any] | None, evaluation: dict[str, Any]) -
     active = sorted(skeleton["edges"], key=lambda edge: -edge[2])
     return {
         "figure": _svg_uri(figures.edge_matrix(names, skeleton["all_weights"], active)),
-        "threshold": f"{skeleton['threshold']:g}",
+        "threshold": None if skeleton.get("tree") else f"{skeleton['threshold']:g}",
         "total": len(skeleton["all_weights"]),
         "active": [(names[int(i)], names[int(j)], f"{weight:.3f}") for i, j, weight in active],
         "summary": describe_edges(evaluation["skeleton"]) if "skeleton" in evaluation else [],
