@@ -157,7 +157,7 @@ def _film_human(folder: Path, film: Film, progress: bool) -> Path:
 # Where the distance is shorter than the animal needs to leave its silhouette, the difference can be predicted from the
 # looks of frame t, past the keypoints: on the rat, nearly all of them died at 0.4 s and at 0.67 s (docs/paper.md).
 _LONG_GAPS: list[str | int] = ["1 s", "2 s", "4 s"]
-_RENDERED: dict[str, Any] = {"keypoints": 15, "steps": 600, "separation": 0.005, "probe": {"every": 2}}
+_RENDERED: dict[str, Any] = {"keypoints": 15, "steps": 1000, "separation": 0.005, "probe": {"every": 2}}
 
 SUBJECTS = {
     "animal": Subject(
@@ -171,7 +171,7 @@ SUBJECTS = {
     ),
     "human-sim": Subject(
         title="a virtual human", make=_film_human_sim, needs=load_mujoco,
-        data=DataConfig(height=112, width=112, window=96, gap=_LONG_GAPS, reverse=True), **_RENDERED,
+        data=DataConfig(height=112, width=112, window=96, gap=_LONG_GAPS, reverse=True), identity=0.1, **_RENDERED,
     ),
     "human": Subject(
         title="four real videos of a man balancing", make=_film_human, takes_source=True, simulated=False,
