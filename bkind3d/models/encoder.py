@@ -10,7 +10,6 @@ from bkind3d.errors import InputError
 from bkind3d.models.layers import ConvNorm2d, norm2d
 from bkind3d.models.weights import read_state_dict
 
-
 SMALL = {"small": 3, "small4": 4}  # levels
 
 
