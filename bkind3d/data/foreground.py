@@ -4,8 +4,8 @@ The cameras stand still, so the room behind the body can be learned and what dif
 
 1. Background. A pixel of some moments well apart shows the room most often, or the body where that rests. Its most
    frequent colours (modes) are found, and of each pixel's modes the one is taken with which the whole picture holds
-   together: few steps between neighbours, which were seen at the same moments. That is a labelling of least energy,
-   found by belief propagation.
+   together: neighbours were seen at the same moments, and no outline of a body is left. That is a labelling of least
+   energy, found by belief propagation.
 2. Light. Each frame is divided by its gain against the background, the median ratio of each colour.
 3. Difference, in units of each pixel's own noise.
 4. Shadow. A pixel that is an even fraction of the background and keeps its texture is not the body.
@@ -37,7 +37,11 @@ _LEAST_SHARE = 0.03  # of the moments that a mode must have, beside the first
 _RADIUS = 4.0  # standard deviations of noise in which colours are one mode
 _SWEEPS = 100  # of belief propagation
 _CAP = 40.0  # grey levels: a step between neighbours costs no more
-_SEAM = 200.0  # grey levels that two modes of neighbours cost which no sample shows together
+_SEAM = 120.0  # grey levels that two modes of neighbours cost which no sample shows together
+_OUTLINE = 0.3  # of the samples that show only one of two modes, from which on the whole step between them counts
+_EDGE = 2.0  # times what a step exceeds the room's texture by
+_ORDINARY = 0.95  # quantile of the steps of the still room that is its texture
+_STILL = 0.9  # of the samples that show a pixel of the still room
 _RARITY = 50.0  # cost of a rare mode, over the picture's longest side
 _DIFFERENT, _SLACK = 5.0, 6.0  # standard deviations, and grey levels beyond, by which a colour is not the room's
 _TINT = 0.025  # of its brightness that a shadow's colour may be off
@@ -137,15 +141,20 @@ def _smoothest(colors: np.ndarray, times: np.ndarray) -> np.ndarray:
 def _seams(first: np.ndarray, second: np.ndarray, seen: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Cost (K, K, ...) of each pair of modes (..., K, 3) of two neighbours, seen by the samples (..., K, S).
 
-    A step in colour costs its height: a body that rests leaves an outline in the picture, the room does not. Two modes
-    cost the share of the samples that show the rarer one without the other: the room comes into view together, while
-    what passes by does not keep to its neighbours.
+    Three things tell the room from a body. What passes by does not keep to its neighbours: two modes cost the share of
+    the samples that show the rarer one without the other. What comes and goes has an outline: the step between modes
+    costs, the more so the fewer samples show both. And the outline of what rests is sharper than the room's texture:
+    what a step exceeds the ordinary ones of the still part of the picture by costs in any case.
     """
     steps = np.minimum(np.abs(first[..., :, None, :] - second[..., None, :, :]).mean(-1), _CAP)
     both = seen @ there.swapaxes(-1, -2)
-    fewer = np.minimum(seen.sum(-1)[..., :, None], there.sum(-1)[..., None, :])
-    apart = 1 - both / np.maximum(fewer, 1)
-    return np.ascontiguousarray(np.moveaxis(_SEAM * apart + steps, (-2, -1), (0, 1)), dtype=np.float32)
+    one, other = seen.sum(-1)[..., :, None], there.sum(-1)[..., None, :]
+    apart = 1 - both / np.maximum(np.minimum(one, other), 1)
+    outline = np.minimum((1 - both / np.maximum(one + other - both, 1)) / _OUTLINE, 1)
+    still = both[..., 0, 0] > _STILL * seen.shape[-1]
+    texture = np.quantile(steps[..., 0, 0][still], _ORDINARY) if still.any() else _CAP
+    cost = _SEAM * apart + outline * steps + _EDGE * np.maximum(steps - texture, 0)
+    return np.ascontiguousarray(np.moveaxis(cost, (-2, -1), (0, 1)), dtype=np.float32)
 
 
 def _least_energy(cost: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -161,8 +170,14 @@ def _least_energy(cost: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.
         to_left = _message((belief - left)[:, :, 1:], across.swapaxes(0, 1))
         to_lower = _message((belief - lower)[:, :-1], down)
         to_upper = _message((belief - upper)[:, 1:], down.swapaxes(0, 1))
-        left[:, :, 1:], right[:, :, :-1] = to_right, to_left
-        upper[:, 1:], lower[:, :-1] = to_lower, to_upper
+        told = (
+            (left[:, :, 1:], to_right),
+            (right[:, :, :-1], to_left),
+            (upper[:, 1:], to_lower),
+            (lower[:, :-1], to_upper),
+        )
+        for message, new in told:
+            message += (new - message) / 2  # half of the way, or neighbours that change together never settle
     return (cost + right + left + lower + upper).argmin(0)
 
 
