@@ -193,19 +193,24 @@ def test_resume_for_longer(config: MakeConfig, tmp_path: Path) -> None:
     assert load_config(tmp_path / "run" / "config.yaml").train.steps == 4
 
 
-def test_run_folder(config: MakeConfig, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(config(steps=4, keep=1), run, progress=False)
+@pytest.mark.parametrize("foreground", [False, True])
+def test_run_folder(config: MakeConfig, tmp_path: Path, foreground: bool) -> None:
+    run, settings = tmp_path / "run", config(steps=4, keep=1, foreground=foreground)
+    train(settings, run, progress=False)
     assert [step for step, _ in checkpoints(run)] == [4]
     assert (run / "samples" / "step_000004.png").is_file()
-    assert load_config(run / "config.yaml") == config(steps=4, keep=1)
+    assert load_config(run / "config.yaml") == settings
     environment = json.loads((run / "env.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["backends"]["unproject"]
     skeleton = json.loads((run / "skeleton.json").read_text())
     assert skeleton["keypoints"] == ["kp00", "kp01", "kp02", "kp03"]
     assert len(skeleton["all_weights"]) == 6
-    assert skeleton["edges"] == [row for row in skeleton["all_weights"] if row[2] > skeleton["threshold"]]
+    strong = [row for row in skeleton["all_weights"] if row[2] > skeleton["threshold"]]
+    tree = load_model(run, settings)[0].skeleton.tree.tolist()
+    bones = [row for row, kept in zip(skeleton["all_weights"], tree, strict=True) if kept]
+    assert len(bones) == (3 if foreground else 0)
+    assert skeleton["edges"] == (bones if foreground else strong)
     assert not list(run.rglob("*.partial"))
 
 
