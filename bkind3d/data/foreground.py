@@ -28,7 +28,7 @@ from bkind3d.errors import InputError
 if TYPE_CHECKING:  # the cache builds the masks with this module
     from bkind3d.data.cache import CachedRecording
 
-VERSION = 3  # raise it whenever the same frames would give other masks
+VERSION = 4  # raise it whenever the same frames would give other masks
 
 _SAMPLES = 120  # moments that a background is estimated from
 _CANDIDATES = 30  # of them, whose colours may be a mode
