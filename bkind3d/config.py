@@ -53,8 +53,7 @@ class ModelConfig:
 
     Args:
         keypoints: Number J of keypoints to discover.
-        encoder: Appearance encoder Φ: "resnet50" (paper), "resnet18", or for CPUs "small" (three levels)
-            or "small4" (four: it sees the whole of a body of 90 pixels).
+        encoder: Appearance encoder Φ: "resnet50" (paper), "resnet18", or "small" (three levels, for CPUs).
         encoder_weights: "none", or the path of a torchvision ResNet state dict (.pth or .safetensors).
         pyramid_channels: Channels inside the geometry decoder Ψ (paper: 256).
         channels: Channels C of the 2D maps that the volumetric method lifts into the volume.
@@ -96,7 +95,7 @@ class ModelConfig:
     """
 
     keypoints: int = 15
-    encoder: Literal["resnet50", "resnet18", "small", "small4"] = "resnet50"
+    encoder: Literal["resnet50", "resnet18", "small"] = "resnet50"
     encoder_weights: str = "none"
     pyramid_channels: int = 256
     channels: int = 32
@@ -253,7 +252,7 @@ class Config:
         return self.cache if self.cache is not None else self.project.parent / "cache"
 
 
-COARSEST_STRIDE = {"small": 8, "small4": 16, "resnet18": 32, "resnet50": 32}
+COARSEST_STRIDE = {"small": 8, "resnet18": 32, "resnet50": 32}
 
 
 def validate(config: Config) -> None:

@@ -10,27 +10,23 @@ from bkind3d.errors import InputError
 from bkind3d.models.layers import ConvNorm2d, norm2d
 from bkind3d.models.weights import read_state_dict
 
-SMALL = {"small": 3, "small4": 4}  # levels
-
 
 class SmallEncoder(nn.Module):
-    """Three or four levels for CPUs and small images, strides 2, 4, 8 and 16.
+    """Three levels for CPUs and small images, strides 2, 4 and 8.
 
-    A pixel of the third level sees 43 pixels of the image, one of the fourth 91: the whole of a body, which tells its
-    left from its right where both look alike.
-
-    Input (N, 3, H, W) in [0, 1]; output a list, fine to coarse, of (N, C_l, H / s_l, W / s_l), C = 16, 32, 64, 128.
+    Input (N, 3, H, W) in [0, 1]; output a list, fine to coarse, of (N, C_l, H / s_l, W / s_l).
     """
 
-    def __init__(self, norm: str = "group", levels: int = 3) -> None:
+    strides = (2, 4, 8)
+    channels = (16, 32, 64)
+
+    def __init__(self, norm: str = "group") -> None:
         super().__init__()
-        self.strides = (2, 4, 8, 16)[:levels]
-        self.channels = (16, 32, 64, 128)[:levels]
-        blocks, previous = [], 3
+        levels, previous = [], 3
         for width in self.channels:
-            blocks.append(nn.Sequential(ConvNorm2d(previous, width, norm, stride=2), ConvNorm2d(width, width, norm)))
+            levels.append(nn.Sequential(ConvNorm2d(previous, width, norm, stride=2), ConvNorm2d(width, width, norm)))
             previous = width
-        self.levels = nn.ModuleList(blocks)
+        self.levels = nn.ModuleList(levels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the features of every level, fine to coarse."""
@@ -141,17 +137,17 @@ def build_encoder(name: str, weights: str = "none", norm: str = "group") -> Smal
     """Build the appearance encoder.
 
     Args:
-        name: "resnet50", "resnet18", "small" or "small4".
+        name: "resnet50", "resnet18" or "small".
         weights: "none", or the path of a torchvision ResNet state dict.
         norm: Normalisation of the small encoder, "group" or "batch"; a ResNet has batch normalisation.
 
     Raises:
         InputError: Weights given for the small encoder, or a file that does not hold this network's weights.
     """
-    if name in SMALL:
+    if name == "small":
         if weights != "none":
             raise InputError(f'model.encoder_weights: the small encoder has no published weights, got "{weights}"')
-        return SmallEncoder(norm, SMALL[name])
+        return SmallEncoder(norm)
     encoder = ResNetEncoder(18 if name == "resnet18" else 50)
     if weights != "none":
         state = {key: value for key, value in read_state_dict(Path(weights)).items() if not key.startswith("fc.")}
