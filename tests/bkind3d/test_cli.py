@@ -44,7 +44,8 @@ def test_the_whole_way(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     run = str(tmp_path / "run")
     main(["check", str(rig), "--gap", "4", "--voxels", "8", "--out", str(tmp_path / "check")])
     assert "cam0" in capsys.readouterr().out
-    assert len(list((tmp_path / "check").glob("*.png"))) == 4
+    for kind in ("volume", "foreground"):
+        assert len(list((tmp_path / "check").glob(f"{kind}_*.png"))) == 4
     main(["train", "--project", str(rig), "--out", run, *TINY])
     assert "bkind3d predict" in capsys.readouterr().out
     main(["predict", run])

@@ -335,7 +335,7 @@ def test_networks_see_the_body_alone(config: MakeConfig, tmp_path: Path) -> None
     assert (images[body == 0] == GREY).all()
     assert torch.equal(images[body == 255], torch.from_numpy(frames).permute(0, 1, 4, 2, 3)[body == 255] / 255)
     pair, projections, shares, distances = (part[None] for part in trainer.pairs[0])
-    assert (pair.shape[-2:], projections.shape[:3]) == ((24, 24), (1, 2, pair.shape[3]))
+    assert (pair.shape[-2:], projections.shape[:3]) == ((24, 24), (1, 2, pair.shape[2]))
     seen, found = trainer._seen(pair, shares, distances)
     assert (seen[(shares == 0)[:, :, :, None].expand_as(seen)] == GREY).all()
     assert found is not None
@@ -509,7 +509,7 @@ def test_settings_from_before_the_foreground_have_none(config: MakeConfig, tmp_p
     save_config(config(), path)
     assert load_config(path).data.foreground
     content = yaml.safe_load(path.read_text())
-    del content["data"]["foreground"]
+    del content["data"]["foreground"], content["data"]["window"]
     for name in ("containment", "silhouette", "identity", "rigidity"):
         del content["loss"][name]
     path.write_text(yaml.safe_dump(content))
