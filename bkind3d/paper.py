@@ -63,7 +63,8 @@ class Table:
 
 # The paper's bare objective (configs/paper.yaml), with the weights that the small networks had under it.
 PAPER_OBJECTIVE = {
-    "data.foreground": False, "data.window": 0, "loss.length": 0.02, "loss.separation_sigma": 0.05, "model.edge_threshold": 1.5,
+    "data.foreground": False, "data.window": 0,
+    "loss.length": 0.02, "loss.separation_sigma": 0.05, "model.edge_threshold": 1.5,
 }  # fmt: skip
 _VOLUMETRIC = {"method": "volumetric"}
 _TRIANGULATION = Row("triangulation + reprojection", {"method": "triangulation"}, "triangulation + reprojection")
