@@ -19,8 +19,8 @@ from bkind3d.subjects import SUBJECTS, Film
 
 TINY = {
     "data.height": 32, "data.width": 32, "data.window": 24, "data.gap": 4,
-    "model.pyramid_channels": 8, "model.channels": 4, "model.voxels": 8, "model.volume_channels": (4, 4, 8), "model.edge_strides": (8, 4),
-    "model.edge_sigmas": (1.0, 1.5), "model.decoder_channels": (8, 8), "train.batch": 2,
+    "model.pyramid_channels": 8, "model.channels": 4, "model.voxels": 8, "model.volume_channels": (4, 4, 8),
+    "model.edge_strides": (8, 4), "model.edge_sigmas": (1.0, 1.5), "model.decoder_channels": (8, 8), "train.batch": 2,
 }  # fmt: skip
 
 
