@@ -230,8 +230,8 @@ class Config:
     Args:
         project: Project file (YAML) with cameras, videos and units; see docs/rig.md.
         cache: Folder for the cache of network-size frames; next to the project file when left out.
-        method: How views become 3D keypoints: "volumetric" (BKinD-3D), "triangulation", "depth" or "keypoint3d"; see
-            docs/methods.md.
+        method: How views become 3D keypoints: "triangulation", which keeps a part best, "volumetric" (the paper's
+            BKinD-3D), "depth" or "keypoint3d"; see docs/methods.md.
         data: How frames reach the network.
         model: The networks.
         loss: Target and losses.
@@ -240,7 +240,7 @@ class Config:
 
     project: Path = Path("project.yaml")
     cache: Path | None = None
-    method: Method = "volumetric"
+    method: Method = "triangulation"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -109,7 +109,6 @@ class Subject:
         """Settings of a run on this subject."""
         return Config(
             project=project,
-            method="triangulation",  # which keeps a part better than the volumetric method (docs/demo.md)
             data=replace(self.data),
             model=replace(SMALL_MODEL, keypoints=self.keypoints),
             loss=replace(SMALL_LOSS, separation=self.separation, identity=self.identity),

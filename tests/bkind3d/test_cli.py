@@ -13,7 +13,8 @@ from bkind3d.cli import VERBS, main
 from bkind3d.config import load_config
 
 TINY = [
-    "--data.height=32", "--data.width=32", "--data.gap=4", "--model.keypoints=4", "--model.encoder=small",
+    "--method=volumetric", "--data.height=32", "--data.width=32", "--data.gap=4", "--model.keypoints=4",
+    "--model.encoder=small",
     "--model.pyramid_channels=8", "--model.channels=4", "--model.voxels=8", "--model.volume_channels=[4,4,8]",
     "--model.volume_stem=3", "--model.volume_blocks=1", "--model.edge_strides=[8,4]", "--model.edge_sigmas=[1,1.5]",
     "--model.decoder_channels=[8,8]", "--loss.network=none", "--loss.target_channels=grey", "--train.steps=2",

@@ -41,6 +41,7 @@ def config(rig: Path, tmp_path: Path) -> MakeConfig:
         return Config(
             project=rig,
             cache=rig.parent / "cache",
+            method="volumetric",
             data=DataConfig(height=32, width=32, gap=4, foreground=foreground, window=24 if foreground else 0),
             model=ModelConfig(
                 keypoints=4, encoder="small", pyramid_channels=8, channels=4, voxels=8, volume_channels=(4, 4, 8),
