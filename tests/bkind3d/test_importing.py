@@ -62,7 +62,7 @@ def test_rat7m_from_its_files_to_an_evaluation(tmp_path: Path, capsys) -> None:
     project, run = tmp_path / "out" / "project.yaml", tmp_path / "run"
     main(["import", "rat7m", str(tmp_path / "data"), "--every", "2", "--out", str(tmp_path / "out")])
     assert f"{project}; next: bkind3d check {project}" in capsys.readouterr().out
-    main(["check", str(project), "--gap", "0.66 s", "--voxels", "8"])
+    main(["check", str(project), "--gap", "0.66 s", "--voxels", "8", "--foreground", "false"])
     printed = capsys.readouterr().out
     assert "20 frames = 0.667 s" in printed
     assert "2 calibrations" in printed
