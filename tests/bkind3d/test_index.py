@@ -30,6 +30,7 @@ from bkind3d.data import (
 )
 from bkind3d.errors import InputError
 from bkind3d.predict import predict_recording
+from bkind3d.run import Inputs
 from bkind3d.train import Trainer
 
 COUNT = 12
@@ -364,7 +365,7 @@ def test_prediction_takes_the_cameras_and_the_clock_of_each_recording(two_rigs: 
     content["recordings"][1]["index"] = index
     two_rigs.path.write_text(yaml.safe_dump(content))
     cache = build_cache(load_project(two_rigs.path), 24, 32, folder / "cache", progress=False)
-    inputs = SimpleNamespace(cache=cache, project=two_rigs, grid=torch.zeros(1))
+    inputs = Inputs(two_rigs, two_rigs.working_volume(), cache, torch.zeros(1))
     for name, frames, fps in (("take", [0, 3, 6, 9], 30.0), ("other", [5, 8, 11], 50.0)):
         poses = predict_recording(Spy(), inputs, name, every=3, progress=False)
         assert poses.frames.tolist() == frames
