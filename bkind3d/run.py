@@ -89,7 +89,7 @@ class Inputs:
 
         Where the foreground is known it is the body without the room, in the windows that follow it.
         """
-        if self.body_size is None:
+        if recording.masks_path is None:
             images = torch.from_numpy(recording.frames[rows]).permute(0, 1, 4, 2, 3).float() / 255.0
             return images, recording.projections[None]
         frames, masks, projections = look(recording, rows, self.window)
