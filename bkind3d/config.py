@@ -366,6 +366,7 @@ def load_config(path: Path) -> Config:
             if name == "data":  # an earlier version knew no foreground
                 values.setdefault("foreground", False)
             fixed[name] = section(**values)
+        raw.setdefault("method", "volumetric")  # an earlier version knew no other
         cache = raw.pop("cache")
         return Config(project=Path(raw.pop("project")), cache=Path(cache) if cache else None, **raw, **fixed)
     except FileNotFoundError:
