@@ -18,13 +18,13 @@ from bkind3d.data import Project, Recording, RecordingInfo, Volume
 from bkind3d.data.foreground import estimate_background, foreground_masks
 from bkind3d.data.remap import Remap, network_cameras, volume_boxes
 from bkind3d.data.video import Footage, probe_masks
+from bkind3d.data.window import HALF
 from bkind3d.errors import InputError
 
 _PLACES = 40  # in the recording, two moments each
 _LONGEST = 6000  # moments from the start that they are taken from: every frame up to the last has to be decoded
 _SIDE = 128  # pixels of the pictures' longer side at most
 _VOXELS = 40  # along the volume's longest side, to carve the hull from
-_BODY = 127  # a mask above this is the body
 _EMPTY = 0.1  # of the moments may show no body in a camera
 _COVERED = 0.5  # of the picture is more than a body
 _STEADY = 0.5  # overlap of the masks of two moments that follow each other, at least
@@ -91,11 +91,11 @@ def check_foreground(
     rows = _moments(info.frames)
     frames = _read(info.footage, info, rows, cameras, network)
     if recording.masks:
-        masks = _read(probe_masks(recording, info), info, rows, cameras, network).mean(-1) > _BODY
+        masks = _read(probe_masks(recording, info), info, rows, cameras, network).mean(-1) > HALF
         beside = None
     else:
         background = estimate_background(frames)
-        masks, beside = foreground_masks(frames, background) > _BODY, background.pictures
+        masks, beside = foreground_masks(frames, background) > HALF, background.pictures
     found = _measure(masks, network, volume, np.diff(rows) == 1)
     pictures = [] if out is None else _draw(frames, masks, beside, network.names, Path(out))
     return found, pictures

@@ -165,7 +165,8 @@ def evaluate(
     notes = " ".join(dict.fromkeys(one.truth.note for one in train + test if one.truth.note))
     result |= {"parts": parts, "skeleton": skeleton, "truth": notes}
     if inputs.body_size is not None:
-        result["label_free"] = without_labels(networks, test or train, every=every, batch=batch)
+        positions = scored[method_title(config)]
+        result["label_free"] = without_labels(networks, test or train, positions, every=every, batch=batch)
     result |= {"step": networks.step, "every": every, "seed": config.train.seed}
     write_json(path, result)
     write_text(table, joints_csv(result))
@@ -268,14 +269,25 @@ def found_by(
     return np.concatenate([one.positions for one in poses])
 
 
-def without_labels(networks: Networks, annotated: Sequence[Annotated], *, every: int, batch: int) -> dict[str, Any]:
-    """What can be said of the trained network's keypoints from the foreground alone: the mean over the recordings."""
+def without_labels(
+    networks: Networks, annotated: Sequence[Annotated], positions: np.ndarray, *, every: int, batch: int
+) -> dict[str, Any]:
+    """What can be said of the trained network's keypoints from the foreground alone: the mean over the recordings.
+
+    Args:
+        networks: The run's.
+        annotated: The recordings.
+        positions: Keypoints (F, J, 3) that the trained network found in them, one after another.
+        every: Distance between the frames used.
+        batch: Moments per forward pass.
+    """
     model, inputs = networks.trained, networks.inputs
+    moments = [one.rows(every) for one in annotated]
     found = []
-    for one in annotated:
-        rows = one.rows(every)
-        poses = predict_recording(model, inputs, one.recording.name, every=every, batch=batch, progress=False)
-        seen = label_free(poses.positions, one.cached.projections.numpy(), one.cached.masks[rows], active_edges(model))
+    for one, rows, of_one in zip(
+        annotated, moments, np.split(positions, np.cumsum([len(rows) for rows in moments])[:-1]), strict=True
+    ):
+        seen = label_free(of_one, one.cached.projections.numpy(), one.cached.masks[rows], active_edges(model))
         found.append(seen | {"identity": recognised(model, inputs, one.cached, rows, batch)})
     return {
         name: None if any(one[name] is None for one in found) else float(np.mean([one[name] for one in found]))

@@ -120,7 +120,7 @@ class ReconstructionLoss(nn.Module):
 
 
 def length_loss(skeleton: Skeleton, positions: Tensor, unit: float) -> Tensor:
-    """Deviation of active edges from their average length (paper, equation 2), in those units.
+    """Deviation of active edges from their average length (paper, equation 2), in `unit`.
 
     Args:
         skeleton: Edge weights and running averages.
@@ -140,7 +140,7 @@ def separation_loss(positions: Tensor, unit: float, sigma: float) -> Tensor:
     Args:
         positions: Keypoints (N, J, 3), world units.
         unit: What lengths are measured in, world units.
-        sigma: σ_s in those units.
+        sigma: σ_s in `unit`.
 
     Returns:
         Scalar, averaged over samples.

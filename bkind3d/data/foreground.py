@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from bkind3d.data.window import HALF
 from bkind3d.errors import InputError
 
 if TYPE_CHECKING:  # the cache builds the masks with this module
@@ -282,7 +283,7 @@ def body_size(recordings: Sequence[CachedRecording], center: Sequence[float]) ->
         focal = recording.cameras.intrinsics.diagonal(dim1=1, dim2=2)[:, :2].prod(-1).sqrt()
         units_per_pixel = (depth[:, 0] / focal).numpy()  # (M,)
         for row in np.linspace(0, len(recording) - 1, min(len(recording), _SIZED)).astype(int):
-            for mask, unit in zip(recording.masks[row] > 127, units_per_pixel):
+            for mask, unit in zip(recording.masks[row] > HALF, units_per_pixel):
                 y, x = np.nonzero(mask)
                 sizes.append(math.hypot(np.ptp(x) + 1, np.ptp(y) + 1) * unit if len(y) else 0.0)
     size = float(np.median(sizes))

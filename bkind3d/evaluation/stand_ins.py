@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bkind3d.data.window import HALF
 from bkind3d.errors import InputError
 from bkind3d.skeleton_summary import summarise_skeleton
 from bkind3d.tables import percent
 from bkind3d_kernels import rasterize_edges
 from bkind3d_kernels.geometry import project_points
 
-FOREGROUND = 128  # of 255: a pixel of a mask is foreground from here on
+FOREGROUND = HALF + 1  # of 255: a pixel of a mask is foreground from here on
 RADII = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # pixels
 _BATCH = 64  # frames
 
