@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +32,8 @@ class DataConfig:
             `silhouette`, `identity`, `rigidity`). False is the paper's.
         window: Side in pixels of a window that follows the body, where the foreground is known: the network sees that
             part of the frames, of `height` × `width`, alone, so that thin limbs have pixels. 0 shows whole frames.
+        box: With a window, side of the cube around the body that keypoints are looked for in, in sizes of the body, so
+            that its voxels are fine. 0 looks in the project's whole volume.
     """
 
     height: int = 256
@@ -40,6 +43,7 @@ class DataConfig:
     reverse: bool = False
     foreground: bool = True
     window: int = 0
+    box: float = 1.5
 
     @property
     def gaps(self) -> list[str | int]:
@@ -297,6 +301,7 @@ def validate(config: Config) -> None:
             _positive(model.decoder_channels, levels, levels),
             f"{levels}, positive",
         ),
+        ("data.box", data.box, 0 <= data.box < math.inf, "0 or more"),
         ("loss.ssim_window", loss.ssim_window, loss.ssim_window >= 3 and loss.ssim_window % 2 == 1, "odd, 3 or more"),
         ("loss.blocks", loss.blocks, 1 <= loss.blocks <= 5, "1 to 5"),
         ("loss.pixel_scales", loss.pixel_scales, loss.pixel_scales >= 0, "0 or more"),
@@ -365,6 +370,7 @@ def load_config(path: Path) -> Config:
             values = {key: tuple(v) if isinstance(v, list) and key != "gap" else v for key, v in raw.pop(name).items()}
             if name == "data":  # an earlier version knew no foreground
                 values.setdefault("foreground", False)
+                values.setdefault("box", 0.0)  # nor a box around the body
             fixed[name] = section(**values)
         raw.setdefault("method", "volumetric")  # an earlier version knew no other
         cache = raw.pop("cache")

@@ -62,7 +62,7 @@ class Inputs:
         project: The project file's content.
         volume: Box that the voxels fill, project units.
         cache: Undistorted frames and cameras at the network's size.
-        grid: The voxels.
+        grid: The voxels, of the volume, or of a box as large as the body needs, which the networks move to it.
         body_size: Size of the body, project units; None where it is not told from the room.
         window: Side of the windows that follow the body, pixels; 0 where the networks see whole frames.
     """
@@ -116,14 +116,23 @@ def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
     )
     seen = [cache.recordings[name] for name in cache.names("train", "both")]
     size = body_size(seen, volume.center) if config.data.foreground and seen else None
-    return Inputs(project, volume, cache, volume.grid(config.model.voxels), size, config.data.window)
+    box = volume if size is None or not follows_body(config) else Volume(volume.center, (config.data.box * size,) * 3)
+    return Inputs(project, volume, cache, box.grid(config.model.voxels), size, config.data.window)
+
+
+def follows_body(config: Config) -> bool:
+    """Whether keypoints are looked for in a box that follows the body, in place of the volume."""
+    return config.data.foreground and config.data.window > 0 and config.data.box > 0
 
 
 def build_model(config: Config) -> DiscoveryModel:
     """Build the networks from the run's seed: the same settings always give the same untrained network."""
     torch.manual_seed(config.train.seed)
     return MODELS[config.method](
-        config.model, outputs=1 if config.loss.target_channels == "grey" else 3, foreground=config.data.foreground
+        config.model,
+        outputs=1 if config.loss.target_channels == "grey" else 3,
+        foreground=config.data.foreground,
+        follows=follows_body(config),
     )
 
 

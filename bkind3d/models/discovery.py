@@ -18,6 +18,7 @@ from bkind3d.models.layers import channels_last
 from bkind3d.models.points import draw_points
 from bkind3d.models.reconstruction import ReconstructionDecoder
 from bkind3d.models.skeleton import Skeleton
+from bkind3d.models.views import body_middle, centred
 from bkind3d_kernels import VoxelGrid, rasterize_edges
 from bkind3d_kernels.geometry import project_points, rescale_points
 
@@ -80,14 +81,15 @@ class DiscoveryModel(nn.Module, ABC):
         outputs: Channels of the reconstruction: 3 (RGB) or 1 (grey).
         foreground: Whether the foreground is known in training, so that the terms of :mod:`bkind3d.models.body` can be
             taken.
+        follows: Whether the pictures are windows that follow the body. The grid is then moved to it, moment by moment.
     """
 
     # What is reconstructed: (images (N, 2, M, 3, H, W), LossConfig) -> (N, M, C, H, W).
     target = staticmethod(difference_target)
 
-    def __init__(self, config: ModelConfig, outputs: int, *, foreground: bool = False) -> None:
+    def __init__(self, config: ModelConfig, outputs: int, *, foreground: bool = False, follows: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.follows = config, follows
         self.encoder = build_encoder(config.encoder, config.encoder_weights, config.norm)
         channels, strides = self.encoder.channels, self.encoder.strides
         self.geometry = GeometryDecoder(
@@ -149,11 +151,30 @@ class DiscoveryModel(nn.Module, ABC):
             projections: (N or 1, M, 3, 4), world to image pixels.
             grid: Where to look.
         """
+        projections, shift = self._around_body(projections.expand(len(images), -1, -1, -1), images, grid)
+        found = self._detect(images, projections, grid)
+        found.positions = found.positions + shift
+        return found
+
+    def _detect(self, images: Tensor, projections: Tensor, grid: VoxelGrid) -> Keypoints:
+        """As `detect`, in the world that the grid stands still in."""
         n, m, _, height, width = images.shape
         features = self.encoder(images.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         maps = self.geometry(features).unflatten(0, (n, m))
-        found = self.lift(maps, projections.expand(n, -1, -1, -1), (height, width), grid)
+        found = self.lift(maps, projections, (height, width), grid)
         return Keypoints(found.positions, found.confidence, found.penalties, features)
+
+    def _around_body(self, projections: Tensor, images: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor]:
+        """The world with the body in the middle of the grid: its projections, and what leads back from it (N, 1, 3).
+
+        Moving the world in place of the grid leaves one grid for all moments.
+        """
+        if not self.follows:
+            return projections, projections.new_zeros(1, 1, 3)
+        center, size = box_center(grid).mean(0), (images.shape[-2], images.shape[-1])  # of grids shifted at random
+        with torch.autocast(images.device.type, enabled=False):
+            shift = body_middle(projections, size, center, grid.side) - center
+            return centred(projections, shift), shift[:, None]
 
     def edge_maps(self, pixels: Tensor, front: Tensor, size: tuple[int, int]) -> list[Tensor]:
         """Draw the skeleton for every level of the decoder (paper, Section 3.1.3).
@@ -216,8 +237,9 @@ class DiscoveryModel(nn.Module, ABC):
         # Times go first so that the features of frame t are the first half of the batch: no copy to pick them.
         if projections.ndim == 4:
             projections = projections[:, None].expand(n, 2, -1, -1, -1)
-        projections = projections.transpose(0, 1).flatten(0, 1)
-        found = self.detect(images.transpose(0, 1).flatten(0, 1), projections, grid)
+        images = images.transpose(0, 1).flatten(0, 1)
+        projections, shift = self._around_body(projections.transpose(0, 1).flatten(0, 1), images, grid)
+        found = self._detect(images, projections, grid)
         drawn = [
             level.unflatten(0, (2, n * m)).transpose(0, 1).flatten(1, 2)
             for level in self.draw(found.positions, projections, size, grid)
@@ -229,7 +251,7 @@ class DiscoveryModel(nn.Module, ABC):
             with torch.autocast(images.device.type, enabled=False):
                 on_body = self.body(found.positions, found.features, projections, body, self.skeleton, size)
         return Reconstruction(
-            positions=found.positions.unflatten(0, (2, n)).transpose(0, 1),
+            positions=(found.positions + shift).unflatten(0, (2, n)).transpose(0, 1),
             confidence=found.confidence.unflatten(0, (2, n)).transpose(0, 1),
             difference=difference.unflatten(0, (n, m)),
             penalties=found.penalties | (on_body.terms if on_body else {}),

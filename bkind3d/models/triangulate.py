@@ -66,7 +66,9 @@ def triangulate(pixels: Tensor, weights: Tensor, projections: Tensor, center: Te
 
 def _center_in_views(projections: Tensor, center: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
     """Pixel (N or 1, M, 2) and depth (N or 1, M) of the centre, the depth kept away from 0 and made positive."""
-    homogeneous = exact_matmul(center, projections[..., :3].mT)[..., 0, :] + projections[..., 3]  # (N or 1, M, 3)
+    homogeneous = (
+        exact_matmul(center[:, None], projections[..., :3].mT)[..., 0, :] + projections[..., 3]
+    )  # (N or 1, M, 3)
     least = LEAST_DEPTH * side * projections[..., 2, :3].norm(dim=-1)
     depth = torch.maximum(homogeneous[..., 2].abs(), least)
     return homogeneous[..., :2] / depth[..., None], depth

@@ -27,6 +27,7 @@ from bkind3d.models.discovery import DiscoveryModel, box_center, box_radius
 from bkind3d.models.keypoint3d import Keypoint3dModel, consistency_error
 from bkind3d.models.points import draw_points
 from bkind3d.models.triangulation import reprojection_error
+from bkind3d.models.views import centred
 from bkind3d.predict import predict
 from bkind3d.report import build_report
 from bkind3d.run import MODELS, build_model, checkpoints, load_model
@@ -89,6 +90,25 @@ def test_shapes_loss_and_gradients(method: Method, bottleneck: str) -> None:
     assert [name for name in silent if not name.endswith(".bias")] == []
     assert all(p.grad.isfinite().all() for p in trained.values() if p.grad is not None)
     assert ("skeleton.parameter" in trained) == (bottleneck == "edges")
+
+
+@every_model
+def test_a_box_that_follows_the_body(method: Method, bottleneck: str) -> None:
+    """Where the body is in the world does not matter: its keypoints come along, and everything else stays the same."""
+    torch.manual_seed(0)
+    model = MODELS[method](replace(TINY, bottleneck=bottleneck), outputs=1, follows=True)
+    shift = torch.tensor([0.3, -0.2, 0.1])
+    elsewhere = centred(cameras(), -shift[None])  # the same pictures of a world that is elsewhere
+    here, there = model(images(2, 2, 3), cameras(), GRID), model(images(2, 2, 3), elsewhere, GRID)
+    torch.testing.assert_close(there.positions, here.positions + shift, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(there.difference, here.difference, rtol=1e-2, atol=2e-3)
+    found = (
+        model.detect(images(2, 3), elsewhere, GRID).positions - model.detect(images(2, 3), cameras(), GRID).positions
+    )
+    torch.testing.assert_close(found, shift.expand_as(found), rtol=1e-4, atol=2e-4)
+    # The cameras' middle pixels meet in the box's middle, where an untrained volume puts its keypoints.
+    fixed = make(method, bottleneck)(images(2, 2, 3), elsewhere, GRID).positions
+    assert not torch.allclose(fixed, there.positions, atol=1e-3) or method == "triangulation"
 
 
 @every_model

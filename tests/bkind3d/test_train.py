@@ -510,8 +510,10 @@ def test_settings_from_before_the_foreground_have_none(config: MakeConfig, tmp_p
     save_config(config(), path)
     assert load_config(path).data.foreground
     content = yaml.safe_load(path.read_text())
-    del content["data"]["foreground"], content["data"]["window"]
+    del content["data"]["foreground"], content["data"]["window"], content["data"]["box"]
     for name in ("containment", "silhouette", "identity", "rigidity"):
         del content["loss"][name]
     path.write_text(yaml.safe_dump(content))
-    assert load_config(path) == config(foreground=False)
+    expected = config(foreground=False)
+    expected.data.box = 0.0
+    assert load_config(path) == expected

@@ -72,6 +72,19 @@ def test_two_views_agree_with_opencv() -> None:
         assert np.abs(found - truth[0].numpy()).max() < (1e-6 if noise == 0 else 0.05)
 
 
+def test_a_box_for_each_sample() -> None:
+    """Where the views disagree, the box matters a little: each sample is that of its own."""
+    _, pixels, weights = scene(3, samples=3)
+    pixels = pixels + torch.randn(pixels.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    centers = CENTER + torch.tensor([[0.0], [0.4], [-0.7]])
+    found = triangulate(pixels, weights, cameras(3), centers, SIDE)
+    for n, center in enumerate(centers):
+        alone = triangulate(pixels[n : n + 1], weights[n : n + 1], cameras(3), center, SIDE)
+        torch.testing.assert_close(found[n], alone[0])
+        other = triangulate(pixels[n : n + 1], weights[n : n + 1], cameras(3), centers[n - 1], SIDE)
+        assert not torch.allclose(found[n], other[0], atol=1e-6)
+
+
 def test_units_and_resolution_do_not_matter() -> None:
     """Millimetres for metres, and pixels of images three times as large, give the same points."""
     _, pixels, weights = scene(3)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_rig import ring
 
 from bkind3d.data.window import body_corners, cut, look, shifted
-from bkind3d.models.views import GREY, foreground_only
+from bkind3d.models.views import GREY, body_middle, centred, foreground_only
 from bkind3d_kernels.geometry import project_points
 
 SIZE = (44, 60)
@@ -103,3 +103,36 @@ def test_without_a_window_frames_are_whole(recording: SimpleNamespace) -> None:
     np.testing.assert_array_equal(frames, recording.frames[[4, 1]])
     np.testing.assert_array_equal(masks, recording.masks[[4, 1]])
     assert torch.equal(projections, recording.projections.expand(2, -1, -1, -1))
+
+
+# -- the box around the body -------------------------------------------------------------------------------------------
+
+
+def windows_around(points: torch.Tensor, side: int) -> torch.Tensor:
+    """Projections (N, M, 3, 4) of windows that have points (N, 3) in their middle, to a pixel."""
+    whole = ring(VIEWS, (SIZE[1], SIZE[0])).projection_matrices().expand(len(points), -1, -1, -1)
+    seen, _ = project_points(whole, points[:, None, None])
+    return shifted(whole, np.round(seen[:, :, 0].numpy() - (side - 1) / 2).astype(np.int64))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@given(seed=st.integers(0, 1000))
+def test_the_middle_of_the_windows(lost: bool, seed: int) -> None:
+    """Within the rounding of the windows to whole pixels, also where one of four views looks at something else."""
+    points = 0.4 * torch.rand(3, 3, generator=torch.Generator().manual_seed(seed)).double() - 0.2
+    windows = windows_around(points, 17)
+    if lost:
+        windows[:, seed % VIEWS] = shifted(windows[:, seed % VIEWS], np.array([[25, -30]] * 3))
+    found = body_middle(windows, (17, 17), torch.zeros(3).double(), 1.0)
+    pixel = 1 / 17  # of a world unit, roughly: the ring's cameras see a metre over as many pixels
+    assert (found - points).norm(dim=-1).max() < (2.5 if lost else 1) * pixel
+
+
+def test_a_world_that_is_moved() -> None:
+    projections = ring(VIEWS, (SIZE[1], SIZE[0])).projection_matrices().expand(3, -1, -1, -1)
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(3, 1, 5, 3, generator=generator).double() - 0.5
+    shift = torch.rand(3, 3, generator=generator).double()
+    expected = project_points(projections, points)
+    found = project_points(centred(projections, shift), points - shift[:, None, None])
+    torch.testing.assert_close(found, expected)
