@@ -43,7 +43,7 @@ class DataConfig:
     reverse: bool = False
     foreground: bool = True
     window: int = 0
-    box: float = 1.5
+    box: float = 1.4
 
     @property
     def gaps(self) -> list[str | int]:
