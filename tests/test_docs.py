@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 # Beside the code and the results: their links are checked as well.
 FURTHER = [ROOT / "csrc/README.md", *sorted((ROOT / "benchmarks/results").glob("**/NOTES.md"))]
 # The second block of the evaluation page opens a file that only a finished demo has.
