@@ -14,7 +14,13 @@ project = "bkind3d"
 author = "the bkind3d authors"
 version = release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline", "sphinx.ext.viewcode", "myst_parser"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",
+    "sphinx.ext.viewcode",
+    "myst_parser",
+]
 root_doc = "docs/site/index"
 include_patterns = [
     "docs/*.md",
