@@ -78,8 +78,8 @@ class Run:
     def time(self, op: str, competitor: str) -> Time | None:
         """That of a competitor in the usual variant, else in the one that is measured in its stead."""
         workload, _, *variants = WORKLOADS[op]
-        for index, variant in enumerate(variants):
-            seconds, ours = self.steps.get((op, workload, variant, competitor)), self.ours(op, variant or "")
+        for index, variant in enumerate(filter(None, variants)):
+            seconds, ours = self.steps.get((op, workload, variant, competitor)), self.ours(op, variant)
             if seconds is not None and ours is not None and (index == 0 or competitor in known_peers()):
                 return Time(title(competitor), seconds, ours, index > 0)
         return None
@@ -174,7 +174,7 @@ def draw(found: list[Run], path: Path) -> None:
             y += 1
             rows.append((y, op, name))
         y += 1.6
-    style = {"svg.hashsalt": "bkind3d", "font.size": 9, "text.color": TEXT, "axes.edgecolor": TEXT}
+    style: dict[Any, Any] = {"svg.hashsalt": "bkind3d", "font.size": 9, "text.color": TEXT, "axes.edgecolor": TEXT}
     with plt.rc_context(style | {"xtick.color": TEXT, "ytick.color": TEXT, "axes.labelcolor": TEXT}):
         figure, panels = plt.subplots(1, len(found), figsize=(9, 0.9 + 0.21 * y), sharey=True, layout="constrained")
         for axes, run in zip(panels, found):

@@ -95,7 +95,7 @@ def make(workload: Workload, variant: str, dtype: torch.dtype, device: str) -> P
 
 
 def apply(inputs: dict[str, Any], workload: Workload, backend: str) -> list[Tensor]:
-    options = {"aggregation": "mean", "unseen": "exclude"} if "mean" in inputs else {}
+    options: dict[str, Any] = {"aggregation": "mean", "unseen": "exclude"} if "mean" in inputs else {}
     return [unproject(inputs["features"], inputs["projections"], inputs["grid"], backend=backend, **options)]
 
 
