@@ -10,9 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import multiprocessing
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -33,6 +31,7 @@ from bkind3d.experiments.subjects import SUBJECTS, Film, Subject
 from bkind3d.files import replacing, write_json, write_text
 from bkind3d.models.body import BODY_TERMS
 from bkind3d.models.methods import METHODS
+from bkind3d.processes import call_each
 from bkind3d.run import open_run
 from bkind3d.train import resume, train
 
@@ -302,13 +301,9 @@ def change(config: Config, name: str, value: Any) -> None:
 def finish(jobs: Sequence[Job], workers: int, progress: bool) -> None:
     """Train and evaluate what is not finished, several at a time."""
     waiting = list({job.run: job for job in jobs if not (job.run / "evaluation.json").is_file()}.values())
-    # Each in a fresh process: threads, seeds and accelerate's state are those of a run of its own.
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=len(waiting), desc="rows", unit="run", disable=None if progress else True) as bar,
-        ProcessPoolExecutor(min(workers, max(1, len(waiting))), mp_context=context, max_tasks_per_child=1) as pool,
-    ):
-        for finished in pool.map(run_job, waiting):
+    with tqdm(total=len(waiting), desc="rows", unit="run", disable=None if progress else True) as bar:
+        # Each in a fresh process: threads, seeds and accelerate's state are those of a run of its own.
+        for finished in call_each(_run_job_apart, waiting, workers, fresh=True):
             if not finished:
                 raise KeyboardInterrupt
             bar.update()
@@ -323,6 +318,10 @@ def run_job(job: Job) -> bool:
     if finished:
         evaluate(job.run, progress=False, force=True, **job.probe)
     return finished
+
+
+def _run_job_apart(job: Job, report: Callable[[Any], None]) -> bool:
+    return run_job(job)
 
 
 def summary(run: Path) -> dict[str, Any]:

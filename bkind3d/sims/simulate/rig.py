@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from bkind3d.cameras import Cameras
 from bkind3d.data.truth import Truth
 from bkind3d.data.volume import Volume
 from bkind3d.errors import InputError
+from bkind3d.processes import call_each
 from bkind3d.sims.simulate.body import EDGES, JOINTS
 from bkind3d.sims.simulate.motion import Animation, animate
 from bkind3d.sims.simulate.render import SUPERSAMPLE, Film, View
@@ -151,21 +150,10 @@ def _film(shot: _Shot, report: Callable[[int], None]) -> None:
                 report(i % _REPORT_EVERY + 1)
 
 
-_counter: Synchronized[int]
-
-
-def _start_worker(counter: Synchronized[int]) -> None:
-    global _counter
-    _counter = counter
+def _film_apart(shot: _Shot, report: Callable[[int], None]) -> None:
+    """As `_film`, in a process of its own."""
     torch.set_num_threads(1)  # there is one process per core already
-
-
-def _film_and_count(shot: _Shot) -> None:
-    def count(pictures: int) -> None:
-        with _counter.get_lock():
-            _counter.value += pictures
-
-    _film(shot, count)
+    _film(shot, report)
 
 
 def _usable_cores() -> int:
@@ -183,17 +171,11 @@ def _film_all(shots: list[_Shot], workers: int | None, progress: bool) -> None:
             for shot in shots:
                 _film(shot, lambda pictures: bar.update(pictures) and None)
             return
-        # Spawned, not forked: the caller's process may run torch's threads.
-        context = multiprocessing.get_context("spawn")
-        counter = context.Value("q", 0)
-        with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
-            pending = {pool.submit(_film_and_count, shot) for shot in shots}
-            try:
-                while pending:
-                    done, pending = wait(pending, timeout=0.2, return_when="FIRST_EXCEPTION")
-                    bar.update(counter.value - bar.n)
-                    for future in done:
-                        future.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        lock = threading.Lock()
+
+        def count(pictures: int) -> None:
+            with lock:
+                bar.update(pictures)
+
+        for _ in call_each(_film_apart, shots, workers, report=count):
+            pass
