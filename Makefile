@@ -24,13 +24,14 @@ export TORCH_CUDA_ARCH_LIST ?= $(if $(filter torch==2.13.0,$(TORCH)),9.0)
 OLDEST_TORCH ?= torch==2.10.0
 OLDEST := build/oldest-torch
 
-.PHONY: help install demo test lint format sanitize check-oldest-torch clean
+.PHONY: help install demo test lint format docs sanitize check-oldest-torch clean
 
 help:
 	@echo "make demo [SUBJECT=animal|human|rat|human-sim]         from videos to 3D keypoints and a report, under runs/;
 	@echo "          [SEED=0] [ARGS=...]                          rat and human-sim need libegl1 libgl1 libgl1-mesa-dri"
 	@echo "make test [ARGS=...]                                   the test suite"
 	@echo "make lint | format                                     ruff, mypy and clang-format | apply the formats"
+	@echo "make docs                                              the docs site, strict about links, in build/site"
 	@echo "make sanitize                                          the kernels under sanitizers; needs g++"
 	@echo "make check-oldest-torch [OLDEST_TORCH=torch==2.10.0]   the wheel built here, tested with another torch: gigabytes"
 	@echo "make clean                                             remove .venv and what was built"
@@ -65,6 +66,11 @@ format: $(STAMP)
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
 	$(RUN)/clang-format -i $(CPP)
+
+# Sphinx imports the packages for their docstrings; nothing that it needs touches torch.
+docs: $(STAMP)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.txt
+	$(RUN)/sphinx-build -q -W --keep-going -b html -c docs/site . build/site
 
 sanitize: $(STAMP)
 	$(RUN)/python tests/kernels/native/sanitize.py

@@ -1,10 +1,10 @@
 """How fast, how large and how exact are the operations?
 
 Every competitor is measured on every workload, forward, backward and both together: `reference` (plain PyTorch),
-`compile` (torch.compile of it), `published` (the algorithm of the published code) and every other backend that can run
-here. Written as they come to the results folder: results.csv (one row per operation, workload, variant, mode and
-competitor), raw.csv (every round), machine.json, and at the end summary.md and plots. What is not measured has a row
-that says why. See docs/benchmarks.md.
+`compile` (torch.compile of it), `published` (the algorithm of the published code), the algorithms of other projects
+that compute the same function, and every other backend that can run here. Written as they come to the results folder:
+results.csv (one row per operation, workload, variant, mode and competitor), raw.csv (every round), machine.json, and at
+the end summary.md and plots. What is not measured has a row that says why. See docs/benchmarks.md.
 
   python -m benchmarks                                   everything, on the CPU, in about 12 minutes
   python -m benchmarks --quick                           the smallest workload of each operation, under a minute

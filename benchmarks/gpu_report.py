@@ -64,14 +64,14 @@ def times(folder: Path) -> list[str]:
     copy = json.loads((folder / "machine.json").read_text())["rates"]["copy"]
     lines = [
         f"copy: {copy / 1e9:.0f} GB/s; ratios are of the times of both; floor: % of the forward time that a copy takes",
-        f"{'operation':<22}{'workload':<28}{'competitor':<11}{'forward':>10}{'both':>10}"
+        f"{'operation':<22}{'workload':<28}{'competitor':<24}{'forward':>10}{'both':>10}"
         f"{'× reference':>12}{'× compile':>10}{'floor':>8}",
     ]
     found = {(row["op"], row["workload"], row["variant"], row["competitor"], row["mode"]): row for row in rows}
     for (op, workload, variant, competitor, mode), both in found.items():
         if mode != "both":
             continue
-        start = f"{op:<22}{workload + ', ' + variant:<28.27}{competitor:<11}"
+        start = f"{op:<22}{workload + ', ' + variant:<28.27}{competitor:<24}"
         if both["status"] != "measured":
             lines.append(f"{start}  {both['status']}: {both['reason'][:60]}")
             continue

@@ -6,7 +6,7 @@ not fit, or cuDNN refuses it, then bisected. The last voxels of each volume are 
 nothing counts that fits and is wrong. One row for each competitor; where its share of the time ran out, the side is a
 lower bound.
 
-torch.compile compiles again at each size, and is left out unless it is named.
+torch.compile compiles again at each size; it and other projects' algorithms are left out unless they are named.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from bkind3d_kernels import VoxelGrid, unproject
 
 from . import parts
 from .measure import CpuMemory, CudaMemory, largest_error, limit_address_space, out_of_memory
-from .problems import Case, Workload, competitors, function, known_competitors, operation
+from .problems import Case, Workload, competitors, function, known_competitors, known_peers, operation
 
 COLUMNS = ("device", "dtype", "competitor", "status", "side", "too_large", "peak_bytes", "step_s", "reason")
 STEP, FIRST, LAST = 16, 32, 2048
+VARIANT = "channels-last"
 TAIL = 2  # voxels along each axis at the end of memory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -87,7 +88,7 @@ class Search:
         if time.monotonic() + expected > self.deadline:
             raise OutOfTime
         parameters = operation("unproject").BASE | {"volume": (side,) * 3}
-        case = Case("unproject", Workload(f"side-{side}", parameters), "channels-last", self.dtype, self.device)
+        case = Case("unproject", Workload(f"side-{side}", parameters), VARIANT, self.dtype, self.device)
         least = 2 * math.prod((parameters["C"], side, side, side)) * self.dtype.itemsize  # the volume and its gradient
         fits = least <= self.limit and self._fits(case)
         if fits:
@@ -154,7 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the features; default float32")
-    parser.add_argument("--competitor", nargs="+", choices=known_competitors(), help="default: all but compile")
+    parser.add_argument(
+        "--competitor", nargs="+", choices=known_competitors(), help="default: all but compile and the peers"
+    )
     parser.add_argument("--memory-limit-gb", type=float, help="default 1, on CUDA what is free")
     parser.add_argument("--seconds", type=float, default=60, help="for all competitors together; default 60")
     parser.add_argument("--out", type=Path, help="CSV file for the rows")
@@ -167,8 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
         free, total = torch.cuda.mem_get_info()
         limit = min(free, limit) if options.memory_limit_gb else free
         torch.cuda.set_per_process_memory_fraction(limit / total)
-    available = competitors("unproject", options.device, DTYPES[options.dtype])
-    named = options.competitor or [name for name in available if name != "compile"]
+    available = competitors("unproject", options.device, DTYPES[options.dtype], VARIANT)
+    named = options.competitor or [name for name in available if name not in ("compile", *known_peers())]
     # Compiled kernels first: they take least time, and what they leave is the others'.
     chosen = [name for name in reversed(available) if name in named and available[name] is None]
     deadline = time.monotonic() + options.seconds

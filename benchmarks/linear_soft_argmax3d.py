@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bkind3d_kernels import VoxelGrid, linear_soft_argmax3d
 
-from .problems import EXP, FLOATING, Floor, Function, Problem, Workload
+from . import peers
+from .problems import EXP, FLOATING, Floor, Function, Peer, Problem, Workload
 
 
 def _workload(name: str, n: int, c: int, j: int, size: int, sweep: bool = False) -> Workload:
@@ -30,6 +31,7 @@ WORKLOADS = (
 DTYPES = FLOATING
 SMALLEST = _workload("smallest", 1, 4, 2, 6)
 VARIANTS = ("channels-last", "channels-first", "peak-and-covariance")
+PUBLISHED = VARIANTS
 
 
 def make(workload: Workload, variant: str, dtype: torch.dtype, device: str) -> Problem:
@@ -78,6 +80,21 @@ def published(inputs: dict[str, Any], workload: Workload) -> Function:
 def published_bytes(workload: Workload) -> int:
     """The probabilities, and in the backward pass their gradient, that of the logits and that of the features."""
     return 4 * workload.N * (3 * workload.J + workload.C) * workload.volume[0] ** 3
+
+
+def _kornia(inputs: dict[str, Any], workload: Workload) -> Function:
+    """A convolution of torch's, whose logits go to kornia's functions."""
+    features, weight, bias, grid = (inputs[name] for name in ("features", "weight", "bias", "grid"))
+
+    def run() -> list[Tensor]:
+        kernel, offset = weight[:, :, None, None, None].to(features.dtype), bias.to(features.dtype)
+        logits = F.conv3d(features, kernel, offset).to(grid.affine.dtype)
+        return [grid.index_to_world(peers.kornia(logits))]
+
+    return run
+
+
+PEERS = {"kornia": Peer("kornia", _kornia, published_bytes, VARIANTS[:2], package="kornia")}
 
 
 def floor(workload: Workload, variant: str, mode: str, itemsize: int) -> Floor:

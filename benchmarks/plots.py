@@ -11,7 +11,8 @@ from .summary import Row, name, read
 # Colours that stay apart for colour-blind readers (Okabe and Ito), one for each competitor for ever.
 COLOURS = {
     "reference": "#0072B2", "compile": "#E69F00", "published": "#999999", "cpp": "#009E73", "triton": "#CC79A7",
-    "cuda": "#D55E00",
+    "cuda": "#D55E00", "learnable-triangulation": "#56B4E9", "voxelpose": "#F0E442", "autolink": "#882255",
+    "kornia": "#999933",
 }  # fmt: skip
 AXES = {
     "N": "samples", "M": "views", "C": "channels", "J": "keypoints", "map": "map, pixels a side",

@@ -13,13 +13,16 @@ An operation is one module of this package, named like the operation, with
 - ``make(workload, variant, dtype, device)``: a :class:`Problem`;
 - ``apply(inputs, workload, backend)``: the operation of the library, a list of output tensors;
 - ``published(inputs, workload)``: a function without arguments that does the same as the published code does it;
+- ``PUBLISHED``: the variants that the published code has;
 - ``published_bytes(workload)``: memory that the published algorithm needs at least for forward and backward;
+- ``PEERS``: :class:`Peer` objects by name, the algorithms of other projects;
 - ``floor(workload, variant, mode, itemsize)``: a :class:`Floor`.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -112,6 +115,31 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Peer:
+    """The algorithm of another project, as a competitor.
+
+    Attributes:
+        title: What the project is called.
+        make: (inputs, workload) to a function without arguments.
+        needed_bytes: Memory that it needs at least for forward and backward.
+        variants: Those of the operation that it computes.
+        package: The package that it calls, if it calls one.
+    """
+
+    title: str
+    make: Callable[[dict[str, Any], Workload], Function]
+    needed_bytes: Callable[[Workload], int]
+    variants: tuple[str, ...]
+    package: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why it cannot run here, or None if it can."""
+        absent = self.package is not None and importlib.util.find_spec(self.package) is None
+        return f"{self.package} is not installed" if absent else None
+
+
+@dataclass(frozen=True)
 class Case:
     """One workload in one variant, dtype and device."""
 
@@ -141,9 +169,13 @@ def operation(op: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{op}")
 
 
-def competitors(op: str, device: str, dtype: torch.dtype) -> dict[str, str | None]:
-    """Every competitor and why it cannot run here, or None if it can."""
+def competitors(op: str, device: str, dtype: torch.dtype, variant: str | None = None) -> dict[str, str | None]:
+    """Every competitor and why it cannot run here, or None if it can; with a variant, those that compute it."""
+    module = operation(op)
     found: dict[str, str | None] = dict.fromkeys(BASELINES)
+    if variant is not None and variant not in module.PUBLISHED:
+        del found["published"]
+    found |= {name: peer.reason for name, peer in module.PEERS.items() if variant in (None, *peer.variants)}
     for line in explain(op, device=device, dtype=dtype):
         if line.backend == "triton" and device == "cpu" and line.available:
             found["triton"] = "interpreted on CPU tensors: for tests of its numbers, there is no speed to measure"
@@ -152,8 +184,12 @@ def competitors(op: str, device: str, dtype: torch.dtype) -> dict[str, str | Non
     return found
 
 
+def known_peers() -> dict[str, Peer]:
+    return {name: peer for op in backends.OPERATIONS for name, peer in operation(op).PEERS.items()}
+
+
 def known_competitors() -> list[str]:
-    return [*BASELINES, *(name for name in backends.BACKENDS if name != "reference")]
+    return [*BASELINES, *known_peers(), *(name for name in backends.BACKENDS if name != "reference")]
 
 
 def function(case: Case, competitor: str, problem: Problem) -> Function:
@@ -161,11 +197,21 @@ def function(case: Case, competitor: str, problem: Problem) -> Function:
     workload = case.workload
     if competitor == "published":
         return case.module.published(problem.inputs, workload)
+    if competitor in case.module.PEERS:
+        return case.module.PEERS[competitor].make(problem.inputs, workload)
     apply = case.module.apply
     if competitor == "compile":
         compiled, backend = torch.compile(apply, fullgraph=True, dynamic=False), "reference"
         return lambda: compiled(problem.inputs, workload, backend)
     return lambda: apply(problem.inputs, workload, competitor)
+
+
+def needed_bytes(case: Case, competitor: str) -> int | None:
+    """Memory that a competitor needs at least, where that is known beforehand."""
+    if competitor == "published":
+        return case.module.published_bytes(case.workload)
+    peer = case.module.PEERS.get(competitor)
+    return peer.needed_bytes(case.workload) if peer else None
 
 
 def cotangents(outputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

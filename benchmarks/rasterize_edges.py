@@ -11,7 +11,8 @@ from torch import Tensor
 from bkind3d_kernels import rasterize_edges
 from bkind3d_kernels.geometry import all_pairs, rescale_points
 
-from .problems import EXP, Floor, Function, Problem, Workload
+from . import peers
+from .problems import EXP, Floor, Function, Peer, Problem, Workload
 
 # σ in pixels for each size of map: those of the training package's decoder (`model.edge_sigmas`), and 256 like 128.
 SIGMAS = {8: 1.8, 16: 3.6, 32: 2.3, 64: 4.5, 128: 2.9, 256: 5.8}
@@ -38,6 +39,7 @@ WORKLOADS = (
 DTYPES = (torch.float32, torch.float64)
 SMALLEST = _workload("smallest", 1, 3, 8)
 VARIANTS = ("plain",)
+PUBLISHED = VARIANTS
 SLICES = {"N": ({"keypoints": 0}, 0)}
 HUGE = ((_workload("huge", 32800, 3, 256), torch.float32, "N"),)
 
@@ -84,6 +86,20 @@ def published(inputs: dict[str, Any], workload: Workload) -> Function:
 def published_bytes(workload: Workload) -> int:
     """Distances of the largest map's pixels to all sampled points; backward their gradient in their place."""
     return workload.N * (workload.J * (workload.J - 1) // 2) * max(workload.sizes) ** 3 * 4
+
+
+def _autolink(inputs: dict[str, Any], workload: Workload) -> Function:
+    keypoints, weights = inputs["keypoints"], inputs["weights"]
+    pairs = all_pairs(workload.J, keypoints.device)
+    return lambda: peers.autolink(keypoints, weights, pairs, *_sizes(workload))
+
+
+def _autolink_bytes(workload: Workload) -> int:
+    """Three offsets of two numbers for every edge and pixel of every map."""
+    return 6 * 4 * workload.N * (workload.J * (workload.J - 1) // 2) * sum(size**2 for size in workload.sizes)
+
+
+PEERS = {"autolink": Peer("AutoLink", _autolink, _autolink_bytes, VARIANTS)}
 
 
 def floor(workload: Workload, variant: str, mode: str, itemsize: int) -> Floor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bkind3d_kernels import VoxelGrid, soft_argmax3d
 
-from .problems import EXP, FLOATING, Floor, Function, Problem, Workload
+from . import peers
+from .problems import EXP, FLOATING, Floor, Function, Peer, Problem, Workload
 
 
 def _workload(name: str, n: int, j: int, size: int, sweep: bool = False) -> Workload:
@@ -28,6 +29,7 @@ WORKLOADS = (
 DTYPES = FLOATING
 SMALLEST = _workload("smallest", 1, 2, 6)
 VARIANTS = ("plain", "peak-and-covariance")
+PUBLISHED = VARIANTS
 SLICES = {"N": ({"logits": 0}, 0), "J": ({"logits": 1}, 1)}
 HUGE = (
     (_workload("huge-batch", 520, 2, 128), torch.bfloat16, "N"),
@@ -75,6 +77,14 @@ def published(inputs: dict[str, Any], workload: Workload) -> Function:
 def published_bytes(workload: Workload) -> int:
     """The probabilities, and in the backward pass their gradient and that of the logits."""
     return 3 * 4 * workload.N * workload.J * workload.volume[0] ** 3
+
+
+def _kornia(inputs: dict[str, Any], workload: Workload) -> Function:
+    logits, grid = inputs["logits"], inputs["grid"]
+    return lambda: [grid.index_to_world(peers.kornia(logits.to(grid.affine.dtype)))]
+
+
+PEERS = {"kornia": Peer("kornia", _kornia, published_bytes, ("plain",), package="kornia")}
 
 
 def floor(workload: Workload, variant: str, mode: str, itemsize: int) -> Floor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .measure import Contestant, Probe, Skipped, Truth, repeats
-from .problems import MODES, Case, Problem, competitors, operation
+from .problems import MODES, Case, Problem, competitors, needed_bytes, operation
 from .workers import Worker
 
 RESULT_COLUMNS = (
@@ -144,7 +144,7 @@ class Suite:
 
     def _run(self, case: Case, share: float) -> None:
         case_started = time.monotonic()
-        found = competitors(case.op, case.device, case.dtype)
+        found = competitors(case.op, case.device, case.dtype, case.variant)
         problem = case.make() if case.device == "cuda" else None  # shared; on the CPU each process makes its own
         entries: list[Entry] = []
         skipped: list[tuple[str, str, str, int | None]] = []
@@ -153,7 +153,7 @@ class Suite:
                 # A backend that cannot run here is named once, in machine.json, unless it was asked for.
                 if name not in (self.settings.competitors or [n for n, why in found.items() if why is None]):
                     continue
-                needed = case.module.published_bytes(case.workload) if name == "published" else None
+                needed = needed_bytes(case, name)
                 try:
                     if case.dtype not in case.module.DTYPES:
                         raise Skipped(f"this operation does not take {case.dtype}")
@@ -359,7 +359,7 @@ def with_defaults(settings: Settings) -> Settings:
     """Quick runs: few rounds, no compiler unless it is named."""
     if not settings.quick:
         return settings
-    found = competitors(settings.ops[0], settings.device, settings.dtype)
-    usual = tuple(name for name, why in found.items() if why is None and name != "compile")
-    named = settings.competitors or usual
+    found = [competitors(op, settings.device, settings.dtype) for op in settings.ops]
+    usual = dict.fromkeys(name for each in found for name, why in each.items() if why is None and name != "compile")
+    named = settings.competitors or tuple(usual)
     return replace(settings, rounds=min(settings.rounds, 5), budget=min(settings.budget, 50.0), competitors=named)

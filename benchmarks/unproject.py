@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from bkind3d_kernels import VoxelGrid, unproject
 
-from .problems import EXP, FLOATING, Floor, Function, Problem, Workload
+from . import peers
+from .problems import EXP, FLOATING, Floor, Function, Peer, Problem, Workload
 
 
 def _workload(
@@ -42,8 +44,10 @@ WORKLOADS = (
 )
 DTYPES = FLOATING
 SMALLEST = _workload("smallest", 1, 2, 4, (8, 8), _cube(6))
-# Channels first; channels last; channels last, with gradients to the cameras too.
-VARIANTS = ("channels-last", "channels-first", "camera-gradients")
+# Channels last; channels first; channels last, with gradients to the cameras too; the mean over the views that see a
+# voxel instead of the softmax over all.
+VARIANTS = ("channels-last", "channels-first", "camera-gradients", "mean")
+PUBLISHED = VARIANTS[:3]
 SLICES = {"N": ({"features": 0, "projections": 0}, 0), "C": ({"features": 2}, 1)}
 HUGE = (
     (_workload("huge-batch", 265, 2, 32, (16, 16), _cube(64)), torch.bfloat16, "N"),
@@ -85,11 +89,14 @@ def make(workload: Workload, variant: str, dtype: torch.dtype, device: str) -> P
         "projections": ring(m, (h, w)).expand(n, -1, -1, -1).to(device=device, dtype=geometry).contiguous(),
         "grid": grid.to(device),
     }
+    if variant == "mean":
+        inputs["mean"] = torch.ones((), device=device)  # its presence asks for it
     return Problem(inputs, ("features", "projections") if variant == "camera-gradients" else ("features",))
 
 
 def apply(inputs: dict[str, Any], workload: Workload, backend: str) -> list[Tensor]:
-    return [unproject(inputs["features"], inputs["projections"], inputs["grid"], backend=backend)]
+    options: dict[str, Any] = {"aggregation": "mean", "unseen": "exclude"} if "mean" in inputs else {}
+    return [unproject(inputs["features"], inputs["projections"], inputs["grid"], backend=backend, **options)]
 
 
 def published(inputs: dict[str, Any], workload: Workload) -> Function:
@@ -121,6 +128,30 @@ def published_bytes(workload: Workload) -> int:
     return (4 * workload.M + 1) * volume
 
 
+def _peer(run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[dict[str, Any], Workload], Function]:
+    """A peer's function of features, cameras and a volume of coordinates that is made once."""
+
+    def make(inputs: dict[str, Any], workload: Workload) -> Function:
+        features, projections = inputs["features"], inputs["projections"]
+        points = peers.homogeneous(inputs["grid"].coordinates()).expand(workload.N, -1, -1, -1, -1)
+        return lambda: [run(features.to(points.dtype), projections, points).to(features.dtype)]
+
+    return make
+
+
+def _peer_bytes(workload: Workload) -> int:
+    """Two volumes of every view and one without views."""
+    return (2 * workload.M + 1) * workload.N * workload.C * math.prod(workload.volume) * 4
+
+
+PEERS = {
+    "learnable-triangulation": Peer(
+        "Learnable Triangulation", _peer(peers.learnable_triangulation), _peer_bytes, PUBLISHED
+    ),
+    "voxelpose": Peer("VoxelPose", _peer(peers.voxelpose), _peer_bytes, ("mean",)),
+}
+
+
 def floor(workload: Workload, variant: str, mode: str, itemsize: int) -> Floor:
     """Features are read once (twice for both: nothing per view is kept), volumes and gradients pass once."""
     if mode == "both":
@@ -135,6 +166,8 @@ def floor(workload: Workload, variant: str, mode: str, itemsize: int) -> Floor:
     # weighted sum (1 + 1 + EXP + 1 + 2). Per voxel and channel: one division.
     sample = voxels * workload.M * workload.C * 8
     softmax = voxels * workload.M * workload.C * (EXP + 5) + voxels * workload.C
+    if variant == "mean":
+        return _floor_of_mean(workload, mode, features, volume, project + sample)
     if mode == "forward":
         return Floor(features, volume, project + sample + softmax)
     # Sampled again rather than kept; then g·w·(1 + v − V) (4) and four taps of the gradient as multiply-adds (8).
@@ -142,3 +175,11 @@ def floor(workload: Workload, variant: str, mode: str, itemsize: int) -> Floor:
     if variant == "camera-gradients":
         operations += voxels * workload.M * workload.C * 12  # two slopes from the four taps, two multiply-adds
     return Floor(features + volume, features, operations)
+
+
+def _floor_of_mean(workload: Workload, mode: str, features: int, volume: int, operations: int) -> Floor:
+    """One addition for each view and one division; its gradient does not ask for the samples again."""
+    if mode == "forward":
+        voxels = workload.N * workload.C * math.prod(workload.volume)
+        return Floor(features, volume, operations + voxels * (workload.M + 1))
+    return Floor(volume, features, operations)

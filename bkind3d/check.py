@@ -62,13 +62,14 @@ class CheckReport:
         gaps: gap in frames of each recording that is trained on.
         cameras: one row per camera, of the first recording's calibration.
         volume: the working volume.
-        voxels: its shape (X, Y, Z).
+        voxels: shape (X, Y, Z) of the grid in it, or of the cube that follows the body.
         seen_by: share of voxels seen by exactly 0, 1, ... M of these cameras.
         memory: estimated bytes for training.
         memory_formula: how they were estimated.
         pictures: the volume drawn into a frame of each camera, and the masks of the body if they were looked at.
         warnings: what is allowed but suspicious.
         foreground: one row per camera, of the first recording; empty where masks were not looked at.
+        window: side of the windows that follow the body, pixels; 0 where the networks see whole frames.
     """
 
     project: Project
@@ -83,6 +84,7 @@ class CheckReport:
     pictures: list[Path]
     warnings: list[str]
     foreground: list[ForegroundCheck] = field(default_factory=list)
+    window: int = 0
 
     @property
     def seen_by_two(self) -> float:
@@ -114,10 +116,11 @@ class CheckReport:
             lines.append(f"{len(rigs)} calibrations; the cameras and voxels told of are those of {rigs[0].name}")
         origin = "" if self.project.volume else ", proposed from the cameras' common view"
         shape = "×".join(map(str, self.voxels))
+        follows = " around the body; those of the volume are" if self.window else ";"
         seen = f"0 cameras {self.seen_by[0]:.1%}, 1 {self.seen_by[1]:.1%}, 2 or more {self.seen_by_two:.1%}"
         lines += [
             f"volume: center {list(self.volume.center)}, size {list(self.volume.size)} {units}{origin}",
-            f"voxels: {shape}; seen by {seen}, all {count} {self.seen_by[-1]:.1%}",
+            f"voxels: {shape}{follows} seen by {seen}, all {count} {self.seen_by[-1]:.1%}",
             f"memory for training: about {self.memory / 1e9:.2g} GB = {self.memory_formula}",
         ]
         if self.foreground:
@@ -141,6 +144,7 @@ def check_project(
     height: int = 256,
     width: int = 256,
     batch: int = 1,
+    window: int = 0,
     foreground: bool = False,
 ) -> CheckReport:
     """Check a project; draw its working volume, and its true joints if it has any, into a frame of each camera.
@@ -153,6 +157,8 @@ def check_project(
         height: of the network's images, for the memory estimate.
         width: of the network's images, for the memory estimate.
         batch: moments per training step, for the memory estimate.
+        window: side of the windows that follow the body, pixels, in place of whole images; the voxels are then those of
+            a cube around it. 0 without.
         foreground: look at masks of the body too, on some moments of the first recording, which are decoded for it.
 
     Raises:
@@ -173,7 +179,8 @@ def check_project(
     first = next(iter(project.rigs().values()))
     views = visible_views(first, volume, voxels)
     cameras = _camera_rows(first, volume)
-    memory, formula = training_memory(len(cameras), height, width, volume.shape(voxels), batch)
+    shape, seen = ((voxels,) * 3, (window, window)) if window else (volume.shape(voxels), (height, width))
+    memory, formula = training_memory(len(cameras), *seen, shape, batch)
     pictures = [] if out is None else draw_volume(project, recordings, volume, Path(out))
     masks: list[ForegroundCheck] = []
     if foreground:
@@ -186,13 +193,14 @@ def check_project(
         gaps=gaps,
         cameras=cameras,
         volume=volume,
-        voxels=volume.shape(voxels),
+        voxels=shape,
         seen_by=[(views == count).double().mean().item() for count in range(len(cameras) + 1)],
         memory=memory,
         memory_formula=formula,
         pictures=pictures,
         warnings=_warnings(project, volume, gaps) + [failure for row in masks for failure in row.failures()],
         foreground=masks,
+        window=window,
     )
 
 

@@ -37,6 +37,7 @@ def run_check(
     height: int = 256,
     width: int = 256,
     batch: int = 1,
+    window: int = 0,
     out: Path | None = None,
     foreground: bool = True,
 ) -> None:
@@ -49,6 +50,7 @@ def run_check(
         height: Height of the network's images, for the estimate of memory.
         width: Width of the network's images, likewise.
         batch: Pairs per training step, likewise.
+        window: Side in pixels of windows that follow the body (`data.window`), likewise; the voxels are then around it.
         out: Folder for a picture per camera with the volume drawn in.
         foreground: Look at the masks of the body too; some moments of the first recording are decoded for it.
     """
@@ -60,6 +62,7 @@ def run_check(
         height=height,
         width=width,
         batch=batch,
+        window=window,
         foreground=foreground,
     ).print()
 

@@ -47,7 +47,7 @@ class DataConfig:
     reverse: bool = False
     foreground: bool = True
     window: int = 0
-    box: float = 1.5
+    box: float = 1.4
 
     @property
     def gaps(self) -> list[str | int]:

@@ -80,7 +80,8 @@ def demo(
     say("check", f"{project}")
     check_project(
         load_project(project), gap=config.data.gaps[-1], voxels=config.model.voxels, out=data / "check",
-        height=config.data.height, width=config.data.width, batch=config.train.batch, foreground=config.data.foreground,
+        height=config.data.height, width=config.data.width, batch=config.train.batch, window=config.data.window,
+        foreground=config.data.foreground,
     ).print()  # fmt: skip
     say("train", f"{config.train.steps} steps, no labels -> {out}")
     if not train(config, out, force=force, progress=progress):

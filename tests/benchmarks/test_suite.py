@@ -9,9 +9,19 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import machine, numerics
+from benchmarks import machine, numerics, plots
 from benchmarks.measure import Contestant, Truth, largest_error, repeats
-from benchmarks.problems import MODES, Case, Floor, Workload, function, operation
+from benchmarks.problems import (
+    MODES,
+    Case,
+    Floor,
+    Peer,
+    Workload,
+    competitors,
+    function,
+    known_competitors,
+    operation,
+)
 from benchmarks.suite import RAW_COLUMNS, RESULT_COLUMNS, Settings, Suite, cases, quartiles
 from benchmarks.workers import Worker
 from bkind3d_kernels import unproject
@@ -19,6 +29,14 @@ from bkind3d_kernels.backends import OPERATIONS
 
 RATES = {"copy": 1e10, "read": 1e10, "fill": 1e10, "fill_fresh": 2e9, "flops": 1e11}
 ALL = [(op, variant) for op in OPERATIONS for variant in operation(op).VARIANTS]
+PUBLISHED = [(op, variant) for op in OPERATIONS for variant in operation(op).PUBLISHED]
+PEERS = [
+    (op, name, variant)
+    for op in OPERATIONS
+    for name, peer in operation(op).PEERS.items()
+    for variant in peer.variants
+    if peer.reason is None
+]
 
 
 def smallest(op: str, variant: str | None = None) -> Case:
@@ -26,7 +44,7 @@ def smallest(op: str, variant: str | None = None) -> Case:
     return Case(op, module.SMALLEST, variant or module.VARIANTS[0], torch.float32, "cpu")
 
 
-@pytest.mark.parametrize(("op", "variant"), ALL)
+@pytest.mark.parametrize(("op", "variant"), PUBLISHED)
 def test_published_algorithm_agrees(op: str, variant: str) -> None:
     case = smallest(op, variant)
     truth = Truth.of(case)
@@ -38,6 +56,46 @@ def test_published_algorithm_agrees(op: str, variant: str) -> None:
     assert errors["error_output"] < tolerance
     if op != "rasterize_edges":
         assert errors["error_gradient"] < tolerance
+
+
+@pytest.mark.parametrize(("op", "name", "variant"), PEERS)
+def test_peers_compute_the_same_function(op: str, name: str, variant: str) -> None:
+    """In float64, outputs and all gradients."""
+    case = Case(op, operation(op).SMALLEST, variant, torch.float64, "cpu")
+    contestant = Contestant(case, name)
+    contestant.round()
+    errors = contestant.errors(Truth.of(case))
+    # VoxelPose adds 1e-6 to the number of views, AutoLink 1e-8 to a squared length.
+    assert errors["error_output"] < 2e-6
+    assert errors["error_gradient"] < 2e-6
+
+
+@pytest.mark.parametrize(("name", "variant"), [("learnable-triangulation", "channels-first"), ("voxelpose", "mean")])
+def test_peers_leave_out_what_a_view_does_not_see(name: str, variant: str) -> None:
+    """Cameras inside the volume: behind some voxels, beside others."""
+    module = operation("unproject")
+    workload = Workload("inside", {"N": 2, "M": 3, "C": 4, "map": (9, 13), "volume": (7, 6, 5)})
+    inputs = module.make(workload, variant, torch.float64, "cpu").inputs
+    inputs["projections"][:, 1, 2, 3] -= module.RADIUS - 0.1
+    inputs["projections"][:, 2, :2] *= 3
+    (exact,) = module.apply(inputs, workload, "reference")
+    (found,) = module.PEERS[name].make(inputs, workload)()
+    assert largest_error([found], [exact]) < 2e-6
+    _, counts = unproject(inputs["features"], inputs["projections"], inputs["grid"], return_counts=True)
+    assert set(counts.unique().tolist()) == {1, 2}
+
+
+def test_peers_take_part_where_they_compute_the_variant() -> None:
+    assert "voxelpose" not in competitors("unproject", "cpu", torch.float32, "channels-last")
+    means = competitors("unproject", "cpu", torch.float32, "mean")
+    assert "voxelpose" in means
+    assert not {"published", "learnable-triangulation"} & set(means)
+    assert set(plots.COLOURS) == set(known_competitors())
+
+
+def test_a_peer_whose_package_is_absent_says_so() -> None:
+    peer = Peer("Nobody", lambda inputs, workload: list, lambda workload: 0, (), package="no_such_package")
+    assert peer.reason == "no_such_package is not installed"
 
 
 @pytest.mark.parametrize("size", [16, 64])
@@ -77,6 +135,7 @@ def test_floors(op: str, variant: str) -> None:
             assert floor.seconds(RATES) > 0
         assert floors["both"] == floors["forward"] + floors["backward"]
         assert module.published_bytes(workload) > 0
+        assert all(peer.needed_bytes(workload) > 0 for peer in module.PEERS.values())
 
 
 def test_floor_is_the_larger_of_bytes_and_operations() -> None:

@@ -12,7 +12,7 @@ from bkind3d_kernels.backends import OPERATIONS
 CASES = [
     (op, competitor)
     for op in OPERATIONS
-    for competitor, reason in competitors(op, "cpu", torch.float32).items()
+    for competitor, reason in competitors(op, "cpu", torch.float32, operation(op).VARIANTS[0]).items()
     if reason is None and competitor != "compile"
 ]
 

@@ -45,6 +45,19 @@ def test_effective_gap_is_reported(tmp_path: Path) -> None:
     assert any("4 frames = 0.13" in line for line in lines)
 
 
+def test_windows_that_follow_the_body(tmp_path: Path) -> None:
+    """Memory is that of the window and of a cube of voxels around the body; what is seen is still of the volume."""
+    project = open_project(tmp_path, recording={"split": "both"}, cameras=ring(4))
+    whole, window = (check_project(project, gap="0.1 s", voxels=9, window=side) for side in (0, 24))
+    assert (whole.voxels, window.voxels) == ((9, 9, 5), (9, 9, 9))
+    assert window.seen_by == whole.seen_by
+    assert window.memory == training_memory(4, 24, 24, (9, 9, 9), 1)[0]
+    assert any(
+        line.startswith("voxels: 9×9×9 around the body; those of the volume are seen by 0") for line in window.lines()
+    )
+    assert any(line.startswith("voxels: 9×9×5; seen by 0 cameras") for line in whole.lines())
+
+
 def test_share_of_voxels_seen(tmp_path: Path) -> None:
     """Two cameras look along x at the same half of a long box."""
     cameras = ring(2)
