@@ -55,7 +55,7 @@ class DataConfig:
         return self.gap if isinstance(self.gap, list) else [self.gap]
 
 
-def weighs_penalties(settings: type[Settings]) -> type[Settings]:
+def with_penalty_weights(settings: type[Settings]) -> type[Settings]:
     """Give `LossConfig` the weight of each method's own terms as a setting, before those of the foreground."""
     types = settings.__annotations__
     last = {name: types.pop(name) for name in BODY_TERMS}
@@ -69,7 +69,7 @@ def weighs_penalties(settings: type[Settings]) -> type[Settings]:
 
 
 @dataclass
-@weighs_penalties
+@with_penalty_weights
 class LossConfig:
     """Reconstruction target and losses (paper, Section 3.2).
 

@@ -63,16 +63,15 @@ def call_each(
             idle.put(worker)
         return result
 
-    with ThreadPoolExecutor(max(1, min(workers, len(arguments)))) as pool:
-        futures = [pool.submit(call, argument) for argument in arguments]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-    while not idle.empty():
-        idle.get().close()
+    pool = ThreadPoolExecutor(max(1, min(workers, len(arguments))))
+    futures = [pool.submit(call, argument) for argument in arguments]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        while not idle.empty():
+            idle.get().close()
 
 
 class _Worker:

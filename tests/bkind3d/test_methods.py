@@ -4,7 +4,7 @@ import csv
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -505,6 +505,21 @@ def test_runs_from_before_methods_go_on(config: MakeConfig, tmp_path: Path) -> N
     assert rows(run)[:2] == expected
     assert (run / "metrics.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
     assert len(rows(run)) == 3
+
+
+def test_the_registry_names_files_and_settings() -> None:
+    """A method's model is in the file of its name, and each of its penalties is a setting with that weight."""
+    names = [penalty.name for method in METHODS.values() for penalty in method.penalties]
+    assert len(set(names)) == len(names)
+    assert len({method.title for method in METHODS.values()}) == len(METHODS) == len(NAMES)
+    assert set(PENALTIES) == {*names, *FOREGROUND}
+    for name, method in METHODS.items():
+        assert method.model.__module__ == f"bkind3d.models.{name}"
+        for penalty in method.penalties:
+            assert getattr(LossConfig(), penalty.name) == penalty.weight
+            assert penalty.help in (LossConfig.__doc__ or "")
+    settings = [item.name for item in fields(LossConfig)]
+    assert settings[-len(PENALTIES) :] == list(PENALTIES)
 
 
 def test_wrong_names_are_refused(config: MakeConfig, tmp_path: Path) -> None:
