@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from bkind3d.evaluate import fit_and_test, found_by, joints_of, load_annotated
-from bkind3d.probe import MEAN_POSE, compare
-from bkind3d.regressors import ProbeOptions
+from bkind3d.evaluation.evaluate import fit_and_test, found_by, joints_of, load_annotated
+from bkind3d.evaluation.probe import MEAN_POSE, compare
+from bkind3d.evaluation.regressors import ProbeOptions
 from bkind3d.run import available_device, load_model, open_inputs, open_run
 
 REGRESSORS = {"linear": ProbeOptions(), "ridge": ProbeOptions(ridge="auto"), "mlp": ProbeOptions("mlp")}

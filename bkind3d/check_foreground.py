@@ -16,8 +16,8 @@ from scipy import ndimage
 from bkind3d.cameras import Cameras
 from bkind3d.data import Project, Recording, RecordingInfo, Volume
 from bkind3d.data.foreground import estimate_background, foreground_masks
+from bkind3d.data.matching import Footage, probe_masks
 from bkind3d.data.remap import Remap, network_cameras, volume_boxes
-from bkind3d.data.video import Footage, probe_masks
 from bkind3d.data.window import HALF
 from bkind3d.errors import InputError
 

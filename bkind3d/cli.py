@@ -11,16 +11,16 @@ from typing import NoReturn
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from bkind3d.actions import actions
 from bkind3d.check import check_project
 from bkind3d.config import Config
 from bkind3d.data import load_project
 from bkind3d.data.h36m import h36m_project
 from bkind3d.data.rat7m import rat7m_project
-from bkind3d.demo import demo
 from bkind3d.errors import InputError
-from bkind3d.evaluate import evaluate
-from bkind3d.paper import paper
+from bkind3d.evaluation.actions import actions
+from bkind3d.evaluation.evaluate import evaluate
+from bkind3d.experiments.demo import demo
+from bkind3d.experiments.paper import paper
 from bkind3d.predict import predict
 from bkind3d.report import build_report
 from bkind3d.report.render import render

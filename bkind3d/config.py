@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from bkind3d.errors import InputError
+from bkind3d.models.body import BODY_TERMS
+from bkind3d.models.config import ModelConfig
+from bkind3d.models.methods import METHOD_PENALTIES, METHODS, NAMES, PENALTIES, Method
 
-Method = Literal["volumetric", "triangulation", "depth", "keypoint3d"]
+Settings = TypeVar("Settings")
 
 
 @dataclass
@@ -51,87 +55,25 @@ class DataConfig:
         return self.gap if isinstance(self.gap, list) else [self.gap]
 
 
-@dataclass
-class ModelConfig:
-    """The networks (paper, Section 3.1).
-
-    Args:
-        keypoints: Number J of keypoints to discover.
-        encoder: Appearance encoder Φ: "resnet50" (paper), "resnet18", or "small" (three levels, for CPUs).
-        encoder_weights: "none", or the path of a torchvision ResNet state dict (.pth or .safetensors).
-        pyramid_channels: Channels inside the geometry decoder Ψ (paper: 256).
-        channels: Channels C of the 2D maps that the volumetric method lifts into the volume.
-        map_stride: Image pixels per pixel of the 2D maps of every method (paper: 256 / 64 = 4).
-        voxels: Voxels B along the longest side of the volume.
-        volume_channels: Channels of the volume network ρ: its stem, then each level from fine to coarse.
-        volume_stem: Side of the volume network's first kernel, odd (paper: 7).
-        volume_blocks: Residual blocks at full resolution before the hourglass of the volume network (paper: 3).
-        norm: Normalisation in all networks but a ResNet: "group", or "batch" as published.
-        aggregation: How views are combined in a voxel (paper: "softmax").
-        unseen: Whether a view that does not see a voxel takes part with the value 0 ("zero", paper) or not at all.
-        logit_gain: Factor before the softmax over the volume. At 1 the logits start flat, every keypoint starts in the
-            centre of the volume, and nothing is learned.
-        turn_volume: Whether the volume is turned about the vertical by a random angle in training (as Iskakov et al.
-            2019 do), and shifted by up to 8 % of its sides, anew for each moment, so that `loss.equivariance` can ask
-            for keypoints that do not depend on it. Otherwise a keypoint may become "the point farthest to the east",
-            which draws the animal's outline but belongs to no part of it (docs/paper.md). The second look costs a half
-            more in the volume network.
-        heatmap_gain: Factor before the softmax over the pixels of a heatmap, for the methods that find keypoints in
-            single views (published Keypoint3D: 5), for the same reason. At 15 they start sharp, and views that
-            disagree then stay apart: triangulation learned less.
-        bottleneck: "edges" draws the weighted edges of all pairs of keypoints into one map, "points" each keypoint as
-            a Gaussian in its own map, without edges or their length loss (paper, Table 4).
-        edge_activation: "softplus" draws every edge and lets it die; "relu" is the paper's reading, w > 0 or nothing.
-        edge_start_mean: Mean of the edges' parameters at the start, before the activation.
-        edge_start_std: Standard deviation of the edges' parameters at the start.
-        edge_threshold: An edge with a weight above this is active: it counts in the length loss and is drawn at
-            inference. Where the foreground is known, the edges of the skeleton's tree are the active ones instead.
-        edge_strides: Image pixels per pixel of the maps of edges or points, one for each level of the reconstruction
-            decoder, from coarse to fine.
-        edge_sigmas: Width σ of an edge, or of a point, in pixels of its own map, one for each stride.
-        decoder_channels: Channels of the reconstruction decoder ψ, one for each stride.
-        capsule_radius: Radius of the skeleton's edges at the start, in sizes of the body, where they are drawn against
-            the silhouette; each edge learns its own.
-        silhouette_strides: Image pixels per pixel of the silhouettes that are compared.
-        silhouette_sigma: Softness of their border, in pixels of each.
-        descriptor_channels: Length of the descriptor by which a keypoint is found again.
-        backend: Backend of the 3D operations: "auto" or one of those that `bkind3d_kernels.info` lists.
-    """
-
-    keypoints: int = 15
-    encoder: Literal["resnet50", "resnet18", "small"] = "resnet50"
-    encoder_weights: str = "none"
-    pyramid_channels: int = 256
-    channels: int = 32
-    map_stride: int = 4
-    voxels: int = 64
-    volume_channels: tuple[int, ...] = (16, 32, 64, 128, 128, 128, 128)
-    volume_stem: int = 7
-    volume_blocks: int = 3
-    norm: Literal["group", "batch"] = "group"
-    aggregation: Literal["softmax", "mean", "sum", "max"] = "softmax"
-    unseen: Literal["zero", "exclude"] = "zero"
-    logit_gain: float = 15.0
-    turn_volume: bool = False
-    heatmap_gain: float = 5.0
-    bottleneck: Literal["edges", "points"] = "edges"
-    edge_activation: Literal["softplus", "relu"] = "softplus"
-    edge_start_mean: float = 0.8
-    edge_start_std: float = 1.2
-    edge_threshold: float = 0.3
-    edge_strides: tuple[int, ...] = (32, 16, 8, 4, 2)
-    edge_sigmas: tuple[float, ...] = (1.8, 3.6, 2.3, 4.5, 2.9)
-    decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
-    capsule_radius: float = 0.05
-    silhouette_strides: tuple[int, ...] = (8, 4, 2)
-    silhouette_sigma: float = 1.2
-    descriptor_channels: int = 16
-    backend: str = "auto"
+def with_penalty_weights(settings: type[Settings]) -> type[Settings]:
+    """Give `LossConfig` the weight of each method's own terms as a setting, before those of the foreground."""
+    types = settings.__annotations__
+    last = {name: types.pop(name) for name in BODY_TERMS}
+    for penalty in METHOD_PENALTIES:
+        types[penalty.name] = "float"
+        setattr(settings, penalty.name, penalty.weight)
+    types |= last
+    lines = [f"    {penalty.name}: {penalty.help}" for penalty in METHOD_PENALTIES]
+    settings.__doc__ = "\n".join([inspect.cleandoc(settings.__doc__ or ""), *lines])
+    return settings
 
 
 @dataclass
+@with_penalty_weights
 class LossConfig:
     """Reconstruction target and losses (paper, Section 3.2).
+
+    The weights of the terms that one method alone has come from the registry of methods.
 
     Args:
         target: "ssim" is 1 − SSIM of the two frames (paper); "contrast-structure" leaves the luminance term out, as
@@ -149,13 +91,6 @@ class LossConfig:
             foreground is not known (there 0.05 is about right).
         regularise_after: Epochs e after which length and separation losses join; may be a fraction.
         length_momentum: Share of the old value kept when the running average of an edge's length is updated.
-        reprojection: Weight of the reprojection error of the triangulation method, whose unit is the square of the
-            image's longest side.
-        consistency: Weight of the spread of the views' keypoints in the Keypoint3D method, whose unit is the square of
-            the volume's longest side. A still background leaves its reconstruction loss near 0.03: a weight of 0.1
-            already holds keypoints still as well, because still ones agree best.
-        equivariance: Weight of the squared distance between the keypoints of one moment in two turns of the volume,
-            relative to how far each keypoint moves, for the volumetric method where `model.turn_volume` is set.
         containment: Weight of the distance of projected keypoints to the foreground, in sizes of the body. Like the
             next three it counts where `data.foreground` is set; see docs/methods.md.
         silhouette: Weight of 1 - Dice of the drawn skeleton and the foreground.
@@ -175,9 +110,6 @@ class LossConfig:
     separation_sigma: float = 0.1
     regularise_after: float = 2.0
     length_momentum: float = 0.99
-    reprojection: float = 1.0
-    consistency: float = 0.01
-    equivariance: float = 1.0
     containment: float = 3.0
     silhouette: float = 8.0
     identity: float = 0.15
@@ -268,7 +200,7 @@ def validate(config: Config) -> None:
     data, model, loss, train = config.data, config.model, config.loss, config.train
     stride, levels = COARSEST_STRIDE[model.encoder], len(model.edge_strides)
     rules: list[tuple[str, Any, bool, str]] = [
-        ("method", config.method, config.method in get_args(Method), f"one of {', '.join(get_args(Method))}"),
+        ("method", config.method, config.method in METHODS, f"one of {', '.join(NAMES)}"),
         ("data.height", data.height, _multiple(data.height, stride), f"a multiple of {stride}, the coarsest stride"),
         ("data.width", data.width, _multiple(data.width, stride), f"a multiple of {stride}, the coarsest stride"),
         (
@@ -307,13 +239,10 @@ def validate(config: Config) -> None:
         ("loss.pixel_scales", loss.pixel_scales, loss.pixel_scales >= 0, "0 or more"),
         ("loss.separation_sigma", loss.separation_sigma, loss.separation_sigma > 0, "a number above 0"),
         ("loss.length_momentum", loss.length_momentum, 0 <= loss.length_momentum < 1, "0 or more and below 1"),
-        ("loss.reprojection", loss.reprojection, loss.reprojection >= 0, "0 or more"),
-        ("loss.equivariance", loss.equivariance, loss.equivariance >= 0, "0 or more"),
         ("model.capsule_radius", model.capsule_radius, model.capsule_radius > 0, "a number above 0"),
         ("model.silhouette_strides", model.silhouette_strides, _positive(model.silhouette_strides, 1), "one or more"),
         ("model.silhouette_sigma", model.silhouette_sigma, model.silhouette_sigma > 0, "a number above 0"),
         ("model.descriptor_channels", model.descriptor_channels, model.descriptor_channels >= 1, "1 or more"),
-        ("loss.consistency", loss.consistency, loss.consistency >= 0, "0 or more"),
         ("train.steps", train.steps, train.steps >= 0, "0 or more"),
         ("train.lr", train.lr, train.lr > 0, "a number above 0"),
         ("train.clip", train.clip, train.clip > 0, "a number above 0"),
@@ -321,7 +250,7 @@ def validate(config: Config) -> None:
         ("train.workers", train.workers, train.workers >= 0, "0 or more"),
         ("train.threads", train.threads, train.threads >= 0, "0 or more"),
     ]
-    for name in ("containment", "silhouette", "identity", "rigidity"):
+    for name in PENALTIES:
         rules.append((f"loss.{name}", getattr(loss, name), getattr(loss, name) >= 0, "0 or more"))
     for name in ("batch", "log_every", "sample_every", "save_every", "keep"):
         rules.append((f"train.{name}", getattr(train, name), getattr(train, name) >= 1, "1 or more"))

@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read."""
+"""The one error that a user is meant to read, and other errors in the words that it takes from them."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,13 @@ class InputError(ValueError):
 
     The command line prints it as ``bkind3d: error: <message>`` and exits with code 2, without a traceback.
     """
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, as the system says it where the system does."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,69 +1,18 @@
-"""Reconstruction target and losses (paper, Section 3.2)."""
+"""The losses and the training objective (paper, Section 3.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from kornia.filters import gaussian_blur2d
-from kornia.metrics import ssim
 from torch import Tensor, nn
 
 from bkind3d.config import LossConfig
 from bkind3d.errors import InputError
+from bkind3d.models.discovery import Reconstruction
 from bkind3d.models.skeleton import Skeleton
 from bkind3d.models.vgg import VggFeatures
-
-if TYPE_CHECKING:  # a model knows its target, which is made here
-    from bkind3d.models.discovery import Reconstruction
-
-# Terms that some methods, and the foreground, add to the objective, each with its weight in `LossConfig`.
-PENALTIES = (
-    "reprojection", "consistency", "equivariance", "containment", "silhouette", "identity", "rigidity",
-)  # fmt: skip
-SSIM_SIGMA = 1.5
-LUMINANCE_CONSTANT = 0.01**2
-
-
-@torch.no_grad()
-def difference_target(images: Tensor, config: LossConfig) -> Tensor:
-    """Local dissimilarity of two frames, the target S of the reconstruction (paper, Section 3.2.1).
-
-    "ssim": 1 − SSIM with a Gaussian window of deviation 1.5 pixels; "contrast-structure": without the luminance term.
-
-    Args:
-        images: Frames t and t + gap, (N, 2, M, 3, H, W) in [0, 1].
-        config: target, target_channels, ssim_window.
-
-    Returns:
-        (N, M, C, H, W) in [0, 2], C = 3 or 1.
-    """
-    if config.target_channels == "grey":
-        images = images.mean(3, keepdim=True)
-    n, _, m = images.shape[:3]
-    first, second = images.transpose(0, 1).flatten(1, 2).float()
-    similarity = ssim(first, second, config.ssim_window)
-    if config.target == "contrast-structure":
-        window, sigma = (config.ssim_window, config.ssim_window), (SSIM_SIGMA, SSIM_SIGMA)
-        a, b = gaussian_blur2d(first, window, sigma), gaussian_blur2d(second, window, sigma)
-        similarity = similarity * (a.square() + b.square() + LUMINANCE_CONSTANT) / (2 * a * b + LUMINANCE_CONSTANT)
-    return (1 - similarity).unflatten(0, (n, m))
-
-
-@torch.no_grad()
-def frame_target(images: Tensor, config: LossConfig) -> Tensor:
-    """The later frame itself, the target of Keypoint3D's image reconstruction (Chen et al. 2021).
-
-    Args:
-        images: Frames t and t + gap, (N, 2, M, 3, H, W) in [0, 1].
-        config: target_channels.
-
-    Returns:
-        (N, M, C, H, W) in [0, 1], C = 3 or 1.
-    """
-    later = images[:, 1].float()
-    return later.mean(2, keepdim=True) if config.target_channels == "grey" else later
 
 
 class ReconstructionLoss(nn.Module):

@@ -5,8 +5,6 @@
 keeps), so that the file opens there, in xarray and in any HDF5 reader.
 """
 
-import os
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 import xarray
 
 from bkind3d.errors import InputError
+from bkind3d.files import replacing
 
 SPACE = ("x", "y", "z")
 INDIVIDUAL = "individual_0"
@@ -102,14 +101,11 @@ class Poses:
             InputError: the file cannot be written (folder missing, no permission, disk full).
         """
         path = Path(path)
-        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            self.to_xarray().to_netcdf(scratch, engine="h5netcdf")
-            os.replace(scratch, path)
+            with replacing(path) as scratch:
+                self.to_xarray().to_netcdf(scratch, engine="h5netcdf")
         except OSError as error:
             raise InputError(f"{path}: cannot write the poses ({error.strerror or error})") from error
-        finally:
-            scratch.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Poses":

@@ -80,7 +80,7 @@ def predict(
     """
     config = open_run(run)
     inputs = open_inputs(config, progress=progress)
-    known = [recording.name for recording in inputs.project.recordings]
+    known = inputs.project.names()
     names = recordings or known
     for name in names:
         if name not in known:

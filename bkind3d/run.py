@@ -7,51 +7,31 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
-import platform
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from bkind3d.config import Config, Method, load_config
+from bkind3d.checkpoints import WEIGHTS, latest_checkpoint, load_weights
+from bkind3d.config import Config, load_config
 from bkind3d.data import CachedRecording, FrameCache, Project, Volume, build_cache, load_project
 from bkind3d.data.foreground import body_size
 from bkind3d.data.window import look
 from bkind3d.errors import InputError
-from bkind3d.models.depth import DepthModel
 from bkind3d.models.discovery import DiscoveryModel
-from bkind3d.models.keypoint3d import Keypoint3dModel
-from bkind3d.models.triangulation import TriangulationModel
-from bkind3d.models.views import foreground_only
-from bkind3d.models.volumetric import VolumetricModel
-from bkind3d.poses import keypoint_names
+from bkind3d.models.methods import METHODS
+from bkind3d.models.views import as_floats, foreground_only
 from bkind3d_kernels import VoxelGrid
-from bkind3d_kernels.backends import OPERATIONS, resolve
 
-WEIGHTS = "model.safetensors"
 # Everything that a run writes; nothing else in its folder is ever deleted.
 CONTENT = (
     "config.yaml", "env.json", "metrics.csv", "health.jsonl", "checkpoints", "samples", "skeleton.json", "poses",
     "evaluation.json", "evaluation.csv", "actions.json", "report.html", "render.gif", "tensorboard",
 )  # fmt: skip
-PACKAGES = ("torch", "numpy", "accelerate", "av", "kornia", "triton")
-MODELS: dict[Method, type[DiscoveryModel]] = {
-    "volumetric": VolumetricModel,
-    "triangulation": TriangulationModel,
-    "depth": DepthModel,
-    "keypoint3d": Keypoint3dModel,
-}
-CHECKPOINT = re.compile(r"step_(\d+)")
-LATER_BUFFERS = ("skeleton.observed", "skeleton.tree")  # of a run that knows the foreground; zeros in any other
 
 
 @dataclass
@@ -90,15 +70,11 @@ class Inputs:
         Where the foreground is known it is the body without the room, in the windows that follow it.
         """
         if recording.masks_path is None:
-            images = torch.from_numpy(recording.frames[rows]).permute(0, 1, 4, 2, 3).float() / 255.0
+            images = as_floats(torch.from_numpy(recording.frames[rows]).permute(0, 1, 4, 2, 3))
             return images, recording.projections[None]
         frames, masks, projections = look(recording, rows, self.window)
-        images = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255.0
-        return foreground_only(images, torch.from_numpy(masks).float() / 255.0), projections
-
-    def recordings(self, *splits: str) -> list[str]:
-        """Names of the recordings in any of the splits."""
-        return [recording.name for recording in self.project.recordings if recording.split in splits]
+        images = as_floats(torch.from_numpy(frames).permute(0, 1, 4, 2, 3))
+        return foreground_only(images, as_floats(torch.from_numpy(masks))), projections
 
 
 def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
@@ -114,7 +90,7 @@ def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
         foreground=config.data.foreground,
         progress=progress,
     )
-    seen = [cache.recordings[name] for name in cache.names("train", "both")]
+    seen = [cache.recordings[name] for name in project.names("train", "both")]
     size = body_size(seen, volume.center) if config.data.foreground and seen else None
     box = volume if size is None or not follows_body(config) else Volume(volume.center, (config.data.box * size,) * 3)
     return Inputs(project, volume, cache, box.grid(config.model.voxels), size, config.data.window)
@@ -128,7 +104,7 @@ def follows_body(config: Config) -> bool:
 def build_model(config: Config) -> DiscoveryModel:
     """Build the networks from the run's seed: the same settings always give the same untrained network."""
     torch.manual_seed(config.train.seed)
-    return MODELS[config.method](
+    return METHODS[config.method].model(
         config.model,
         outputs=1 if config.loss.target_channels == "grey" else 3,
         foreground=config.data.foreground,
@@ -198,28 +174,6 @@ def open_run(path: Path) -> Config:
     return load_config(path / "config.yaml")
 
 
-def checkpoints(path: Path) -> list[tuple[int, Path]]:
-    """All finished checkpoints of a run as (step, folder), oldest first."""
-    found = []
-    for folder in (path / "checkpoints").glob("step_*"):
-        match = CHECKPOINT.fullmatch(folder.name)
-        if match and folder.is_dir():
-            found.append((int(match[1]), folder))
-    return sorted(found)
-
-
-def latest_checkpoint(path: Path) -> tuple[int, Path]:
-    """Step and folder of the newest checkpoint.
-
-    Raises:
-        InputError: The run has none.
-    """
-    found = checkpoints(path)
-    if not found:
-        raise InputError(f"{path / 'checkpoints'}: no checkpoint; train first with `bkind3d train`")
-    return found[-1]
-
-
 def load_model(path: Path, config: Config) -> tuple[DiscoveryModel, int]:
     """Load the newest checkpoint's networks, in evaluation mode, with the step that they were saved at.
 
@@ -230,82 +184,3 @@ def load_model(path: Path, config: Config) -> tuple[DiscoveryModel, int]:
     model = build_model(config)
     load_weights(model, folder / WEIGHTS)
     return model.eval(), step
-
-
-def load_weights(model: DiscoveryModel, file: Path) -> None:
-    """Load a checkpoint's networks, also one of an earlier version, from before the foreground was known.
-
-    Raises:
-        InputError: The file cannot be read, or holds another network.
-    """
-    own = model.state_dict()
-    try:
-        model.load_state_dict({name: torch.zeros_like(own[name]) for name in LATER_BUFFERS} | load_file(file))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(corrupt(file, error)) from error
-
-
-def corrupt(path: Path, error: Exception) -> str:
-    """One line for a checkpoint that cannot be used."""
-    folder = path if path.is_dir() else path.parent
-    return f"{path}: corrupt or foreign checkpoint ({first_line(error)}); remove {folder} to use the one before it"
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def write_environment(path: Path, config: Config, device: torch.device) -> dict[str, object]:
-    """Write env.json: versions, machine, device, where weights came from, and the backend of each operation."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    environment = {
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "cpu_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": {"bkind3d": importlib.metadata.version("bkind3d"), **versions},
-        "encoder": f"{config.model.encoder}, weights: {config.model.encoder_weights}",
-        "perceptual_network": (
-            "none"
-            if config.loss.network == "none"
-            else f"{config.loss.network}, weights: {config.loss.network_weights}"
-        ),
-        "backends": {name: resolve(name, config.model.backend, device=device) for name in OPERATIONS},
-    }
-    write_json(path / "env.json", environment)
-    return environment
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON so that a reader never sees half a file."""
-    write_text(path, json.dumps(content, indent=1))
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a text file so that a reader never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content)
-    partial.replace(path)
-
-
-def write_skeleton(path: Path, model: DiscoveryModel) -> None:
-    """Write skeleton.json: keypoint names, active edges, whether they are a tree of bones, and all weights."""
-    skeleton = model.skeleton
-    rows = [
-        [*pair, round(weight, 6)]
-        for pair, weight in zip(skeleton.pairs.tolist(), skeleton.weights.detach().tolist(), strict=True)
-    ]
-    content = {
-        "keypoints": keypoint_names(model.config.keypoints),
-        "edges": [row for row, active in zip(rows, skeleton.active.tolist(), strict=True) if active],
-        "tree": bool(skeleton.tree.any()),
-        "threshold": skeleton.threshold,
-        "all_weights": rows,
-    }
-    write_json(path / "skeleton.json", content)

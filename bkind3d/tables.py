@@ -26,3 +26,8 @@ def percent(share: float | None) -> str:
 def plain(value: Any) -> str:
     """An option's value."""
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def times(size: Sequence[int]) -> str:
+    """Width and height in pixels."""
+    return f"{size[0]}×{size[1]}"

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
-import json
 import math
-import pickle
-import shutil
 import signal
 import time
 from collections import deque
@@ -22,46 +17,33 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from tqdm import tqdm
 
+from bkind3d.checkpoints import (
+    WEIGHTS,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_networks,
+)
 from bkind3d.config import Config, TrainConfig, save_config, validate
 from bkind3d.data import FrameCache, PairDataset, gap_in_frames
 from bkind3d.errors import InputError
 from bkind3d.health import keypoint_health
-from bkind3d.losses import PENALTIES, Objective
+from bkind3d.logs import append_health, append_metrics, cut_logs, write_environment, write_skeleton
+from bkind3d.losses import Objective
 from bkind3d.models.body import Body
 from bkind3d.models.discovery import DiscoveryModel, Reconstruction
-from bkind3d.models.views import foreground_only
-from bkind3d.report.pictures import sample_sheet
-from bkind3d.run import (
-    WEIGHTS,
-    build_model,
-    checkpoints,
-    corrupt,
-    create_run,
-    first_line,
-    latest_checkpoint,
-    load_weights,
-    open_inputs,
-    open_run,
-    refuse_existing,
-    write_environment,
-    write_json,
-    write_skeleton,
-    write_text,
-)
+from bkind3d.models.methods import PENALTIES
+from bkind3d.models.views import as_floats, foreground_only
+from bkind3d.pictures import sample_sheet
+from bkind3d.run import build_model, create_run, open_inputs, open_run, refuse_existing
 from bkind3d_kernels.geometry import project_points
 
-COLUMNS = (
-    "step", "epoch", "loss", "reconstruction", "length", "separation", *PENALTIES, "active_edges", "lr", "grad_norm",
-    "seconds",
-)  # fmt: skip
 HEALTH_FRAMES = 400
-RECENT = "recent.safetensors"  # the frames that the next health is measured on
 
 
 class EpochSampler(Sampler[int]):
@@ -187,7 +169,7 @@ class Trainer:
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
         )
         self.inputs = open_inputs(config, progress=progress and self.accelerator.is_main_process)
-        names = self.inputs.recordings("train", "both")
+        names = self.inputs.project.names("train", "both")
         if not names:
             raise InputError(f"{config.project}: no recording with split train or both")
         self.pairs = build_pairs(config, self.inputs.cache, names)
@@ -289,10 +271,10 @@ class Trainer:
         self, images: Tensor, masks: Tensor | None = None, distances: Tensor | None = None
     ) -> tuple[Tensor, Body | None]:
         """What the networks see, in [0, 1], and the foreground in it."""
-        images = images.float() / 255.0
+        images = as_floats(images)
         if masks is None or distances is None:
             return images, None
-        return foreground_only(images, masks.float() / 255.0), Body(distances, self.inputs.unit)
+        return foreground_only(images, as_floats(masks)), Body(distances, self.inputs.unit)
 
     def _after_step(self, row: dict[str, Tensor], bar: Any) -> None:
         every = self.config.train
@@ -317,13 +299,7 @@ class Trainer:
             return
         lr = self.optimizer.param_groups[0]["lr"]
         values |= {"step": self.step, "epoch": self.epoch, "active_edges": active, "lr": lr, "seconds": self.seconds}
-        path = self.run / "metrics.csv"
-        fresh = not path.exists() or path.stat().st_size == 0
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if fresh:
-                writer.writeheader()
-            writer.writerow({name: f"{values[name]:.6g}" for name in COLUMNS})
+        append_metrics(self.run, values)
         self.accelerator.log(values, step=self.step)
 
     @torch.no_grad()
@@ -338,8 +314,7 @@ class Trainer:
         health = keypoint_health(
             seen.pop("positions"), seen.pop("confidence"), np.array(volume.center), np.array(volume.size), up, **seen
         )
-        with (self.run / "health.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step, **health.to_dict()}) + "\n")
+        append_health(self.run, self.step, health)
         bar.write(f"step {self.step}: {health.summary()}")
         write_skeleton(self.run, self.model)
 
@@ -376,37 +351,18 @@ class Trainer:
         """Save the bare networks: a run trained by several processes is read by one."""
         weights.clear()
         if self.accelerator.is_main_process:
-            state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-            save_file(state, Path(folder) / WEIGHTS)
-            save_file(
-                {name: torch.stack([step[name] for step in self.recent]) for name in self.recent[-1]},
-                Path(folder) / RECENT,
-            )
+            save_networks(self.model, self.recent, Path(folder))
 
     def _load_weights(self, models: list[torch.nn.Module], folder: str) -> None:
         models.clear()
         load_weights(self.model, Path(folder) / WEIGHTS)
 
     def _save(self) -> None:
-        """Save everything that a resumed run needs; a reader never sees half a checkpoint."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise InputError(self._diverged())
-        final = self.run / "checkpoints" / f"step_{self.step:06d}"
-        partial = final.with_suffix(".partial")
-        try:
-            self.accelerator.save_state(str(partial))
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                write_json(partial / "trainer.json", {"step": self.step, "seconds": self.seconds})
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
-                for _, folder in checkpoints(self.run)[: -self.config.train.keep]:
-                    shutil.rmtree(folder)
-                write_skeleton(self.run, self.model)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
-            shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(f"{final}: not written ({first_line(error)}); earlier checkpoints are kept") from error
-        self.accelerator.wait_for_everyone()
+        save_checkpoint(self.accelerator, self.run, self.step, self.seconds, self.config.train.keep)
+        if self.accelerator.is_main_process:
+            write_skeleton(self.run, self.model)
         self.saved = self.step
 
     def restore(self) -> None:
@@ -416,50 +372,12 @@ class Trainer:
             InputError: No checkpoint, or a corrupt one.
         """
         step, folder = latest_checkpoint(self.run)
-        try:
-            self.accelerator.load_state(str(folder))
-            state = json.loads((folder / "trainer.json").read_text())
-            recent = load_file(folder / RECENT)
-            count = len(recent["positions"])
-            self.recent.extend({name: rows[step] for name, rows in recent.items()} for step in range(count))
-            self.step, self.seconds = int(state["step"]), float(state["seconds"])
-        except InputError:
-            raise
-        except (
-            OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError
-        ) as error:  # fmt: skip
-            raise InputError(corrupt(folder, error)) from error
+        self.step, self.seconds, observed = load_checkpoint(self.accelerator, folder)
+        self.recent.extend(observed)
         self.saved = self.step
         if self.accelerator.is_main_process:
             cut_logs(self.run, step)
         self.accelerator.wait_for_everyone()
-
-
-def _step_of(line: str) -> float:
-    """Step of a line of health.jsonl; infinite for half a line, from a crash."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
-
-
-def cut_logs(run: Path, step: int) -> None:
-    """Drop the rows of metrics.csv and health.jsonl that come after `step`, which a resumed run writes again.
-
-    The metrics come out with today's columns, 0 in those that an older version did not write.
-    """
-    health = run / "health.jsonl"
-    lines = health.read_text().splitlines(keepends=True) if health.exists() else []
-    write_text(health, "".join(line for line in lines if _step_of(line) <= step))
-
-    metrics = run / "metrics.csv"
-    rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
-    kept = [row for row in rows if None not in row.values() and float(row["step"]) <= step]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, restval="0", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(kept)
-    write_text(metrics, text.getvalue())
 
 
 def train(config: Config, run: Path, *, force: bool = False, progress: bool = True) -> bool:

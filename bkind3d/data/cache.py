@@ -22,22 +22,22 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
 from bkind3d.cameras import Cameras
 from bkind3d.data import foreground as masking
+from bkind3d.data.cached import CachedRecording, FrameCache
 from bkind3d.data.ledger import Ledger
+from bkind3d.data.matching import Footage, RecordingInfo, probe_masks, probe_recording
 from bkind3d.data.project import Project
 from bkind3d.data.remap import Box, Remap, image_boxes, network_cameras, volume_boxes
-from bkind3d.data.video import Footage, RecordingInfo, probe_masks, probe_recording
 from bkind3d.data.volume import require_visible
 from bkind3d.errors import InputError
+from bkind3d.files import replacing, write_text
 
 CROPS = ("volume", "none")
 
@@ -46,105 +46,6 @@ _DECODERS = max(2, min(8, os.cpu_count() or 2))  # cameras that are read at a ti
 _BLOCK = 1 << 22  # bytes hashed at a time
 _MOMENTS = 64  # of which masks are found at a time
 _WHITE = 128  # that some pixel of a project's own masks must reach
-
-
-@dataclass(frozen=True, eq=False)
-class CachedRecording:
-    """The frames of one recording on disk, and the pinhole cameras that belong to them.
-
-    Args:
-        name: of the recording.
-        split: "train", "test" or "both".
-        fps: frames per second of the recording's clock.
-        path: the ``.npy`` file.
-        shape: (T, M, H, W, 3).
-        cameras: pinhole cameras with ``image_size`` the network size.
-        clock: (T,) increasing numbers of the moments; 0, 1, ... where none was left out.
-        masks_path: the ``.npy`` file of the body's masks; None where they were not asked for.
-    """
-
-    name: str
-    split: str
-    fps: float
-    path: Path
-    shape: tuple[int, int, int, int, int]
-    cameras: Cameras
-    clock: np.ndarray
-    masks_path: Path | None = None
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @cached_property
-    def projections(self) -> Tensor:
-        """World to pixels of the frames, (M, 3, 4) float32."""
-        return self.cameras.projection_matrices().float()
-
-    def rows(self, every: int) -> np.ndarray:
-        """Rows of the moments whose numbers are 0, every, 2 every, ... after the first one's."""
-        return np.flatnonzero((self.clock - self.clock[0]) % every == 0)
-
-    @cached_property
-    def frames(self) -> np.memmap:
-        """The frames, (T, M, H, W, 3) uint8 RGB, mapped read-only on first use."""
-        return np.load(self.path, mmap_mode="r")
-
-    @cached_property
-    def masks(self) -> np.memmap:
-        """Masks of the body, (T, M, H, W) uint8, mapped read-only on first use: 255 body, 0 not, between: coverage.
-
-        Raises:
-            InputError: they were not built.
-        """
-        return np.load(self._masks_file(), mmap_mode="r")
-
-    def backgrounds(self) -> np.ndarray | None:
-        """The empty room as each camera sees it, (M, H, W, 3) uint8; None where the project brings its own masks.
-
-        Raises:
-            InputError: masks were not built.
-        """
-        path = self._masks_file().with_suffix(".npz")
-        if not path.exists():
-            return None
-        with np.load(path) as file:
-            return file["pictures"]
-
-    def _masks_file(self) -> Path:
-        if self.masks_path is None:
-            raise InputError(f"recording {self.name!r}: no masks of the body were built; set data.foreground to true")
-        return self.masks_path
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the mapped arrays out: a pickled memmap would carry all of them."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("frames", "masks")}
-
-
-@dataclass(frozen=True)
-class FrameCache:
-    """Frames of network size.
-
-    Args:
-        recordings: by name, in the project's order.
-        key: hash of everything that the frames, and the masks if there are any, depend on.
-    """
-
-    recordings: dict[str, CachedRecording]
-    key: str
-
-    def recording(self, name: str) -> CachedRecording:
-        """The recording of that name.
-
-        Raises:
-            InputError: there is none.
-        """
-        if name not in self.recordings:
-            raise InputError(f"there is no recording {name!r} in the cache; it has {', '.join(self.recordings)}")
-        return self.recordings[name]
-
-    def names(self, *splits: str) -> list[str]:
-        """Names of the recordings whose split is one of those given."""
-        return [name for name, recording in self.recordings.items() if recording.split in splits]
 
 
 @dataclass(frozen=True)
@@ -325,11 +226,10 @@ def _build(entry: CachedRecording, source: _Source, progress: bool) -> None:
 def _write_array(
     path: Path, shape: tuple[int, ...], entry: CachedRecording, what: str, fill: Callable[[int, int], None]
 ) -> None:
-    """Write an array of uint8 under a temporary name, then give it its own, then write the json that makes it valid.
+    """Write an array of uint8, then the json that makes it valid.
 
     ``fill`` gets the file's descriptor and where in it the array begins.
     """
-    temporary = path.with_suffix(".npy.part")
     size = int(np.prod(shape, dtype=np.int64))
     full = (
         f"{path.parent}: the disk is full: the {what} of recording {entry.name!r} need {size / 1e9:.3g} GB; "
@@ -338,20 +238,16 @@ def _write_array(
     try:
         if shutil.disk_usage(path.parent).free < size:
             raise InputError(full)
-        with temporary.open("wb") as file:
+        with replacing(path, durable=True) as scratch, scratch.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             file.flush()
             fill(file.fileno(), file.tell())
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
         description = {"name": entry.name, "fps": entry.fps, "shape": shape, "version": _VERSION}
-        _write_durably(path.with_suffix(".json"), json.dumps(description))
+        write_text(path.with_suffix(".json"), json.dumps(description), durable=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(full) from None
         raise InputError(f"{path}: the {what} cannot be written to the cache ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _bar(entry: CachedRecording, what: str, progress: bool) -> tqdm:
@@ -416,7 +312,7 @@ def _with_masks(
             made_from = [masking.VERSION, *(other.path.stem for other in pool)]
         key = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=8).hexdigest()
         entry = replace(entry, masks_path=entry.path.with_name(f"{entry.path.stem}.masks-{key}.npy"))
-        path, kept = entry._masks_file(), source.masks is not None
+        path, kept = entry.masks_file(), source.masks is not None
         if not (_is_complete(path, entry.shape[:-1]) and (kept or path.with_suffix(".npz").exists())):
             _build_masks(entry, source, pool, progress)
         found[name] = entry
@@ -436,7 +332,7 @@ def _pool(
 
 def _build_masks(entry: CachedRecording, source: _Source, pool: list[CachedRecording], progress: bool) -> None:
     """Write the masks of one recording, and the backgrounds that they are found from."""
-    path, shape = entry._masks_file(), entry.shape[:-1]
+    path, shape = entry.masks_file(), entry.shape[:-1]
 
     def copy(descriptor: int, start: int) -> None:
         assert source.masks is not None
@@ -456,9 +352,8 @@ def _build_masks(entry: CachedRecording, source: _Source, pool: list[CachedRecor
 
     def find(descriptor: int, start: int) -> None:
         background = masking.pooled_background([other.frames for other in pool])
-        with path.with_suffix(".npz.part").open("wb") as file:
+        with replacing(path.with_suffix(".npz")) as scratch, scratch.open("wb") as file:
             np.savez(file, pictures=np.rint(background.pictures).astype(np.uint8), noise=background.noise)
-        os.replace(path.with_suffix(".npz.part"), path.with_suffix(".npz"))
         with _bar(entry, "masks of", progress) as bar:
             for first in range(0, shape[0], _MOMENTS):
                 masks = masking.foreground_masks(entry.frames[first : first + _MOMENTS], background)
@@ -480,18 +375,3 @@ def _write_at(descriptor: int, data: bytes, place: int) -> None:
     while left:
         written = os.pwrite(descriptor, left, place)
         left, place = left[written:], place + written
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is either absent or whole, even after a power cut."""
-    temporary = path.with_suffix(".json.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -17,17 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy import ndimage
 
+from bkind3d.data.cached import CachedRecording
 from bkind3d.data.window import HALF
 from bkind3d.errors import InputError
-
-if TYPE_CHECKING:  # the cache builds the masks with this module
-    from bkind3d.data.cache import CachedRecording
 
 VERSION = 4  # raise it whenever the same frames would give other masks
 

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from bkind3d.cameras import Cameras
+from bkind3d.data.images import read_image
 from bkind3d.data.importing import Take, choose, write_takes
 from bkind3d.data.index import Index
-from bkind3d.data.project import Source, Truth
-from bkind3d.data.video import read_image
+from bkind3d.data.project import Source
+from bkind3d.data.truth import Truth
 from bkind3d.data.volume import Triple
 from bkind3d.errors import InputError
 

@@ -16,7 +16,8 @@ import torch
 from bkind3d.cameras import Cameras, save_toml
 from bkind3d.data.index import Index, save_index
 from bkind3d.data.pairs import gap_in_frames, pair_rows
-from bkind3d.data.project import Project, Recording, Source, Truth, save_project, save_truth
+from bkind3d.data.project import Project, Recording, Source, save_project
+from bkind3d.data.truth import Truth, save_truth
 from bkind3d.data.volume import Triple, Volume, meeting_point
 from bkind3d.errors import InputError
 

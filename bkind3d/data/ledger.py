@@ -7,10 +7,11 @@ may be deleted at any time.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from bkind3d.files import write_text
 
 
 class Ledger:
@@ -50,11 +51,9 @@ class Ledger:
         return self._findings[_key(kind, file)][1]
 
     def save(self) -> None:
-        """Write what is new, so that a reader never sees half a file."""
+        """Write what is new."""
         if self._changed:
-            partial = self.path.with_suffix(".part")
-            partial.write_text(json.dumps(self._findings), encoding="utf-8")
-            os.replace(partial, self.path)
+            write_text(self.path, json.dumps(self._findings))
             self._changed = False
 
 

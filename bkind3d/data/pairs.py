@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bkind3d.data.cache import FrameCache
+from bkind3d.data.cached import FrameCache
 from bkind3d.data.window import HALF, distances_to, look
 from bkind3d.errors import InputError
 

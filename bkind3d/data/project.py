@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from bkind3d.cameras import UNITS, Cameras, load_toml
+from bkind3d.data.images import is_images
 from bkind3d.data.volume import Triple, Volume, propose_volume
 from bkind3d.errors import InputError
 
@@ -25,11 +25,6 @@ _RECORDING_KEYS = ("name", "split", "calibration", "videos", "index", "offsets",
 
 # One camera's footage: a video file, chunks of one, or images, whose numbers a name such as img_%06d.jpg stands for.
 Source = Path | tuple[Path, ...]
-
-
-def is_images(path: Path) -> bool:
-    """Whether a path stands for numbered images, as FFmpeg writes it: img_%06d.jpg."""
-    return re.fullmatch(r"[^%]*%(0\d+)?d[^%]*", path.name) is not None
 
 
 @dataclass(frozen=True)
@@ -117,6 +112,10 @@ class Project:
         """All different calibrations, by their files, in the order of the recordings."""
         return {row.calibration or self.calibration: self.cameras_of(row) for row in self.recordings}
 
+    def names(self, *splits: str) -> list[str]:
+        """Names of the recordings, in their order: of those in any of the splits, or of all where none is given."""
+        return [recording.name for recording in self.recordings if not splits or recording.split in splits]
+
     def recording(self, name: str) -> Recording:
         """The recording of that name.
 
@@ -126,25 +125,7 @@ class Project:
         for recording in self.recordings:
             if recording.name == name:
                 return recording
-        known = ", ".join(recording.name for recording in self.recordings)
-        raise InputError(f"{self.path}: there is no recording {name!r}; it has {known}")
-
-
-@dataclass(frozen=True, eq=False)
-class Truth:
-    """True joints of a recording, for evaluation only: points3d (T, K, 3) in the project's units, NaN where unknown.
-
-    `note` says in one sentence how far they can be trusted, where that needs saying. Where the behaviour is known,
-    `behaviour` (T,) holds for each frame a place in the list `behaviours`, -1 where it is not.
-    """
-
-    points3d: np.ndarray
-    names: list[str]
-    edges: np.ndarray  # (E, 2) int
-    fps: float
-    note: str = ""
-    behaviour: np.ndarray | None = None
-    behaviours: list[str] = field(default_factory=list)
+        raise InputError(f"{self.path}: there is no recording {name!r}; it has {', '.join(self.names())}")
 
 
 def load_project(path: Path | str) -> Project:
@@ -229,64 +210,6 @@ def save_project(project: Project, path: Path | str) -> None:
         path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: the project file cannot be written ({error.strerror})") from None
-
-
-def save_truth(path: Path | str, truth: Truth, units: str) -> None:
-    """Write the true joints of a recording: npz with points3d, names, edges, fps, units, note, behaviour."""
-    known: dict[str, Any] = {}
-    if truth.behaviour is not None:
-        known = {"behaviour": truth.behaviour, "behaviours": np.array(truth.behaviours)}
-    np.savez_compressed(
-        path,
-        points3d=truth.points3d,
-        names=np.array(truth.names),
-        edges=truth.edges,
-        fps=truth.fps,
-        units=units,
-        note=truth.note,
-        **known,
-    )
-
-
-def load_truth(recording: Recording, project: Project) -> Truth:
-    """Read the true joints of a recording.
-
-    Raises:
-        InputError: the recording names no truth, the file cannot be read, an array is missing or misshapen, or its
-            units are not the project's.
-    """
-    if recording.truth is None:
-        raise InputError(f"{project.path}: recording {recording.name!r} has no 'truth' to evaluate against")
-    path = recording.truth
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("points3d", "names", "edges", "fps", "units")}
-            note = str(file["note"]) if "note" in file else ""
-            behaviour = file["behaviour"].astype(np.int64) if "behaviour" in file else None
-            behaviours = [str(name) for name in file["behaviours"]] if behaviour is not None else []
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not an npz file of arrays ({error})") from None
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]}; expected points3d, names, edges, fps and units") from None
-    points, names = arrays["points3d"], [str(name) for name in arrays["names"]]
-    if points.ndim != 3 or points.shape[1:] != (len(names), 3):
-        raise InputError(f"{path}: points3d {points.shape} must be (frames, {len(names)} names, 3)")
-    units = str(arrays["units"])
-    if units != project.units:
-        raise InputError(f"{path}: its units are {units!r}, the project's are {project.units!r}; convert one of them")
-    if behaviour is not None and (
-        behaviour.shape != points.shape[:1] or not ((behaviour >= -1) & (behaviour < len(behaviours))).all()
-    ):
-        raise InputError(f"{path}: behaviour must be a place in 'behaviours', or -1, for each of {len(points)} frames")
-    return Truth(
-        points3d=points.astype(np.float64),
-        names=names,
-        edges=arrays["edges"].astype(np.int64).reshape(-1, 2),
-        fps=float(arrays["fps"]),
-        note=note,
-        behaviour=behaviour,
-        behaviours=behaviours,
-    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

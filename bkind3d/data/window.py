@@ -8,17 +8,14 @@ the frame, shifted.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
-HALF = 127  # of 255: a pixel shows the body where more of it than this is the body's
+from bkind3d.data.cached import CachedRecording
 
-if TYPE_CHECKING:  # the pairs, which the cache's package gives, look through windows
-    from bkind3d.data.cache import CachedRecording
+HALF = 127  # of 255: a pixel shows the body where more of it than this is the body's
 
 
 def body_corners(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""What discovered keypoints are worth, measured on arrays."""
+"""What discovered keypoints are worth: beside annotated joints, without labels, and for telling behaviour."""

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from bkind3d.errors import InputError
-from bkind3d.skeleton_summary import bone_agreement, bone_distances
+from bkind3d.evaluation.skeleton_summary import bone_agreement, bone_distances
 from bkind3d.tables import align, percent
 
 RANDOM_POINTS = "random fixed points of the body"
@@ -178,8 +178,8 @@ def compare_parts(
     Returns:
         ``size`` in ``units``, ``frames``, ``covered_within``, ``mirror`` (pairs of left and right joints), ``bones``
         (their number), ``rows``; and ``edges``, None without bones: the number of ``edges``, and for the usual nearest
-        joint of each keypoint what :func:`bkind3d.skeleton_summary.bone_agreement` tells. The row of random points has
-        means over its ``draws``, and nothing per keypoint.
+        joint of each keypoint what :func:`bkind3d.evaluation.skeleton_summary.bone_agreement` tells. The row of random
+        points has means over its ``draws``, and nothing per keypoint.
 
     Raises:
         InputError: as :func:`body_of` and :func:`measure_parts`.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bkind3d.data.window import HALF
 from bkind3d.errors import InputError
-from bkind3d.skeleton_summary import summarise_skeleton
+from bkind3d.evaluation.skeleton_summary import summarise_skeleton
 from bkind3d.tables import percent
 from bkind3d_kernels import rasterize_edges
 from bkind3d_kernels.geometry import project_points

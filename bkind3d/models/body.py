@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bkind3d.config import ModelConfig
+from bkind3d.models.config import ModelConfig
 from bkind3d.models.skeleton import Skeleton
 from bkind3d_kernels import rasterize_edges
 from bkind3d_kernels.geometry import project_points, rescale_points
 
+BODY_TERMS = ("containment", "silhouette", "identity", "rigidity")  # as `LossConfig` names their weights
 TEMPERATURE = 0.1  # of the softmax over the similarities of descriptors
 LEVELS = 2  # of the encoder, the finest, that a descriptor is read from
 MOST_LOG_WEIGHT = 40.0  # of a capsule: beyond it float32 overflows, and the inside is 1 anyway

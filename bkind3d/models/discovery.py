@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bkind3d.config import ModelConfig
-from bkind3d.losses import difference_target
 from bkind3d.models.body import Body, BodyTerms, OnBody
+from bkind3d.models.config import ModelConfig
 from bkind3d.models.encoder import build_encoder
 from bkind3d.models.geometry import GeometryDecoder
 from bkind3d.models.layers import channels_last
 from bkind3d.models.points import draw_points
 from bkind3d.models.reconstruction import ReconstructionDecoder
 from bkind3d.models.skeleton import Skeleton
+from bkind3d.models.targets import difference_target
 from bkind3d.models.views import body_middle, centred
 from bkind3d_kernels import VoxelGrid, rasterize_edges
 from bkind3d_kernels.geometry import project_points, rescale_points

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkind3d.losses import frame_target
 from bkind3d.models.depth import backproject, center_depth, expected_depth, weighted_mean
 from bkind3d.models.discovery import DiscoveryModel, Lifted
 from bkind3d.models.heatmaps import locate, peak
+from bkind3d.models.targets import frame_target
 from bkind3d_kernels import VoxelGrid
 
 

@@ -13,6 +13,11 @@ ROUNDS = 4  # in which views that disagree about the body's middle lose their sa
 FAR = 0.2  # of the window's side: the error at which a view's weight is a half
 
 
+def as_floats(levels: Tensor) -> Tensor:
+    """Bytes, from 0 to 255, as float32 in [0, 1]."""
+    return levels.float() / 255.0
+
+
 def foreground_only(images: Tensor, masks: Tensor) -> Tensor:
     """Pictures (..., 3, H, W) in [0, 1] with the room, where masks (..., H, W) in [0, 1] are 0, in middle grey."""
     share = masks[..., None, :, :]

@@ -18,7 +18,7 @@ def build_report(run: str | Path, force: bool = False, *, progress: bool = True)
         InputError: not a run folder, a report is there and ``force`` is not set, a file of the run is corrupt, or the
             report cannot be written.
     """
-    # Training imports this package for its sample pictures; viser, jinja2 and matplotlib are for the report alone.
+    # The command line imports this package for every verb; viser and jinja2, which take long, are for the report alone.
     from bkind3d.report.page import write_report
 
     return write_report(Path(run), force=force, progress=progress)

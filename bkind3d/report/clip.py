@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bkind3d.cameras import Cameras
-from bkind3d.report.pictures import overlay
+from bkind3d.pictures import overlay
 
 CLIP_SECONDS = 8.0
 CLIP_FPS = 30.0

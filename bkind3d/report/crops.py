@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from bkind3d.cameras import Cameras
+from bkind3d.pictures import INK, SHADOW, WHITE, palette
 from bkind3d.report.inputs import Scene, Shown, health_of
-from bkind3d.report.pictures import INK, SHADOW, WHITE, palette
 from bkind3d.report.shots import sharpness, take_shots
 
 MOMENTS, VIEWS = 4, 3

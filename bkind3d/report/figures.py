@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bkind3d.health import Health
-from bkind3d.losses import PENALTIES
+from bkind3d.models.methods import PENALTIES
+from bkind3d.pictures import as_floats
 
 BLUE, ORANGE, GREY = "#3465a4", "#c4621b", "#8a9099"
 TEXT = "#2b2f36"
@@ -73,8 +74,9 @@ def health_curves(records: Sequence[tuple[int, Health]], colours: np.ndarray) ->
     for title, field in groups.items():
         figure, axis = _panel()
         values = np.array([getattr(health, field) for _, health in records], dtype=np.float64)  # (records, J)
-        for track, colour in zip(values.T, colours):
-            axis.plot([step for step, _ in records], track, color=colour / 255, linewidth=1.2, marker=".", markersize=3)
+        steps = [step for step, _ in records]
+        for track, colour in zip(values.T, as_floats(colours)):
+            axis.plot(steps, track, color=colour, linewidth=1.2, marker=".", markersize=3)
         axis.set_ylim(bottom=0)
         panels[title] = _svg(figure)
     return panels

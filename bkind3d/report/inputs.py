@@ -6,7 +6,7 @@ import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from bkind3d.errors import InputError
 from bkind3d.evaluation.stand_ins import on_body
 from bkind3d.health import Health, keypoint_health
 from bkind3d.poses import Poses
-
-if TYPE_CHECKING:
-    from bkind3d.run import Inputs
+from bkind3d.run import Inputs, open_inputs, open_run
 
 SPLIT_ORDER = ("test", "both", "train")  # unseen motion is shown where there is any
 
@@ -94,8 +92,6 @@ def run_inputs(run: Path) -> Scene:
     Raises:
         InputError: the project, its videos or its cache cannot be used.
     """
-    from bkind3d.run import open_inputs, open_run
-
     inputs = open_inputs(open_run(run), progress=False)
     return Scene(
         project=inputs.project.name,

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -16,18 +15,19 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bkind3d.action_classifier import MEASURES, spread_percent
-from bkind3d.alignment import METRIC_TITLES, METRICS
 from bkind3d.errors import InputError
+from bkind3d.evaluation.action_classifier import MEASURES, spread_percent
+from bkind3d.evaluation.alignment import METRIC_TITLES, METRICS
 from bkind3d.evaluation.parts import DISTANCES, SHARES
+from bkind3d.evaluation.probe import MEAN_POSE, describe_options
+from bkind3d.evaluation.skeleton_summary import describe_edges
+from bkind3d.files import write_text
 from bkind3d.health import FLAGS, Health
-from bkind3d.probe import MEAN_POSE, describe_options
+from bkind3d.pictures import palette
 from bkind3d.report import clip, figures
 from bkind3d.report.crops import crop_grid
 from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, health_of, read_run, run_inputs
-from bkind3d.report.pictures import palette
 from bkind3d.report.scene import SCENE_FRAMES, scene_html
-from bkind3d.skeleton_summary import describe_edges
 from bkind3d.tables import percent
 
 NAME = "report.html"
@@ -48,14 +48,10 @@ def write_report(run: Path, *, force: bool, progress: bool) -> Path:
     except InputError as error:  # the page says so, and shows everything else
         scene, obstacle = None, str(error)
     text = render(files, scene, obstacle, progress=progress)
-    scratch = path.with_name(f".{NAME}.partial")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
+        write_text(path, text)
     except OSError as error:
         raise InputError(f"{path}: the report cannot be written ({error.strerror})") from error
-    finally:
-        scratch.unlink(missing_ok=True)
     return path
 
 

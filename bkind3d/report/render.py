@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from bkind3d.errors import InputError
+from bkind3d.files import write_bytes
+from bkind3d.pictures import GAP, as_floats, overlay, palette, relative
 from bkind3d.report.clip import encode, even, project_keypoints
 from bkind3d.report.crops import ASTRAY
 from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, health_of, read_run, run_inputs
-from bkind3d.report.pictures import GAP, overlay, palette, relative
 from bkind3d.report.shots import take_shots
 from bkind3d.run import refuse_results
 
@@ -301,7 +301,7 @@ class Stage:
             colour = 1 - (0.4 + 0.6 * share) * (1 - EDGE)  # mixed with white, not transparent: fewer colours
             axes.plot(*points[[i, j]].T, color=colour, linewidth=self.unit * (0.8 + 1.6 * share), zorder=2 + share)
         dots = {"depthshade": False, "zorder": 4, "edgecolors": "black", "linewidths": 0.9 * self.unit}
-        axes.scatter(*points.T, s=52 * self.unit**2, c=palette(len(points)) / 255, **dots)
+        axes.scatter(*points.T, s=52 * self.unit**2, c=as_floats(palette(len(points))), **dots)
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
@@ -367,15 +367,10 @@ def _resized(picture: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file so that a reader never sees half of it."""
-    scratch = path.with_name(f".{path.name}.partial")
     try:
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
+        write_bytes(path, content)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 # --- small things -------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import viser
 import viser.transforms
 
 from bkind3d.cameras import Cameras
+from bkind3d.pictures import palette
 from bkind3d.report.inputs import Scene
-from bkind3d.report.pictures import palette
 
 SCENE_FRAMES = 300
 FRUSTUM = 0.22  # all sizes here in sides of the volume

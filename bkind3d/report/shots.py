@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from bkind3d.cameras import Cameras
 from bkind3d.data import RecordingInfo, probe_recording
+from bkind3d.data.chunks import VideoFootage
 from bkind3d.data.ledger import Ledger
+from bkind3d.data.matching import Footage
 from bkind3d.data.remap import Remap
-from bkind3d.data.video import Footage, VideoFootage
 from bkind3d.report.inputs import Scene
 from bkind3d.run import Inputs
 

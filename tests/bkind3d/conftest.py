@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bkind3d.data.simulate import simulate_rig
+from bkind3d.sims.simulate import simulate_rig
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,16 @@ import numpy as np
 import torch
 import yaml
 
+from bkind3d import pictures
 from bkind3d.cameras import Cameras, save_toml
 from bkind3d.config import Config, DataConfig, save_config
+from bkind3d.evaluation.probe import compare_blocked
+from bkind3d.evaluation.regressors import ProbeOptions
+from bkind3d.evaluation.skeleton_summary import summarise_skeleton
 from bkind3d.health import keypoint_health
 from bkind3d.poses import Poses
-from bkind3d.probe import compare_blocked
-from bkind3d.regressors import ProbeOptions
-from bkind3d.report import clip, pictures
+from bkind3d.report import clip
 from bkind3d.report.inputs import Scene
-from bkind3d.skeleton_summary import summarise_skeleton
 
 VIEWS, JOINTS, FRAMES, HEIGHT, WIDTH = 4, 10, 45, 72, 96
 CENTER, SIDES = np.array([1.0, 2.0, 0.3]), np.array([1.2, 1.2, 0.6])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from bkind3d import action_classifier
-from bkind3d.action_classifier import (
+from bkind3d.errors import InputError
+from bkind3d.evaluation import action_classifier
+from bkind3d.evaluation.action_classifier import (
     ActionOptions,
     action_scores,
     blocked_folds,
@@ -17,7 +18,6 @@ from bkind3d.action_classifier import (
     format_actions,
     split_fold,
 )
-from bkind3d.errors import InputError
 
 BEHAVIOURS = ["rest", "oscillate", "drift"]
 BOUT = 40  # frames

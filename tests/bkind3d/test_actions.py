@@ -11,11 +11,11 @@ import yaml
 from small_rig import ring
 from test_cli import TINY, refused
 
-from bkind3d import actions
 from bkind3d.cli import main
 from bkind3d.data import CachedRecording, Recording, Truth, load_project, load_truth, save_truth
 from bkind3d.errors import InputError
-from bkind3d.evaluate import Annotated, fit_and_test
+from bkind3d.evaluation import actions
+from bkind3d.evaluation.evaluate import Annotated, fit_and_test
 
 FAST = ["--window=0.14", "--seeds=2", "--steps=3"]  # five frames of the small rig
 

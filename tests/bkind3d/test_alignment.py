@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from bkind3d.alignment import joint_errors, score
 from bkind3d.errors import InputError
+from bkind3d.evaluation.alignment import joint_errors, score
 
 
 def skeletons(frames=30, joints=5, seed=0):

@@ -165,8 +165,9 @@ def test_frames_and_offsets(tmp_path: Path) -> None:
     numbers = np.array(recording.frames[:, :, 12, 16, 0], dtype=int) / 5
     np.testing.assert_array_equal(numbers[:, 0], np.arange(12))
     np.testing.assert_array_equal(numbers[:, 1], np.arange(12) + 3)
-    assert cache.names("train", "both") == ["take"]
-    assert cache.names("test") == []
+    assert project.names("train", "both") == ["take"]
+    assert project.names("test") == []
+    assert project.names() == list(cache.recordings)
     with pytest.raises(InputError, match="there is no recording 'x' in the cache; it has take"):
         cache.recording("x")
 

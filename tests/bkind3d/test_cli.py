@@ -235,3 +235,21 @@ def test_no_traceback_from_the_installed_command(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "absent.yaml" in done.stderr
+
+
+def test_the_base_installation_says_what_the_command_needs() -> None:
+    code = (
+        "import sys; sys.modules['jsonargparse'] = None; import runpy; runpy.run_module('bkind3d', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "bkind3d: error: the command needs jsonargparse, which is not installed: pip install 'bkind3d[train]'\n"
+    )
+
+
+def test_the_command_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "bkind3d", "--help"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0
+    assert all(f" {verb} " in done.stdout for verb in VERBS)

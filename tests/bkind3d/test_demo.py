@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bkind3d.data import load_project, load_truth
-from bkind3d.demo import demo, through_rat7m
 from bkind3d.errors import InputError
+from bkind3d.experiments.demo import demo, through_rat7m
+from bkind3d.experiments.subjects import SUBJECTS
 from bkind3d.run import open_run
-from bkind3d.subjects import SUBJECTS
 
 
 def test_a_subject_by_way_of_rat7m_is_the_same_in_millimetres(rig: Path, tmp_path: Path) -> None:

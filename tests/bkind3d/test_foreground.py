@@ -17,11 +17,11 @@ from bkind3d.data import PairDataset, build_cache, load_project, save_project
 from bkind3d.data import cache as cache_module
 from bkind3d.data import foreground as masking
 from bkind3d.data.foreground import Background, estimate_background, foreground_masks, pooled_background
-from bkind3d.data.simulate.motion import animate
-from bkind3d.data.simulate.rig import RING, make_film
-from bkind3d.data.studio import place_cameras
 from bkind3d.data.window import look
 from bkind3d.errors import InputError
+from bkind3d.sims.simulate.motion import animate
+from bkind3d.sims.simulate.rig import RING, make_film
+from bkind3d.sims.studio import place_cameras
 
 MOMENTS = 60
 

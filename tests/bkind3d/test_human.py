@@ -10,9 +10,10 @@ import torch
 from small_rig import counted_frames, ring, write_video
 
 from bkind3d.cameras import Cameras
-from bkind3d.data import human, load_project, load_truth, probe_recording, visible_views
-from bkind3d.data.human import human_project
+from bkind3d.data import load_project, load_truth, probe_recording, visible_views
 from bkind3d.errors import InputError
+from bkind3d.experiments import human
+from bkind3d.experiments.human import human_project
 
 NAMES = ("cam01", "cam02", "cam03", "cam04")
 CLIP = Path(os.environ.get(human.SOURCE_VARIABLE) or Path(__file__).parents[3] / "shared" / "data" / "human")

@@ -8,10 +8,11 @@ import torch
 
 from bkind3d.config import LossConfig
 from bkind3d.errors import InputError
-from bkind3d.losses import Objective, ReconstructionLoss, difference_target, length_loss, separation_loss
+from bkind3d.losses import Objective, ReconstructionLoss, length_loss, separation_loss
 from bkind3d.models.body import OnBody
 from bkind3d.models.discovery import Reconstruction
 from bkind3d.models.skeleton import Skeleton
+from bkind3d.models.targets import difference_target
 
 GREY = LossConfig(target_channels="grey", network="none", pixel_scales=2)
 

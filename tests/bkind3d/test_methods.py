@@ -4,7 +4,7 @@ import csv
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -17,25 +17,29 @@ from small_rig import ring
 from torch import Tensor, nn
 
 from benchmarks import probes
-from bkind3d.config import Config, DataConfig, LossConfig, Method, TrainConfig, load_config, save_config
-from bkind3d.data.simulate import simulate_rig
+from bkind3d.checkpoints import checkpoints
+from bkind3d.config import Config, DataConfig, LossConfig, TrainConfig, load_config, save_config
 from bkind3d.errors import InputError
-from bkind3d.evaluate import evaluate
-from bkind3d.losses import PENALTIES, Objective, difference_target, frame_target
+from bkind3d.evaluation.evaluate import evaluate
+from bkind3d.logs import COLUMNS
+from bkind3d.losses import Objective
 from bkind3d.models.depth import backproject, center_depth, expected_depth
 from bkind3d.models.discovery import DiscoveryModel, box_center, box_radius
 from bkind3d.models.keypoint3d import Keypoint3dModel, consistency_error
+from bkind3d.models.methods import METHODS, PENALTIES, Method
 from bkind3d.models.points import draw_points
+from bkind3d.models.targets import difference_target, frame_target
 from bkind3d.models.triangulation import reprojection_error
 from bkind3d.models.views import centred
 from bkind3d.predict import predict
 from bkind3d.report import build_report
-from bkind3d.run import MODELS, build_model, checkpoints, load_model
-from bkind3d.train import COLUMNS, Trainer, resume, train
+from bkind3d.run import build_model, load_model
+from bkind3d.sims.simulate import simulate_rig
+from bkind3d.train import Trainer, resume, train
 from bkind3d_kernels import VoxelGrid
 from bkind3d_kernels.geometry import project_points, rescale_points
 
-METHODS: tuple[Method, ...] = get_args(Method)
+NAMES: tuple[Method, ...] = get_args(Method)
 HEATMAP_METHODS: tuple[Method, ...] = ("triangulation", "depth", "keypoint3d")
 FOREGROUND = {"containment", "silhouette", "identity", "rigidity"}
 OWN_TERMS = {"volumetric": (), "triangulation": ("reprojection",), "depth": (), "keypoint3d": ("consistency",)}
@@ -56,11 +60,11 @@ def images(*shape: int) -> Tensor:
 
 def make(method: Method, bottleneck: str = "edges") -> DiscoveryModel:
     torch.manual_seed(0)
-    return MODELS[method](replace(TINY, bottleneck=bottleneck), outputs=1)
+    return METHODS[method].model(replace(TINY, bottleneck=bottleneck), outputs=1)
 
 
 every_model = pytest.mark.parametrize(
-    ("method", "bottleneck"), [(method, bottleneck) for method in METHODS for bottleneck in ("edges", "points")]
+    ("method", "bottleneck"), [(method, bottleneck) for method in NAMES for bottleneck in ("edges", "points")]
 )
 
 
@@ -96,7 +100,7 @@ def test_shapes_loss_and_gradients(method: Method, bottleneck: str) -> None:
 def test_a_box_that_follows_the_body(method: Method, bottleneck: str) -> None:
     """Where the body is in the world does not matter: its keypoints come along, and everything else stays the same."""
     torch.manual_seed(0)
-    model = MODELS[method](replace(TINY, bottleneck=bottleneck), outputs=1, follows=True)
+    model = METHODS[method].model(replace(TINY, bottleneck=bottleneck), outputs=1, follows=True)
     shift = torch.tensor([0.3, -0.2, 0.1])
     elsewhere = centred(cameras(), -shift[None])  # the same pictures of a world that is elsewhere
     here, there = model(images(2, 2, 3), cameras(), GRID), model(images(2, 2, 3), elsewhere, GRID)
@@ -129,7 +133,7 @@ def test_samples_times_and_views_keep_their_places(method: Method, bottleneck: s
     torch.testing.assert_close(permuted.penalties, whole.penalties)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_untrained_keypoints_are_apart_and_near_the_box(method: Method) -> None:
     positions = make(method).detect(images(4, 3), cameras(), GRID).positions
     assert (positions - box_center(GRID)[:, None]).norm(dim=-1).max() < GRID.side
@@ -137,7 +141,7 @@ def test_untrained_keypoints_are_apart_and_near_the_box(method: Method) -> None:
 
 
 def test_state_holds_what_the_method_uses() -> None:
-    parts = {method: {name.split(".")[0] for name in make(method).state_dict()} for method in METHODS}
+    parts = {method: {name.split(".")[0] for name in make(method).state_dict()} for method in NAMES}
     shared = {"encoder", "geometry", "skeleton", "reconstruction"}
     assert parts == {"volumetric": shared | {"volume"}} | dict.fromkeys(HEATMAP_METHODS, shared)
 
@@ -198,7 +202,7 @@ def test_volumetric_lands_on_the_points() -> None:
     """With the heatmaps' probabilities themselves in the volume, to a fraction of a voxel."""
     torch.manual_seed(0)
     fine = VoxelGrid.box((0.1, -0.1, 0.0), (1.0, 1.2, 0.6), (41, 49, 25))
-    model = MODELS["volumetric"](replace(TINY, aggregation="mean", logit_gain=60.0), outputs=1)
+    model = METHODS["volumetric"].model(replace(TINY, aggregation="mean", logit_gain=60.0), outputs=1)
     model.volume = nn.Identity()  # type: ignore[assignment]
     maps = heatmaps(truth(), (48, 64), 1.0).exp()
     maps = torch.nn.functional.avg_pool2d(maps.flatten(0, 1), 5, stride=1, padding=2).unflatten(0, (2, 3))
@@ -300,7 +304,7 @@ def test_weights_of_the_terms() -> None:
 
 def test_targets() -> None:
     pairs = images(2, 2, 3)
-    for method in METHODS:
+    for method in NAMES:
         expected = frame_target if method == "keypoint3d" else difference_target
         torch.testing.assert_close(make(method).target(pairs, LOSS), expected(pairs, LOSS))
     torch.testing.assert_close(frame_target(pairs, LossConfig()), pairs[:, 1])
@@ -503,6 +507,21 @@ def test_runs_from_before_methods_go_on(config: MakeConfig, tmp_path: Path) -> N
     assert len(rows(run)) == 3
 
 
+def test_the_registry_names_files_and_settings() -> None:
+    """A method's model is in the file of its name, and each of its penalties is a setting with that weight."""
+    names = [penalty.name for method in METHODS.values() for penalty in method.penalties]
+    assert len(set(names)) == len(names)
+    assert len({method.title for method in METHODS.values()}) == len(METHODS) == len(NAMES)
+    assert set(PENALTIES) == {*names, *FOREGROUND}
+    for name, method in METHODS.items():
+        assert method.model.__module__ == f"bkind3d.models.{name}"
+        for penalty in method.penalties:
+            assert getattr(LossConfig(), penalty.name) == penalty.weight
+            assert penalty.help in (LossConfig.__doc__ or "")
+    settings = [item.name for item in fields(LossConfig)]
+    assert settings[-len(PENALTIES) :] == list(PENALTIES)
+
+
 def test_wrong_names_are_refused(config: MakeConfig, tmp_path: Path) -> None:
     for section, name in ((None, "method"), ("model", "bottleneck")):
         settings = config("volumetric")
@@ -519,6 +538,6 @@ def test_a_checkpoint_of_another_method_is_refused(config: MakeConfig, tmp_path:
 
 
 def test_same_seed_same_network(config: MakeConfig) -> None:
-    for method in METHODS:
+    for method in NAMES:
         first, second = (build_model(config(method)).state_dict() for _ in range(2))
         assert all(torch.equal(value, second[name]) for name, value in first.items())

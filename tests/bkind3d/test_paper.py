@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bkind3d import paper as module
+from bkind3d.checkpoints import checkpoints
 from bkind3d.config import Config
 from bkind3d.data import load_project, load_truth
 from bkind3d.errors import InputError
-from bkind3d.paper import TABLES, change, film_once, identity, key, paper
-from bkind3d.probe import PAPER_ROWS
-from bkind3d.run import checkpoints, open_run
-from bkind3d.subjects import SUBJECTS, Film
+from bkind3d.evaluation.probe import PAPER_ROWS
+from bkind3d.experiments import paper as module
+from bkind3d.experiments.paper import TABLES, change, film_once, identity, key, paper
+from bkind3d.experiments.subjects import SUBJECTS, Film
+from bkind3d.run import open_run
 
 TINY = {
     "data.height": 32, "data.width": 32, "data.window": 24, "data.gap": 4,

@@ -21,7 +21,7 @@ from bkind3d.evaluation.parts import (
     outline_points,
     random_points,
 )
-from bkind3d.skeleton_summary import bone_agreement, bone_distances
+from bkind3d.evaluation.skeleton_summary import bone_agreement, bone_distances
 
 CHAIN = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
 NO_BONES = np.zeros((0, 2), dtype=int)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from test_regressors import linear_scene
 
-from bkind3d import probe as evaluation
-from bkind3d.blocks import block_numbers
 from bkind3d.errors import InputError
-from bkind3d.probe import compare, compare_blocked
-from bkind3d.regressors import MLP_SETTINGS, RIDGES, ProbeOptions
+from bkind3d.evaluation import probe as evaluation
+from bkind3d.evaluation.blocks import block_numbers
+from bkind3d.evaluation.probe import compare, compare_blocked
+from bkind3d.evaluation.regressors import MLP_SETTINGS, RIDGES, ProbeOptions
 
 
 def test_block_numbers():

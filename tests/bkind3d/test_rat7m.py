@@ -22,8 +22,9 @@ from bkind3d.data import (
     probe_recording,
     save_truth,
 )
-from bkind3d.data.rat7m import _read_mat, rat7m_project, write_rat7m
+from bkind3d.data.rat7m import _read_mat, rat7m_project
 from bkind3d.errors import InputError
+from bkind3d.sims.rat7m import write_rat7m
 
 CLOSE = 0.2  # px, at the raw size; a reader that forgets MATLAB's first pixel is 1 off
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from bkind3d.alignment import METRICS
 from bkind3d.errors import InputError
-from bkind3d.probe import evaluate_probe
-from bkind3d.regressors import MLP_SETTINGS, RIDGES, ProbeOptions, _held_out, fit_regressor
+from bkind3d.evaluation.alignment import METRICS
+from bkind3d.evaluation.probe import evaluate_probe
+from bkind3d.evaluation.regressors import MLP_SETTINGS, RIDGES, ProbeOptions, _held_out, fit_regressor
 
 
 def linear_scene(frames=120, keypoints=4, joints=5, seed=0, constant=0.0):

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from run_folder import CENTER, FRAMES, JOINTS, VIEWS, caterpillar, make_scene, write_filmed_run, write_run
 
+from bkind3d import pictures
 from bkind3d.cli import main
 from bkind3d.errors import InputError
 from bkind3d.poses import Poses
-from bkind3d.report import pictures
 from bkind3d.report import render as module
 from bkind3d.report.inputs import choose_recording, read_run
 from bkind3d.report.render import fit, hold, make_clip, pick_moments, render, tile_size, upright, view_boxes

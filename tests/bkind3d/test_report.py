@@ -27,10 +27,11 @@ from run_folder import (
     write_run,
 )
 
+from bkind3d import pictures
 from bkind3d.cameras import Cameras
 from bkind3d.errors import InputError
 from bkind3d.poses import Poses
-from bkind3d.report import build_report, clip, crops, page, pictures, shots
+from bkind3d.report import build_report, clip, crops, page, shots
 from bkind3d.report.inputs import choose_recording, read_run, run_inputs
 
 SECTIONS = [

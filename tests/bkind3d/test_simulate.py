@@ -13,11 +13,11 @@ import torch
 
 from bkind3d.cameras import Cameras
 from bkind3d.data import load_project, load_truth
-from bkind3d.data.simulate import rig, simulate_rig
-from bkind3d.data.simulate.body import CAPSULES, EDGES, INDEX, JOINTS, PAW_RADIUS
-from bkind3d.data.simulate.motion import Animation, animate
-from bkind3d.data.simulate.render import SUPERSAMPLE, Film, Fragments, intersect, trace
 from bkind3d.errors import InputError
+from bkind3d.sims.simulate import rig, simulate_rig
+from bkind3d.sims.simulate.body import CAPSULES, EDGES, INDEX, JOINTS, PAW_RADIUS
+from bkind3d.sims.simulate.motion import Animation, animate
+from bkind3d.sims.simulate.render import SUPERSAMPLE, Film, Fragments, intersect, trace
 
 SMALL = {"frames": 7, "test_frames": 4, "image_size": (64, 48), "fps": 25, "progress": False, "workers": 1}
 

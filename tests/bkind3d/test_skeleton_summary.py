@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from bkind3d.errors import InputError
-from bkind3d.skeleton_summary import assign_joints, bone_distances, describe_edges, format_skeleton, summarise_skeleton
+from bkind3d.evaluation.skeleton_summary import (
+    assign_joints,
+    bone_distances,
+    describe_edges,
+    format_skeleton,
+    summarise_skeleton,
+)
 
 CHAIN = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])  # five joints in a row
 

@@ -18,16 +18,17 @@ from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from bkind3d.checkpoints import LATER_BUFFERS, checkpoints
 from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, load_config, save_config
 from bkind3d.data.window import look
 from bkind3d.errors import InputError
-from bkind3d.evaluate import UNTRAINED, evaluate
+from bkind3d.evaluation.evaluate import UNTRAINED, evaluate
 from bkind3d.evaluation.parts import OUTLINE_POINTS, RANDOM_POINTS
-from bkind3d.losses import PENALTIES
+from bkind3d.models.methods import PENALTIES
 from bkind3d.models.views import GREY
 from bkind3d.poses import Poses
 from bkind3d.predict import predict
-from bkind3d.run import LATER_BUFFERS, build_model, checkpoints, load_model
+from bkind3d.run import build_model, load_model
 from bkind3d.train import EpochSampler, Trainer, build_optimizer, learning_rate_factor, resume, train
 
 MakeConfig = Callable[..., Config]
@@ -173,7 +174,7 @@ def test_two_processes(rig: Path, tmp_path: Path) -> None:
         assert done.returncode == 0 or late_abort, done.stderr
     assert [row["step"] for row in rows(run)] == ["1", "2", "3", "4", "5"]
     assert [step for step, _ in checkpoints(run)] == [3, 4, 5]
-    assert not list(run.rglob("*.partial"))
+    assert not list(run.rglob("*.part*"))
     assert predict(run, recordings=["test"], progress=False)
 
 
@@ -212,7 +213,7 @@ def test_run_folder(config: MakeConfig, tmp_path: Path, foreground: bool) -> Non
     bones = [row for row, kept in zip(skeleton["all_weights"], tree, strict=True) if kept]
     assert len(bones) == (3 if foreground else 0)
     assert skeleton["edges"] == (bones if foreground else strong)
-    assert not list(run.rglob("*.partial"))
+    assert not list(run.rglob("*.part*"))
 
 
 def test_loss_falls(config: MakeConfig, tmp_path: Path) -> None:
@@ -435,7 +436,7 @@ def test_full_disk_while_saving_keeps_earlier_checkpoints(
         with pytest.raises(InputError, match="No space"):
             resume(run, steps=5, progress=False)
         assert [step for step, _ in checkpoints(run)] == [3]
-        assert not list(run.rglob("*.partial"))
+        assert not list(run.rglob("*.part*"))
 
 
 @pytest.mark.parametrize("gap", [0, "0 s", -3, 1000, "soon"])

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from bkind3d.data import load_project
-from bkind3d.data.project import load_truth
-from bkind3d.data.studio import place_cameras
-from bkind3d.data.virtual import engine, virtual_rig
-from bkind3d.data.virtual.clip import Posture, load_postures
-from bkind3d.data.virtual.puppet import Puppet
-from bkind3d.data.virtual.rat import RAT
-from bkind3d.data.virtual.rig import SUBJECTS
-from bkind3d.data.virtual.stage import Lens, Stage, build_model
-from bkind3d.demo import demo
+from bkind3d.data.truth import load_truth
 from bkind3d.errors import InputError
+from bkind3d.experiments.demo import demo
+from bkind3d.sims.studio import place_cameras
+from bkind3d.sims.virtual import engine, virtual_rig
+from bkind3d.sims.virtual.clip import Posture, load_postures
+from bkind3d.sims.virtual.puppet import Puppet
+from bkind3d.sims.virtual.rat import RAT
+from bkind3d.sims.virtual.rig import SUBJECTS
+from bkind3d.sims.virtual.stage import Lens, Stage, build_model
 
 if importlib.util.find_spec("dm_control") is None and not os.environ.get("CI"):
     pytest.skip("the extra sim is not installed", allow_module_level=True)

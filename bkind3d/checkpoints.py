@@ -1,0 +1,129 @@
+"""Checkpoints of a run: ``checkpoints/step_<step>/`` holds all that a resumed run needs.
+
+``model.safetensors`` are the networks, ``recent.safetensors`` what the next keypoint health is measured on, and
+``trainer.json`` where the run was; optimiser, objective and random numbers are saved as accelerate does.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bkind3d.errors import InputError, first_line
+from bkind3d.files import write_json
+from bkind3d.models.discovery import DiscoveryModel
+
+WEIGHTS = "model.safetensors"
+RECENT = "recent.safetensors"
+STATE = "trainer.json"
+CHECKPOINT = re.compile(r"step_(\d+)")
+LATER_BUFFERS = ("skeleton.observed", "skeleton.tree")  # of a run that knows the foreground; zeros in any other
+
+
+def checkpoints(path: Path) -> list[tuple[int, Path]]:
+    """All finished checkpoints of a run as (step, folder), oldest first."""
+    found = []
+    for folder in (path / "checkpoints").glob("step_*"):
+        match = CHECKPOINT.fullmatch(folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), folder))
+    return sorted(found)
+
+
+def latest_checkpoint(path: Path) -> tuple[int, Path]:
+    """Step and folder of the newest checkpoint.
+
+    Raises:
+        InputError: The run has none.
+    """
+    found = checkpoints(path)
+    if not found:
+        raise InputError(f"{path / 'checkpoints'}: no checkpoint; train first with `bkind3d train`")
+    return found[-1]
+
+
+def save_checkpoint(accelerator: Accelerator, run: Path, step: int, seconds: float, keep: int) -> None:
+    """Save everything that a resumed run needs; a reader never sees half a checkpoint. Every process calls it.
+
+    Args:
+        accelerator: Knows what else is to be saved; its hook saves the networks by :func:`save_networks`.
+        run: Run folder.
+        step: Training step.
+        seconds: That the training has taken.
+        keep: Number of newest checkpoints kept.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    final = run / "checkpoints" / f"step_{step:06d}"
+    partial = final.with_suffix(".partial")
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(partial / STATE, {"step": step, "seconds": seconds})
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for _, folder in checkpoints(run)[:-keep]:
+                shutil.rmtree(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{final}: not written ({first_line(error)}); earlier checkpoints are kept") from error
+    accelerator.wait_for_everyone()
+
+
+def save_networks(model: DiscoveryModel, recent: Sequence[dict[str, Tensor]], folder: Path) -> None:
+    """Save the bare networks, and what was observed in the most recent steps."""
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    save_file({name: torch.stack([step[name] for step in recent]) for name in recent[-1]}, folder / RECENT)
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> tuple[int, float, Iterable[dict[str, Tensor]]]:
+    """Load what :func:`save_checkpoint` saved; returns the step, the seconds, and what was observed before it.
+
+    Raises:
+        InputError: The checkpoint cannot be used.
+    """
+    try:
+        accelerator.load_state(str(folder))
+        state = json.loads((folder / STATE).read_text())
+        recent = load_file(folder / RECENT)
+        count = len(recent["positions"])
+        observed = [{name: rows[step] for name, rows in recent.items()} for step in range(count)]
+        return int(state["step"]), float(state["seconds"]), observed
+    except InputError:
+        raise
+    except (
+        OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError
+    ) as error:  # fmt: skip
+        raise InputError(corrupt(folder, error)) from error
+
+
+def load_weights(model: DiscoveryModel, file: Path) -> None:
+    """Load a checkpoint's networks, also one of an earlier version, from before the foreground was known.
+
+    Raises:
+        InputError: The file cannot be read, or holds another network.
+    """
+    own = model.state_dict()
+    try:
+        model.load_state_dict({name: torch.zeros_like(own[name]) for name in LATER_BUFFERS} | load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(corrupt(file, error)) from error
+
+
+def corrupt(path: Path, error: Exception) -> str:
+    """One line for a checkpoint that cannot be used."""
+    folder = path if path.is_dir() else path.parent
+    return f"{path}: corrupt or foreign checkpoint ({first_line(error)}); remove {folder} to use the one before it"

@@ -1,5 +1,0 @@
-"""The simulated rig: a capsule animal filmed by calibrated cameras, with exact truth."""
-
-from bkind3d.data.simulate.rig import simulate_rig
-
-__all__ = ["simulate_rig"]

@@ -1,0 +1,1 @@
+"""Rigs that are made up: simulated, virtual, and recordings in the layout of a published data set."""
