@@ -1,16 +1,17 @@
 // Edge maps on the CPU: the loops, compiled once per instruction set.
 //
-// For each (sample, map) the segments are prepared once, 28 bytes (float) an edge. A band of 32 rows of one map is a
+// The segments of each (sample, map) are prepared once, 28 bytes (float) an edge. A band of 32 rows of one map is a
 // task for a thread; in it squares of 32, 16 and 8 pixels each keep, of the list that the larger square left, the edges
-// whose upper bound reaches the best lower bound. Those left visit the 64 pixels of the smallest square, 10 vector
-// operations for a vector of pixels; best score and winner stay in registers, and one exponential gives the value. The
-// bounds allow for rounding, so culling never changes a bit of the result. Backward takes the edges that won in a tile
-// one after the other, sums over their pixels in vectors, writes one record for each edge that won in the band, and
-// adds the records of a sample in the order of maps and bands: no atomic, and the same sums for any number of threads.
+// whose upper bound reaches the best lower bound. Those left visit the 64 pixels of the smallest square; best score and
+// winner stay in registers, and one exponential gives the value. The bounds allow for rounding, so culling changes no
+// bit. Backward takes the edges that won in a tile one after the other, sums over their pixels in vectors, writes one
+// record for each edge that won in the band, and adds up in the order of maps and bands: the same sums for any number
+// of threads. Saved for backward: the inputs and the winners (2 bytes a pixel).
 //
-// Arithmetic bounds it. At N = 8, 15 keypoints = 105 edges, maps of 8, 16, 32, 64 and 128 pixels a side, there are 18.3
-// M pairs of pixel and edge; with culling 3.9 M are visited, for 0.2 M bounds, against 6 bytes written for each of 0.17
-// M pixels. Saved for backward: the inputs and the winners (2 bytes a pixel).
+// Bound by arithmetic: of 18.3 M pairs of pixel and edge (N = 8, 105 edges, maps of 8 to 128 pixels a side) 3.9 M are
+// visited, at 10 operations for a vector of pixels, against 6 bytes written for each of 0.17 M pixels.
+// Measured, 2 threads with AVX-512: forward 0.826 ms, backward 0.596, both 1.41
+// (benchmarks/results/2026-11-26-cpu-bars/results.csv, paper).
 #include "simd.h"
 
 namespace bkind3d {
@@ -242,6 +243,7 @@ void prepare(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, bool
   T* inverse = backward ? (T*)(table + head_bytes + edges_bytes<T>(a.count)) : upper;
   place<T>(a, sample, map, points);
   const T* log_weights = (const T*)a.log_weights + sample * a.log_weight_stride;
+  // Frames and weights of all edges.
   bool doubt = false;
   Ends ends = {};
   for (int64 e = 0; e < a.count; e += chunk) {
@@ -254,6 +256,7 @@ void prepare(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, bool
       doubt |= log_weights[e + i] != log_weights[e + i];
     }
   }
+  // What forward leaves out: all edges of a map with a NaN, edges that win nowhere, edges not drawn.
   end_list(edges, a.count);
   head.count = a.count;
   head.nan_edge = doubt ? first_nan(edges, a.count) : -1;
@@ -503,6 +506,7 @@ int64 backward(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, in
   int count = 0;
   for (int64 y = band * band_rows; y < band_end; y += backward_rows)
     for (int64 x = 0; x < map.width; x += lanes<T>) {
+      // The tile's winners one after the other, each with all of its pixels.
       Pixels<T> pixels;
       const int rows = read<T, I>(map, sample, x, y, least(y + backward_rows, band_end), pixels);
       for (int r = 0; r < rows;) {
@@ -513,6 +517,7 @@ int64 backward(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, in
         }
         const int64 e = ((const index_of<T>*)&pixels.winner[r])[lane];
         const Record sums = add_up(edges, inverses, e, iota<T>() + (T(x) - cx), T(y) - cy, pixels, r, rows);
+        // A record of its own, or what has been found before.
         if (slot[e] < 0) {
           slot[e] = count;
           records[count++] = sums;

@@ -3,13 +3,14 @@
 // Forward goes over a row in blocks of about 1,000 voxels (4 KB, in the first-level cache): their maximum, where it is,
 // then their exponentials and the sums about that voxel in vectors of float, merged into the slab's moments in double.
 // Where the maximum has grown, the moments so far are scaled down, so memory is read once. Backward recomputes the
-// exponentials from the maximum; along a line the rest of the gradient is a polynomial of degree 2 in z.
-// Threads take slabs of about 32,000 voxels of a row; the torch face merges the slabs of a row in their order.
+// exponentials from the maximum; along a line the rest of the gradient is a polynomial of degree 2 in z. Threads take
+// slabs of about 32,000 voxels of a row; the torch face merges the slabs of a row in their order. Saved for backward:
+// the logits (an input) and the outputs.
 //
-// Floors, for V voxels of float: forward reads 4V bytes; backward reads 4V and writes 4V, past the caches when large.
-// An exponential is 10 operations on vectors and the sums 4 (with the covariance 5), 16 to 18 with loads and the
-// maximum: one core with vectors of 16 takes 0.33 ns a voxel, above its memory, and two are near it. The tiles of
-// channels-last logits cost 0.5 ns a voxel more. Saved for backward: the logits (an input) and the outputs.
+// Bytes for V voxels of float: 4 V read forward, 4 V read and 4 V written backward, past the caches when large. Forward
+// a voxel takes 16 to 18 operations on vectors, 10 of them for the exponential.
+// Measured, 2 threads with AVX-512, 2 x 15 volumes of 64^3: forward 2.91 ms, backward 2.04, both 4.20
+// (benchmarks/results/2026-11-26-cpu-bars/results.csv, paper).
 #include "simd.h"
 #include "soft_argmax3d.h"
 #include "softmax.h"
@@ -221,12 +222,15 @@ BKIND3D_FN Sums<double> block_sums(const Block& b, const Lines<S>& lines, const 
 template <bool Covariance, class T, class S>
 BKIND3D_FN void forward_block(const SoftArgmaxArgs& a, const Block& b, const Lines<S>& lines,
                               Moments<double>& moments) {
+  // Maximum, and where it is.
   const Span<T> span = span_of<T>(b.length);
   const T largest = block_maximum<T>(b, lines, span);
   const Place place = find(b, lines, span, largest);
+  // Sums about that voxel, relative to the slab's maximum so far.
   const T maximum = largest > T(moments.maximum) ? largest : T(moments.maximum);
   const T reference = softmax_reference(maximum), scale = exponent_scale(T(), a.beta);
   const Sums<double> sums = block_sums<Covariance>(b, lines, span, reference, scale, place);
+  // Into the slab's moments.
   const double origin[] = {double(place.x), double(place.y), double(place.z)};
   merge<Covariance>(moments,
                     moments_of<Covariance>(sums, double(maximum), origin, offset_of(a, place.x, place.y, place.z)),
