@@ -88,7 +88,7 @@ template <class T>
 struct Scratch {
   T *features, *logits, *gradient, *zeros;
   void *gathered, *result;  // in the type of the features
-  int64* place;             // of the largest logit
+  int64* argmax;            // voxel of the largest logit
   Lanes<T> lane;
 };
 
@@ -107,7 +107,7 @@ BKIND3D_FN int64 lay_out(const LinearSoftArgmaxArgs& a, void* memory, Scratch<T>
   s.zeros = (T*)take(a.channel_step * sizeof(T));
   s.gathered = take(a.tile * a.channels * sizeof(S));
   s.result = take(a.tile * a.channels * sizeof(S));
-  joints(s.place);
+  joints(s.argmax);
   joints(s.lane.maximum);
   joints(s.lane.total);
   joints(s.lane.constant);
@@ -140,7 +140,7 @@ BKIND3D_FN void for_each_run(const LinearSoftArgmaxArgs& a, int64 first, int64 c
 
 // The features of voxels as rows of T.
 template <class T>
-struct Rows {
+struct FeatureRows {
   const T* p;
   int64 step;
 };
@@ -169,8 +169,8 @@ BKIND3D_FN void widen(const S* source, int64 step, int64 channels, T* out, int64
 
 // A tile's features: in place where they can be, else in scratch with zeros up to the steps.
 template <class T, class S>
-BKIND3D_FN Rows<T> features_of(const LinearSoftArgmaxArgs& a, int64 n, int64 first, int64 count, bool padded,
-                               Scratch<T>& s) {
+BKIND3D_FN FeatureRows<T> features_of(const LinearSoftArgmaxArgs& a, int64 n, int64 first, int64 count, bool padded,
+                                      Scratch<T>& s) {
   const S* sample = (const S*)a.features + n * a.strides[0];
   const bool last = is_channels_last(a);
   if constexpr (same<T, S>)
@@ -190,7 +190,7 @@ BKIND3D_FN Rows<T> features_of(const LinearSoftArgmaxArgs& a, int64 n, int64 fir
 }
 
 template <class T>
-void make_logits(const LinearSoftArgmaxArgs& a, const Rows<T>& h, int64 count, Scratch<T>& s) {
+void make_logits(const LinearSoftArgmaxArgs& a, const FeatureRows<T>& h, int64 count, Scratch<T>& s) {
   multiply<T>({h.p, h.step, 1, (const T*)a.columns, a.joint_step, (const T*)a.bias, 0, s.logits, a.joint_step,
                round_up(count, step_of<T>), a.channels, a.joint_step});
 }
@@ -213,7 +213,7 @@ void flush(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 j, Moments<double
   for (int i = 0; Covariance && i < 6; ++i) sums.second[i] = l.second[i][j], l.second[i][j] = 0;
   l.total[j] = 0;
   if (sums.total == 0) return;
-  merge<Covariance>(moments, moments_of<Covariance>(sums, double(l.maximum[j]), origin, s.place[j]), a.beta,
+  merge<Covariance>(moments, moments_of<Covariance>(sums, double(l.maximum[j]), origin, s.argmax[j]), a.beta,
                     [](double x) { return __builtin_exp(x); });
 }
 
@@ -222,13 +222,13 @@ BKIND3D_FN int64 clamp(int64 x, int64 low, int64 high) { return x < low ? low : 
 // The origin of a joint's sums: its largest voxel, or what lies nearest to it in the block of voxels to come.
 template <class T>
 BKIND3D_FN void set_origin(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 j, int64 first, int64 last) {
-  const int64 size_y = a.shape[1], size_z = a.shape[2], place = s.place[j];
+  const int64 size_y = a.shape[1], size_z = a.shape[2], voxel = s.argmax[j];
   const int64 first_line = first / size_z, last_line = last / size_z;
   const bool plane = first_line / size_y == last_line / size_y, line = first_line == last_line;
-  s.lane.origin[0][j] = T(clamp(place / size_z / size_y, first_line / size_y, last_line / size_y));
+  s.lane.origin[0][j] = T(clamp(voxel / size_z / size_y, first_line / size_y, last_line / size_y));
   s.lane.origin[1][j] =
-      T(plane ? clamp(place / size_z % size_y, first_line % size_y, last_line % size_y) : place / size_z % size_y);
-  s.lane.origin[2][j] = T(line ? clamp(place % size_z, first % size_z, last % size_z) : place % size_z);
+      T(plane ? clamp(voxel / size_z % size_y, first_line % size_y, last_line % size_y) : voxel / size_z % size_y);
+  s.lane.origin[2][j] = T(line ? clamp(voxel % size_z, first % size_z, last % size_z) : voxel % size_z);
 }
 
 // The largest logits of the tile. Where one is larger than all before, the joint begins anew, about that voxel.
@@ -247,7 +247,7 @@ void find_maxima(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 first, int6
       int64 at = 0;
       while (logits[at * a.joint_step + lane] != best[lane]) ++at;
       s.lane.maximum[j] = best[lane];
-      s.place[j] = first + at;
+      s.argmax[j] = first + at;
       set_origin(a, s, j, first, first + count - 1);
     }
   }
@@ -290,7 +290,7 @@ BKIND3D_FN void forward_task(const LinearSoftArgmaxArgs& a, int64 task, Scratch<
   for (int64 j = 0; j < a.joint_step; ++j) {
     s.lane.maximum[j] = -T(__builtin_inf());
     s.lane.total[j] = 0;
-    s.place[j] = begin;
+    s.argmax[j] = begin;
     for (int i = 0; i < 3; ++i) s.lane.first[i][j] = s.lane.origin[i][j] = 0;
     for (int i = 0; i < 6; ++i) s.lane.second[i][j] = 0;
   }
@@ -417,7 +417,7 @@ void backward(const LinearSoftArgmaxArgs& a, int64 task, void* memory) {
   for (int64 first = begin; first < end; first += a.tile) {
     const int64 count = a.tile < end - first ? a.tile : end - first;
     // Logits, then their gradient in place.
-    const Rows<T> h = features_of<T, S>(a, n, first, count, weight, s);
+    const FeatureRows<T> h = features_of<T, S>(a, n, first, count, weight, s);
     make_logits(a, h, count, s);
     differentiate(a, n, first, count, s);
     // Gradients of the weight and of the features.

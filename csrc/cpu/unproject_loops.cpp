@@ -354,15 +354,10 @@ void load_gradient(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int64 i
 
 template <class T>
 void store_tile_as(const UnprojectArgs& a, const Scratch<T>& s, int64 voxel, int first, int count) {
-  if constexpr (sizeof(T) == 8) {
-    return store_tile<double>(a, s, voxel, first, count);
-  } else {
-    switch (a.storage) {
-      case Storage::bfloat16: return store_tile<bfloat16>(a, s, voxel, first, count);
-      case Storage::float16: return store_tile<float16>(a, s, voxel, first, count);
-      default: return store_tile<float>(a, s, voxel, first, count);
-    }
-  }
+  by_storage(a.storage, [&](auto element) {
+    using S = decltype(element);
+    if constexpr (sizeof(Arithmetic<S>) == sizeof(T)) store_tile<S>(a, s, voxel, first, count);
+  });
 }
 
 // One tile of voxels: all channels, a block of them at a time.
@@ -602,15 +597,10 @@ void matrix_view(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first
 template <class T>
 void load_gradient_as(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int64 i, int64 j, int64 k, int first,
                       int count) {
-  if constexpr (sizeof(T) == 8) {
-    return load_gradient<double>(a, s, n, i, j, k, first, count);
-  } else {
-    switch (a.storage) {
-      case Storage::bfloat16: return load_gradient<bfloat16>(a, s, n, i, j, k, first, count);
-      case Storage::float16: return load_gradient<float16>(a, s, n, i, j, k, first, count);
-      default: return load_gradient<float>(a, s, n, i, j, k, first, count);
-    }
-  }
+  by_storage(a.storage, [&](auto element) {
+    using S = decltype(element);
+    if constexpr (sizeof(Arithmetic<S>) == sizeof(T)) load_gradient<S>(a, s, n, i, j, k, first, count);
+  });
 }
 
 template <class T>
@@ -662,21 +652,25 @@ void backward_task(const UnprojectArgs& a, int64 task, void* memory) {
 
 // ---- table ----
 
-bool is_double(const UnprojectArgs& a) { return a.storage == Storage::float64; }
+// f(T()) for the type of the arithmetic.
+template <class F>
+auto in_arithmetic(const UnprojectArgs& a, F f) {
+  return by_arithmetic(a.storage == Storage::float64, f);
+}
 
 long long scratch(const UnprojectArgs& a, bool backward) {
-  const int block = backward ? int(a.channel_block) : forward_block(a);
-  Scratch<float> single;
-  Scratch<double> twice;
-  return is_double(a) ? lay_out(twice, a, block, nullptr) : lay_out(single, a, block, nullptr);
+  return in_arithmetic(a, [&](auto number) {
+    Scratch<decltype(number)> s;
+    return lay_out(s, a, backward ? int(a.channel_block) : forward_block(a), nullptr);
+  });
 }
 
 void forward(const UnprojectArgs& a, long long begin, long long end, void* memory) {
-  is_double(a) ? forward_rows<double>(a, begin, end, memory) : forward_rows<float>(a, begin, end, memory);
+  in_arithmetic(a, [&](auto number) { forward_rows<decltype(number)>(a, begin, end, memory); });
 }
 
 void backward(const UnprojectArgs& a, long long task, void* memory) {
-  is_double(a) ? backward_task<double>(a, task, memory) : backward_task<float>(a, task, memory);
+  in_arithmetic(a, [&](auto number) { backward_task<decltype(number)>(a, task, memory); });
 }
 
 }  // namespace
