@@ -159,7 +159,8 @@ def cpu_statements(target: Path) -> list[str]:
 
 
 def cuda_statements(target: Path, nvcc: str, cxx: str, torch_flags: list[str]) -> list[str]:
-    """Of build.ninja for _cuda.so: every csrc/cuda/*.cu by nvcc, whose report of registers is kept beside the object.
+    """Of build.ninja for _cuda.so: every csrc/cuda/*.cu by nvcc, whose report of registers is kept beside the object,
+    and every csrc/cuda/*.cpp, a face, by the C++ compiler, without CUDA's headers.
 
     It is linked against a libtorch_cuda.so made here, with nothing in it but the functions that are used: torch may be
     a build without CUDA, and the linker refuses what is not among them.
@@ -184,7 +185,7 @@ def cuda_statements(target: Path, nvcc: str, cxx: str, torch_flags: list[str]) -
         "  command = $cxx -shared -fPIC -nostdlib -x c $in -Wl,-soname,$out -o $out",
     ]
     write(BUILD / "torch_cuda.c", [f"void {name}(void) {{}}" for name in TORCH_CUDA_FUNCTIONS])
-    named = f'-DBKIND3D_ARCHITECTURES="{" ".join(architectures)}"'
+    face_flags = ["-DUSE_CUDA", f'-DBKIND3D_ARCHITECTURES="{" ".join(architectures)}"']
     objects = []
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         objects.append(f"{source.stem}.cu.o")
@@ -192,7 +193,7 @@ def cuda_statements(target: Path, nvcc: str, cxx: str, torch_flags: list[str]) -
     for source in sorted((ROOT / "csrc/cuda").glob("*.cpp")):
         objects.append(f"{source.stem}.cuda.o")
         lines.append(f"build {objects[-1]}: compile {ninja_path(source)}")
-        lines.append(f"  own = {ninja_text([named])}")
+        lines.append(f"  own = {ninja_text(face_flags)}")
     lines += [
         "build libtorch_cuda.so: stub torch_cuda.c",
         f"build {ninja_path(target)}: cuda_link {' '.join(objects)} | libtorch_cuda.so",

@@ -1,32 +1,17 @@
 """A 1×1×1 convolution with a 3D soft-argmax in Triton; the logits are never in memory.
 
-``_forward``: a program has a slab of one sample's voxels and up to 32 joints. Tile by tile it loads the features (V,
-C), makes the logits (V, J) by ``tl.dot``, and goes on as attention does: running maximum, weights e, and as its
-"values" the moments' basis 1, x, y, z, xx, ... (V, 16) of the voxel index about the slab's middle, so one more
-``tl.dot`` adds all moments. ``_merge`` takes the slabs of a row together in float64, about the grid's corner.
-``_backward``, after ``_coefficients`` has made a table of what the gradient of a joint's logits depends on: logits
-again, their gradient g as the weight times a polynomial of the index, then gᵀ h into the program's own part of the
-weight's gradient, in registers until the slab ends (the parts are added up by ``sum``: no atomics, always
-deterministic), and g W, the gradient of the features, written once. More than 32 channels in a program are a loop for
-the logits, and one program for each 32 of the gradients; each 32 joints more are a launch that adds to the gradient
-of the features.
+``_forward``: a program has a slab of one sample's voxels and up to 32 joints. Tile by tile it makes the logits (V, J)
+by ``tl.dot`` and goes on as attention does: running maximum, weights, and as "values" the moments' basis 1, x, y, z,
+xx, ... (V, 16) of the voxel index, so one more ``tl.dot`` adds all moments. ``_merge`` joins the slabs of a row in
+float64. ``_backward``, after ``_coefficients``: logits again, their gradient g as the weight times a polynomial of the
+index, then gᵀ h into the program's own part of the weight's gradient (added up by ``sum``: no atomics, the same bits
+every time) and g W, the features' gradient. Products are "tf32x3": each factor as the sum of two TF32 numbers, whose
+products lose 2⁻²² as float32 does 2⁻²⁴; half features are widened. Saved for backward: inputs and outputs.
 
-Products are "tf32x3", on tensor cores: each factor as the sum of two TF32 numbers, whose products lose 2⁻²² as
-float32 itself does 2⁻²⁴. "tf32" alone would lose 2⁻¹¹; "ieee" has no tensor cores and keeps a row of operands in
-every thread's registers. Half features are widened: exact, while the weight stays float32. float64 products are
-float64.
-
-Floors, 2 × 64³ voxels, C 32, J 30, float32: forward reads 67 MB, 20 µs at 3.35 TB/s and 14 µs at 4.8 (16 at the 4.3
-TB/s of a measured copy); backward reads and writes 67 MB each, 40 and 28 µs. Products: 1 GFLOP each, 2 forward with
-the moments and 3 backward, three times as TF32: 6 to 9 GFLOP, 12 to 20 µs at 495 TFLOP/s. What
-bounds both is the issue of instructions: 1,352 a warp and tile of 64 voxels forward and 1,688 for each 32 voxels
-backward (sm_90; the splitting of factors, the basis, exponentials, shuffles between layouts), about 50 and 62 µs on
-132 multiprocessors at 1.7 GHz. Logits in memory would be 63 MB more for each time they are written or read.
-Saved for backward: inputs and outputs. Occupancy: 2 programs of 4 warps, backward 4 of 2 warps,
-limited by registers, since all operands of three products pass through them. Not measured on a GPU yet.
-
-Considered: moments as sums over voxels (ten reductions across warps for each tile); a logit tile in shared memory;
-the weight's gradient by atomics; one backward kernel for each gradient, which reads the features twice.
+Bound, at 2 × 128³ voxels, C 32, J 30, float32: by bytes 537 MB forward and 1.07 GB backward, by operations 11.2 G and
+27.2 G; inside, the issue of 1,352 instructions a warp for 64 voxels forward and 1,688 for 32 backward (sm_90).
+Measured on an H200 (benchmarks/results/2026-11-27-h200/times/results.csv, ``fine``): forward 0.676 ms, backward 1.14,
+both in a training step 1.82. Of small volumes the time is that of the host's launches (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -127,7 +112,10 @@ def _columns(weight, c, j, channels, joints):
 
 @triton.jit
 def _product(features, weight, h, w, v, j, voxels, channels, joints, stride_v, stride_c, CHUNKS: tl.constexpr):
-    """(V, J): features times weight; of ``h`` and ``w``, or where these have a part of the channels, of all parts."""
+    """(V, J): features times weight; of ``h`` and ``w``, or where these have a chunk of the channels, of all chunks.
+
+    "tf32" alone would lose 2⁻¹¹; "ieee" has no tensor cores and keeps a row of operands in every thread's registers.
+    """
     ACC: tl.constexpr = weight.dtype.element_ty
     if CHUNKS == 1:
         product = tl.dot(h, w, input_precision="tf32x3", out_dtype=ACC)
@@ -135,9 +123,9 @@ def _product(features, weight, h, w, v, j, voxels, channels, joints, stride_v, s
         product = tl.zeros((h.shape[0], w.shape[1]), ACC)
         for chunk in range(CHUNKS):
             c = chunk * h.shape[1] + tl.arange(0, h.shape[1])
-            part = _rows(features, v, c, voxels, channels, stride_v, stride_c, ACC)
+            rows = _rows(features, v, c, voxels, channels, stride_v, stride_c, ACC)
             columns = _columns(weight, c, j, channels, joints)
-            product = tl.dot(part, columns, product, input_precision="tf32x3", out_dtype=ACC)
+            product = tl.dot(rows, columns, product, input_precision="tf32x3", out_dtype=ACC)
     return product
 
 
@@ -148,6 +136,7 @@ def _product(features, weight, h, w, v, j, voxels, channels, joints, stride_v, s
 def _forward(features, weight, bias, moments, maxima, places, slabs, slab_voxels, voxels, size_y, size_z, channels,
              joints, joint_blocks, stride_n, stride_v, stride_c, scale, scale_low, CHUNKS: tl.constexpr,
              BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr):  # fmt: skip
+    """One slab of one sample and a block of joints."""
     ACC: tl.constexpr = weight.dtype.element_ty
     factor = tl.full((), scale, ACC) + tl.full((), scale_low, ACC)
     program = tl.program_id(0)
@@ -166,22 +155,26 @@ def _forward(features, weight, bias, moments, maxima, places, slabs, slab_voxels
     place = tl.zeros((BLOCK_J,), tl.int32)
     total = tl.zeros((16, BLOCK_J), ACC)
     for start in range(0, slab_voxels, BLOCK_V):
+        # Logits of the tile.
         v = slab * slab_voxels + start + tl.arange(0, BLOCK_V)
         h = _rows(features, v, c, voxels, channels, stride_v, stride_c, ACC)
         logits = _product(features, weight, h, w, v, j, voxels, channels, joints, stride_v, stride_c, CHUNKS)
         logits = tl.where((v < voxels)[:, None], logits + shift[None, :], float("-inf"))
+        # Running maximum and its voxel.
         largest = tl.max(logits, 0)  # a NaN is passed over, to come back in the moments
         first = tl.min(tl.where(logits == largest[None, :], v[:, None], voxels - 1), 0)
         higher = largest > maximum
         place = tl.where(higher, first, place)
         highest = tl.where(higher, largest, maximum)
         reference = tl.where(highest == float("-inf"), 0.0, highest)  # -inf + inf would be NaN
+        # Weights and moments.
         total *= tl.where(higher, tl.exp2((maximum - reference) * factor), 1.0)[None, :]
         e = tl.exp2((logits - reference[None, :]) * factor)
         basis = _basis(v, x0, y0, z0, size_y, size_z).to(ACC)
         total = tl.dot(tl.trans(basis), e, total, input_precision="tf32x3", out_dtype=ACC)
         maximum = highest
 
+    # Write the slab's moments.
     row = n * joints + j
     tl.store(maxima + row * slabs + slab, maximum, mask=j < joints)
     tl.store(places + row * slabs + slab, place, mask=j < joints)
@@ -204,6 +197,7 @@ def _merge(moments, maxima, places, mean, peak, covariance, maximum, total, argm
     maxima += row[:, None] * slabs
     places += row[:, None] * slabs
     moments += row[:, None] * slabs * 10
+    # The row's maximum.
     # One reduction after the loop: Triton 3.6 cannot compile that of float64 values as they are loaded within one.
     running = tl.full((ROWS, BLOCK), float("-inf"), tl.float64)
     for start in range(0, slabs, BLOCK):
@@ -213,6 +207,7 @@ def _merge(moments, maxima, places, mean, peak, covariance, maximum, total, argm
     highest = tl.max(running, 1)
     reference = tl.where(highest == float("-inf"), 0.0, highest)
 
+    # The lowest voxel that has it, and all slabs' moments about the corner of the grid.
     place = tl.full((ROWS,), 2147483647, tl.int32)
     s = tl.zeros((ROWS,), tl.float64)
     sx, sy, sz, sxx, sxy, sxz, syy, syz, szz = s, s, s, s, s, s, s, s, s
@@ -221,8 +216,8 @@ def _merge(moments, maxima, places, mean, peak, covariance, maximum, total, argm
         mask = known[:, None] & (i < slabs)
         m = tl.load(maxima + i, mask=mask, other=float("-inf")).to(tl.float64)
         equal = m == highest[:, None]
-        own = tl.load(places + i, mask=mask, other=2147483647)
-        place = tl.minimum(place, tl.min(tl.where(equal, own, 2147483647), 1))
+        argmaxes = tl.load(places + i, mask=mask, other=2147483647)
+        place = tl.minimum(place, tl.min(tl.where(equal, argmaxes, 2147483647), 1))
         weight = tl.where(equal, 1.0, tl.exp2((m - reference[:, None]) * factor))
         x0, y0, z0 = _origin(i, slab_voxels, size_y, size_z)
         x, y, z = x0.to(tl.float64), y0.to(tl.float64), z0.to(tl.float64)
@@ -242,6 +237,7 @@ def _merge(moments, maxima, places, mean, peak, covariance, maximum, total, argm
             syz += tl.sum(_moment(moments, i, mask, slabs, 8, weight) + y * mz + z * (my + y * m1), 1)
             szz += tl.sum(_moment(moments, i, mask, slabs, 9, weight) + z * (2 * mz + z * m1), 1)
 
+    # Outputs.
     s = tl.where(s > 0, s, float("nan"))  # nothing but -inf, or a NaN: nothing can be said of this row
     ux, uy, uz = sx / s, sy / s, sz / s
     tl.store(mean + 3 * row, ux, mask=known)
@@ -286,6 +282,7 @@ def _coefficients(grad_mean, grad_peak, grad_covariance, mean, covariance, maxim
     With d the index less the mean, dL/dlogit is the weight times constant + linear · d + dᵀ quadratic d, and ``peak``
     more at the argmax; the weight is 2 to the power of scale · (logit + shift).
     """
+    # Which joints, and what is left of the logit in the exponent.
     i = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)  # a joint of a sample, where they are padded
     j = i % padded_joints
     mask = (i < count) & (j < joints)
@@ -300,6 +297,7 @@ def _coefficients(grad_mean, grad_peak, grad_covariance, mean, covariance, maxim
     table += tl.program_id(0).to(tl.int64) * (16 * BLOCK_J) + tl.arange(0, BLOCK_J)
     tl.store(table, shift)
     tl.store(table + BLOCK_J, beta * peak)
+    # The polynomial.
     constant = -peak / sums
     if grad_covariance is not None:
         for a in tl.static_range(3):
@@ -345,6 +343,10 @@ def _backward(features, weight, table, places, grad_features, grad_weight, slabs
               channels, joints, joint_block, joint_blocks, stride_n, stride_v, stride_c, scale, scale_low,
               ADD: tl.constexpr, COVARIANCE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr,
               BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr):  # fmt: skip
+    """One slab of one sample, a block of joints and a chunk of channels.
+
+    Each further block of joints is a launch that adds to the gradient of the features.
+    """
     ACC: tl.constexpr = weight.dtype.element_ty
     factor = tl.full((), scale, ACC) + tl.full((), scale_low, ACC)
     program = tl.program_id(0)
@@ -356,19 +358,22 @@ def _backward(features, weight, table, places, grad_features, grad_weight, slabs
     table += (n * joint_blocks + joint_block) * (16 * BLOCK_J)
     places += (n * joint_blocks + joint_block) * BLOCK_J
 
-    own = tl.zeros((BLOCK_J, BLOCK_C), ACC)
+    weight_sums = tl.zeros((BLOCK_J, BLOCK_C), ACC)
     for start in range(0, slab_voxels, BLOCK_V):
         v = slab * slab_voxels + start + tl.arange(0, BLOCK_V)
         h = _rows(features, v, c, voxels, channels, stride_v, stride_c, ACC)
+        # Logits.
         # Features and weight are loaded, from the first-level cache, where they are used; barriers keep the compiler
         # from beginning the next product meanwhile: the parts of all operands would not fit the registers.
         w = _columns(weight, c, j, channels, joints)
         logits = _product(features, weight, h, w, v, j, voxels, channels, joints, stride_v, stride_c, CHUNKS)
+        # Their gradient.
         g = tl.exp2((logits + _entries(table, 0, BLOCK_J)) * factor)
         g *= _slope(table, v, size_y, size_z, COVARIANCE, BLOCK_J)
         place = tl.load(places + tl.arange(0, BLOCK_J))
         g += tl.where(v[:, None] == place[None, :], _entries(table, 1, BLOCK_J), 0.0)
         g = tl.where((v < voxels)[:, None] & (j < joints)[None, :], g, 0.0)
+        # Gradient of the features.
         if grad_features is not None:
             tl.debug_barrier()
             mask = (j < joints)[:, None] & (c < channels)[None, :]
@@ -379,13 +384,14 @@ def _backward(features, weight, table, places, grad_features, grad_weight, slabs
             if ADD:
                 found += tl.load(at, mask=mask, other=0.0)
             tl.store(at, found, mask=mask)
+        # Gradient of the weight.
         if grad_weight is not None:
             tl.debug_barrier()
             h = _rows(features, v, c, voxels, channels, stride_v, stride_c, ACC)
-            own = tl.dot(tl.trans(g), h, own, input_precision="tf32x3", out_dtype=ACC)
+            weight_sums = tl.dot(tl.trans(g), h, weight_sums, input_precision="tf32x3", out_dtype=ACC)
     if grad_weight is not None:
         at = grad_weight + ((n * slabs + slab) * joints + j)[:, None] * channels + c[None, :]
-        tl.store(at, own, mask=(j < joints)[:, None] & (c < channels)[None, :])
+        tl.store(at, weight_sums, mask=(j < joints)[:, None] & (c < channels)[None, :])
 
 
 # ---- launches ----
@@ -503,7 +509,7 @@ def backward(
     # Several blocks of joints add to it, and only their sum is rounded.
     kept = features.dtype if blocks == 1 else weight.dtype
     grad_features = torch.empty((n, x, y, z, channels) if needs_features else (0,), dtype=kept, device=features.device)
-    parts = weight.new_empty((n * slabs, joints, channels) if needs_weight else (0, 0))
+    partial_weights = weight.new_empty((n * slabs, joints, channels) if needs_weight else (0, 0))
     stride_n, stride_c, _, _, stride_v = features.stride()
     if n > 0 and (needs_features or needs_weight):
         scale = _scale(temperature)
@@ -517,13 +523,13 @@ def backward(
             for block in range(blocks):
                 _backward[(n * slabs * chunks,)](
                     features, weight, table, places, grad_features if needs_features else None,
-                    parts if needs_weight else None, slabs, slab_voxels, voxels, y, z, channels, joints, block, blocks,
-                    stride_n, stride_v, stride_c, *scale, block > 0, grad_covariance is not None, chunks, config.voxels,
-                    config.channels, config.joints, num_warps=config.warps, num_stages=STAGES,
+                    partial_weights if needs_weight else None, slabs, slab_voxels, voxels, y, z, channels, joints,
+                    block, blocks, stride_n, stride_v, stride_c, *scale, block > 0, grad_covariance is not None, chunks,
+                    config.voxels, config.channels, config.joints, num_warps=config.warps, num_stages=STAGES,
                 )  # fmt: skip
     if needs_features:
         grad_features = grad_features.to(features.dtype).permute(0, 4, 1, 2, 3)
-    return grad_features, parts.sum(0)
+    return grad_features, partial_weights.sum(0)
 
 
 def _small(features: Tensor, weight: Tensor, tensors: dict[str, tuple[Tensor | None, int]]) -> list[Tensor | None]:

@@ -2,25 +2,17 @@
 
 ``_prepare`` writes a table of each edge's frame (float64 arithmetic, 28 bytes an edge in float32) for every map and
 sample. ``_forward`` gives each tile of 8 × 16 pixels to one warp, which finds the largest lower bound of log w − d²/σ²
-over the tile, 32 edges at a time, then visits, in order, only edges whose upper bound reaches it; what the pixels have
-found so far raises it further. Best score and winner stay in registers; one exponential gives the value. The bounds
-allow for rounding: culling changes no bit. All maps of a call, up to 8, share one launch. No barrier, no shared memory.
+over the tile, 32 edges at a time, then visits, in order, only edges whose upper bound reaches it. Best score and winner
+stay in registers; one exponential gives the value. The bounds allow for rounding: culling changes no bit. Up to 8 maps
+share one launch. Backward, ``_scatter``: a warp sums over its tile for one distinct winner after the other, 5 atomics
+for each. Deterministic: ``_gather`` has one program for each map, sample and edge, which reads the tiles that the edge
+can reach in order, and ``_collect`` adds up in order. Saved for backward: the inputs and the winners, 2 bytes a pixel.
 
-Backward, ``_scatter``: a warp gathers the frames of its pixels' winners, then sums over the tile for one distinct
-winner after the other; 5 atomics for each. Deterministic: ``_gather`` has one program for each map, sample and edge,
-which reads the tiles that the edge can reach in order, and ``_collect`` adds up maps and edges in order. Sums are in
-the dtype of the keypoints, those of a tile by pairs: float32 is within 1e-6 of the sum of magnitudes.
-
-Arithmetic bounds it. At N = 64, 30 keypoints = 435 edges and 128² pixels there are 456 M pairs of pixel and edge at 10
-instructions (5 of them at half rate): 154 µs at 128 lanes, 132 multiprocessors and 1.75 GHz. Culling leaves 65 of 435
-edges to a tile (σ = 2.9), 68 M pairs: 23 µs; as compiled for sm_90, 59 instructions for 4 pixels and an edge and 100
-for the bounds of 32 edges, 48 µs. Bytes: 6 written for each pixel, 6.3 MB, 2 µs at 3.35 or 4.3 TB/s; backward reads as
-many, and has 7 distinct winners in a tile: 0.3 M atomics. Saved for backward: the inputs and the winners, 2 bytes a
-pixel.
-
-Designed for 28 to 32 programs of one warp (64 to 72 registers) on a multiprocessor. Considered: 16 × 16 pixels (92
-edges a tile, the same sum of instructions, half the programs); lists of edges in memory for larger squares, as on the
-CPU (another launch, and N·E·tiles numbers to write). Not measured on a GPU yet.
+Bound by arithmetic: at N = 64, 30 keypoints = 435 edges and 128² pixels there are 456 M pairs of pixel and edge;
+culling leaves 65 edges to a tile (σ = 2.9), at 59 instructions for 4 pixels and 100 for the bounds of 32 edges
+(sm_90), against 6.3 MB written and, backward, read. Backward has 7 distinct winners in a tile: 0.3 M atomics.
+Measured on an H200 (benchmarks/results/2026-11-27-h200/times/results.csv, ``batch-64``): forward 0.203 ms, backward
+0.914, both in a training step 1.49; the host takes 0.4 to 0.6 ms of any backward pass (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -242,6 +234,7 @@ def _prepare(
     An edge that holds a NaN, or names a keypoint that there is not, has an infinite log w. In forward its frame is 0,
     so that its score is infinite at every pixel: the first of them wins, and shows as NaN.
     """
+    # Which map, sample and edges.
     blocks = tl.cdiv(capacity, EDGES)
     pair = tl.program_id(0) // blocks
     index, sample = pair // samples, (pair % samples).to(tl.int64)
@@ -253,6 +246,7 @@ def _prepare(
     a = tl.load(edges + wide * edge_strides[0], mask=real, other=-1)
     b = tl.load(edges + wide * edge_strides[0] + edge_strides[1], mask=real, other=-1)
     a_known, b_known = (a >= 0) & (a < points), (b >= 0) & (b < points)
+    # Their frames.
     xs = keypoints + sample * point_strides[0]
     ys = xs + point_strides[2]
     ux, uy, across, lo, hi, inverse = _segment(
@@ -262,6 +256,7 @@ def _prepare(
         _coordinate(ys, b, b_known, point_strides[1], height, first_height),
         sigma,
     )
+    # log w.
     weight = tl.load(weights + sample * weight_strides[0] + wide * weight_strides[1], mask=real, other=0.0)
     drawn = (weight > 0) | (weight != weight)
     log_weight = tl.where(drawn, tl.log(tl.where(drawn, weight, 1.0).to(tl.float64)), float("-inf"))
@@ -273,15 +268,16 @@ def _prepare(
         broken |= edge >= count
         ux, uy, across = tl.where(broken, 0.0, ux), tl.where(broken, 0.0, uy), tl.where(broken, 0.0, across)
         lo, hi = tl.where(broken, 0.0, lo), tl.where(broken, 0.0, hi)
+    # Write.
     to = _frame(_frames(table, index, sample, samples, capacity), edge)
-    room = edge < capacity
-    tl.store(to, ux, mask=room)
-    tl.store(to + BLOCK, uy, mask=room)
-    tl.store(to + 2 * BLOCK, across, mask=room)
-    tl.store(to + 3 * BLOCK, lo, mask=room)
-    tl.store(to + 4 * BLOCK, hi, mask=room)
-    tl.store(to + 5 * BLOCK, log_weight, mask=room)
-    tl.store(to + 6 * BLOCK, inverse, mask=room)
+    in_table = edge < capacity
+    tl.store(to, ux, mask=in_table)
+    tl.store(to + BLOCK, uy, mask=in_table)
+    tl.store(to + 2 * BLOCK, across, mask=in_table)
+    tl.store(to + 3 * BLOCK, lo, mask=in_table)
+    tl.store(to + 4 * BLOCK, hi, mask=in_table)
+    tl.store(to + 5 * BLOCK, log_weight, mask=in_table)
+    tl.store(to + 6 * BLOCK, inverse, mask=in_table)
 
 
 # ---- forward ----
@@ -310,6 +306,7 @@ def _forward(
 ):
     """One tile of one map of one sample: values and winners."""
     T: tl.constexpr = table.dtype.element_ty
+    # Where the tile is.
     index, height, width, before, sample, row, column = _locate(tl.program_id(0), samples, sizes, HEIGHT, WIDTH)
     frames = _frames(table, index, sample, samples, capacity)
     right, bottom = 0.5 * (width - 1).to(T), 0.5 * (height - 1).to(T)
@@ -318,12 +315,14 @@ def _forward(
     corner = (sample * height + row) * width + column
     lanes = tl.arange(0, BLOCK)
 
+    # The best lower bound.
     lowers = tl.full([BLOCK], LOWEST, T)
     for first in range(0, capacity, BLOCK):
         _, lower = _bounds(frames + first * COLUMNS + lanes, x0, y0, x1, y1, TOLERANCE)
         lowers = tl.maximum(lowers, lower)
     least = tl.max(lowers) - slack
 
+    # Edges that may win, 32 at a time, each against all pixels.
     columns, rows = tl.arange(0, WIDTH)[None, :], tl.arange(0, HEIGHT)[:, None]
     inside = (column + columns < width) & (row + rows < height)
     x, y = x0 + columns.to(T), y0 + rows.to(T)
@@ -342,8 +341,10 @@ def _forward(
             better = score > best  # strictly: ties stay with the lowest index
             best = tl.where(better, score, best)
             winner = tl.where(better, first + lane, winner)
+        # What the pixels have found raises the bound.
         least = tl.maximum(least, tl.min(tl.where(inside, best, float("inf"))) - slack)
 
+    # Write.
     drawn = best >= LOWEST
     value = tl.where(drawn, tl.where(best == float("inf"), float("nan"), tl.exp(best)), 0.0)
     at = corner + (rows * width + columns)
@@ -431,15 +432,17 @@ def _scatter(
     T: tl.constexpr = table.dtype.element_ty
     index, height, width, before, sample, row, column = _locate(tl.program_id(0), samples, sizes, HEIGHT, WIDTH)
     frames = _frames(table, index, sample, samples, capacity)
+    # Moments of each pixel for its winner.
     x, y, at, grad_at, inside = _pixels(row, column, height, width, sample, grad_strides, index, HEIGHT, WIDTH, T)
     winner = tl.load(winners + before + at, mask=inside, other=-1).to(tl.int32)
     grad = tl.load(_pick(grads, index) + grad_at, mask=inside, other=0.0)
     won = (winner >= 0) & (winner < count)
-    own = _frame(frames, tl.where(won, winner, 0))
-    ux, uy, line, lo, hi = _load_frame(own)
-    inverse = tl.load(own + 6 * BLOCK)
+    of_winner = _frame(frames, tl.where(won, winner, 0))
+    ux, uy, line, lo, hi = _load_frame(of_winner)
+    inverse = tl.load(of_winner + 6 * BLOCK)
     m, across_a, beyond_a, across_b, beyond_b = _moments(grad, x, y, ux, uy, line, lo, hi, inverse)
 
+    # One distinct winner after the other.
     scale_x, scale_y = width.to(T) / first_width.to(T), height.to(T) / first_height.to(T)
     left = tl.where(won & (m != 0), winner, count)
     edge = tl.min(left)
@@ -472,7 +475,7 @@ def _gather(
     weights,
     winners,
     grads,
-    parts,
+    partial,
     samples,
     count,
     capacity,
@@ -488,11 +491,12 @@ def _gather(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Gradients of the ends and the weight of some edges from one map of one sample, to parts (maps, N, 5, E).
+    """Gradients of the ends and the weight of some edges from one map of one sample, to ``partial`` (maps, N, 5, E).
 
     Each pixel of the tile has its own sums, in the order of tiles; they are added up at the end.
     """
     T: tl.constexpr = table.dtype.element_ty
+    # Which map, sample and edges.
     groups = tl.cdiv(count, EDGES)
     pair = tl.program_id(0) // groups
     index, sample = pair // samples, (pair % samples).to(tl.int64)
@@ -517,6 +521,7 @@ def _gather(
         beyond_a = tl.zeros([HEIGHT, WIDTH], T)
         across_b = tl.zeros([HEIGHT, WIDTH], T)
         beyond_b = tl.zeros([HEIGHT, WIDTH], T)
+        # Tiles that the edge can reach, in order.
         columns = tl.cdiv(width, WIDTH)
         for tile in range(tl.cdiv(height, HEIGHT) * columns):
             row, column = tile // columns * HEIGHT, tile % columns * WIDTH
@@ -536,11 +541,12 @@ def _gather(
                 beyond_a += tl.where(mine, ca, 0.0)
                 across_b += tl.where(mine, sb, 0.0)
                 beyond_b += tl.where(mine, cb, 0.0)
+        # The tile's pixels added up.
         weight = tl.load(weights + sample * weight_strides[0] + edge.to(tl.int64) * weight_strides[1])
         ax, ay, bx, by = _end_gradients(
             tl.sum(across_a), tl.sum(beyond_a), tl.sum(across_b), tl.sum(beyond_b), ux, uy, weight, scale_x, scale_y
         )
-        to = parts + pair.to(tl.int64) * 5 * count + edge
+        to = partial + pair.to(tl.int64) * 5 * count + edge
         tl.store(to, ax)
         tl.store(to + count, ay)
         tl.store(to + 2 * count, bx)
@@ -550,7 +556,7 @@ def _gather(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _collect(
-    parts,
+    partial,
     edges,
     grad_keypoints,
     grad_weights,
@@ -563,7 +569,7 @@ def _collect(
     POINTS: tl.constexpr,
 ):
     """Some keypoints of one sample: what edges that end there have in all maps; and the gradient of the weights."""
-    T: tl.constexpr = parts.dtype.element_ty
+    T: tl.constexpr = partial.dtype.element_ty
     blocks = tl.cdiv(points, POINTS)
     block = tl.program_id(0) % blocks
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -573,18 +579,20 @@ def _collect(
     for first in range(0, count, EDGES):
         edge = first + tl.arange(0, EDGES)
         real = edge < count
+        # All maps, in order.
         value = tl.zeros([EDGES], T)
         ax = tl.zeros([EDGES], T)
         ay = tl.zeros([EDGES], T)
         bx = tl.zeros([EDGES], T)
         by = tl.zeros([EDGES], T)
         for index in range(maps):
-            part = parts + (index * samples + sample) * 5 * count + edge
-            ax += tl.load(part, mask=real, other=0.0)
-            ay += tl.load(part + count, mask=real, other=0.0)
-            bx += tl.load(part + 2 * count, mask=real, other=0.0)
-            by += tl.load(part + 3 * count, mask=real, other=0.0)
-            value += tl.load(part + 4 * count, mask=real, other=0.0)
+            of_map = partial + (index * samples + sample) * 5 * count + edge
+            ax += tl.load(of_map, mask=real, other=0.0)
+            ay += tl.load(of_map + count, mask=real, other=0.0)
+            bx += tl.load(of_map + 2 * count, mask=real, other=0.0)
+            by += tl.load(of_map + 3 * count, mask=real, other=0.0)
+            value += tl.load(of_map + 4 * count, mask=real, other=0.0)
+        # To the keypoints at both ends.
         ends = edges + edge.to(tl.int64) * edge_strides[0]
         at_a = tl.load(ends, mask=real, other=-1)[:, None] == point[None, :]
         at_b = tl.load(ends + edge_strides[1], mask=real, other=-1)[:, None] == point[None, :]
@@ -638,7 +646,7 @@ def _encode(number: int) -> int:
     return bits - 2**64 if bits >= 2**63 else bits
 
 
-class _Part(NamedTuple):
+class _Launch(NamedTuple):
     """The maps of one launch."""
 
     maps: slice  # of all maps
@@ -652,7 +660,7 @@ class _Part(NamedTuple):
         return sum(triton.cdiv(h, tile[0]) * triton.cdiv(w, tile[1]) for h, w in self.shapes)
 
 
-def _parts(samples: int, sizes: list[int], sigmas: list[float]) -> Iterator[_Part]:
+def _launches(samples: int, sizes: list[int], sigmas: list[float]) -> Iterator[_Launch]:
     start = 0
     for first in range(0, len(sigmas), MAPS):
         maps = slice(first, min(first + MAPS, len(sigmas)))
@@ -660,7 +668,7 @@ def _parts(samples: int, sizes: list[int], sigmas: list[float]) -> Iterator[_Par
         end = start + samples * sum(h * w for h, w in shapes)
         packed = tuple(_encode(h << 32 | w) for h, w in shapes)
         bits = tuple(_encode(double_bits(sigma)) for sigma in sigmas[maps])
-        yield _Part(maps, shapes, packed, bits, slice(start, end))
+        yield _Launch(maps, shapes, packed, bits, slice(start, end))
         start = end
 
 
@@ -672,10 +680,10 @@ def _tile(keypoints: Tensor, sizes: list[int]) -> tuple[int, int]:
 
 
 def _table(
-    keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[int], part: _Part, forward: bool
+    keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[int], launch: _Launch, forward: bool
 ) -> tuple[Tensor, int]:
     """And its capacity: edges, rounded up to whole blocks."""
-    (n, k, _), e, maps = keypoints.shape, edges.shape[0], len(part.shapes)
+    (n, k, _), e, maps = keypoints.shape, edges.shape[0], len(launch.shapes)
     capacity = triton.cdiv(e, BLOCK.value) * BLOCK.value
     table = keypoints.new_empty((maps, n, capacity * COLUMNS.value))
     if table.numel() == 0:
@@ -694,8 +702,8 @@ def _table(
             weights.stride(),
             edges.stride(),
             *sizes[:2],
-            part.sizes,
-            part.sigmas,
+            launch.sizes,
+            launch.sigmas,
             FORWARD=forward,
             EDGES=PREPARED,
         )
@@ -709,16 +717,16 @@ def _rasterize(
     n, limits, tile = keypoints.shape[0], LIMITS[keypoints.dtype], _tile(keypoints, sizes)
     maps = [keypoints.new_empty((n, h, w)) for h, w in zip(sizes[::2], sizes[1::2])]
     winners = keypoints.new_empty((sum(m.numel() for m in maps),), dtype=_index_dtype(edges.shape[0]))
-    for part in _parts(n, sizes, sigmas) if n else ():
-        table, capacity = _table(keypoints, weights, edges, sizes, part, forward=True)
+    for launch in _launches(n, sizes, sigmas) if n else ():
+        table, capacity = _table(keypoints, weights, edges, sizes, launch, forward=True)
         with on_device(keypoints):
-            _forward[(n * part.tiles(tile),)](
+            _forward[(n * launch.tiles(tile),)](
                 table,
-                winners[part.pixels],
-                tuple(maps[part.maps]),
+                winners[launch.pixels],
+                tuple(maps[launch.maps]),
                 n,
                 capacity,
-                part.sizes,
+                launch.sizes,
                 limits.slack,
                 LOWEST=limits.lowest,
                 TOLERANCE=limits.tolerance,
@@ -760,15 +768,15 @@ def _scatter_all(
 ) -> tuple[Tensor, Tensor]:
     (n, k, _), e, tile = keypoints.shape, edges.shape[0], _tile(keypoints, sizes)
     grad_keypoints, grad_weights = keypoints.new_zeros((n, k, 2)), weights.new_zeros((n, e))
-    for part in _parts(n, sizes, sigmas) if n * e else ():
-        table, capacity = _table(keypoints, weights, edges, sizes, part, forward=False)
-        grads = tuple(grad_maps[part.maps])
+    for launch in _launches(n, sizes, sigmas) if n * e else ():
+        table, capacity = _table(keypoints, weights, edges, sizes, launch, forward=False)
+        grads = tuple(grad_maps[launch.maps])
         with on_device(keypoints):
-            _scatter[(n * part.tiles(tile),)](
+            _scatter[(n * launch.tiles(tile),)](
                 table,
                 weights,
                 edges,
-                winners[part.pixels],
+                winners[launch.pixels],
                 grads,
                 grad_keypoints,
                 grad_weights,
@@ -779,7 +787,7 @@ def _scatter_all(
                 weights.stride(),
                 edges.stride(),
                 *sizes[:2],
-                part.sizes,
+                launch.sizes,
                 _strides(grads),
                 HEIGHT=tile[0],
                 WIDTH=tile[1],
@@ -801,23 +809,23 @@ def _gather_all(
     if n * k * e == 0:
         return keypoints.new_zeros((n, k, 2)), weights.new_zeros((n, e))
     grad_keypoints, grad_weights = keypoints.new_empty((n, k, 2)), weights.new_empty((n, e))
-    parts = keypoints.new_empty((len(sigmas), n, 5, e))
-    for part in _parts(n, sizes, sigmas):
-        table, capacity = _table(keypoints, weights, edges, sizes, part, forward=False)
-        grads = tuple(grad_maps[part.maps])
+    partial = keypoints.new_empty((len(sigmas), n, 5, e))
+    for launch in _launches(n, sizes, sigmas):
+        table, capacity = _table(keypoints, weights, edges, sizes, launch, forward=False)
+        grads = tuple(grad_maps[launch.maps])
         with on_device(keypoints):
             _gather[(len(grads) * n * triton.cdiv(e, GATHERED),)](
                 table,
                 weights,
-                winners[part.pixels],
+                winners[launch.pixels],
                 grads,
-                parts[part.maps],
+                partial[launch.maps],
                 n,
                 e,
                 capacity,
                 weights.stride(),
                 *sizes[:2],
-                part.sizes,
+                launch.sizes,
                 _strides(grads),
                 limits.slack,
                 LOWEST=limits.lowest,
@@ -829,7 +837,7 @@ def _gather_all(
             )
     with on_device(keypoints):
         _collect[(n * triton.cdiv(k, POINTS),)](
-            parts,
+            partial,
             edges,
             grad_keypoints,
             grad_weights,
@@ -852,7 +860,7 @@ define("rasterize_edges", _rasterize, _rasterize_backward)
 
 def _types(dtype: str, maps: int, winner: str) -> dict[str, Any]:
     """Of the arguments of all kernels, as Triton names them."""
-    names = "keypoints", "weights", "table", "grad_keypoints", "grad_weights", "parts"
+    names = "keypoints", "weights", "table", "grad_keypoints", "grad_weights", "partial"
     types: dict[str, Any] = dict.fromkeys(names, f"*{dtype}")
     types |= dict.fromkeys(("samples", "points", "count", "capacity", "first_height", "first_width"), "i32")
     types |= {"maps": (f"*{dtype}",) * maps, "grads": (f"*{dtype}",) * maps}
@@ -862,9 +870,9 @@ def _types(dtype: str, maps: int, winner: str) -> dict[str, Any]:
 
 
 def _variant(kernel: Any, name: str, types: dict[str, Any], constants: dict[str, Any], warps: int, n: int) -> Variant:
-    own = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
-    aligned = tuple(argument for argument, kind in own.items() if isinstance(kind, str) and kind[0] == "*")
-    return Variant(name, kernel, own, constants, aligned, warps=warps, programs=n)
+    argument_types = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
+    aligned = tuple(argument for argument, kind in argument_types.items() if isinstance(kind, str) and kind[0] == "*")
+    return Variant(name, kernel, argument_types, constants, aligned, warps=warps, programs=n)
 
 
 def variants() -> Iterator[Variant]:

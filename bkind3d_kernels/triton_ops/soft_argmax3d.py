@@ -1,27 +1,17 @@
 """3D soft-argmax in Triton: a pass over tiles of the volumes, the tiles of a volume merged, and the gradient.
 
-`_tiles` holds a tile of logits in registers, W voxels that follow each other in each of X planes (32 keypoints of them
-where logits are channels last, else one), and leaves its maximum, where that is, and sums of weights about that voxel,
-so that neither a large volume nor a sharp peak cancels. One program for each tile, in any order: two volumes fill a GPU
-as well as sixty. `_merge` joins the tiles of a volume in double and in a fixed order: no atomics, the same bits every
-time. `_gradient` recomputes the weights from the maximum; along x the rest of it is a polynomial of degree 2, whose
-coefficients are found once for the X voxels above each other. Indices are divided once for each of the W places.
+``_tiles`` holds a tile of logits in registers, W voxels that follow each other in each of X planes (of 32 keypoints
+where logits are channels last, else of one), and leaves its maximum, where that is, and sums of weights about that
+voxel, so that neither a large volume nor a sharp peak cancels. ``_merge`` joins the tiles of a volume in float64 and in
+a fixed order: no atomics, the same bits every time. ``_gradient`` recomputes the weights from the maximum; along x the
+rest is a polynomial of degree 2, whose coefficients are found once for the X voxels above each other. Other memory
+layouts are copied once; the gradient is contiguous. Saved for backward: the logits (an input) and the outputs.
 
-Floors at (2, 30, 128, 128, 128) float: forward reads 503 MB, backward reads and writes as much. At 3.35 / 4.8 TB/s
-(H100 / H200, vendor) 150 / 105 us and 300 / 210 us, at 4.3 TB/s (copy measured on an H200) 117 and 234 us. The sums of
-tiles are 0.1 % of the bytes; merging is one more launch of 60 programs, a few us. Instructions of a lane per voxel, by
-the machine code for sm_90 (an H200 has 27 to spend on 4 bytes at 4.3 TB/s, 132 x 128 lanes at 1.75 GHz): forward 17 in
-float (22 with the covariance or channels last) and 19 in bfloat16, backward about 20. So float is bound by memory; half
-types forward have 14 to spend and are bound by arithmetic, at three quarters of the bandwidth at best.
-Occupancy: 128 threads with 64 voxels each forward (32 KB in flight a program), 32 backward; 4 to 5 programs in a
-multiprocessor forward, 5 to 8 backward. Not measured on a GPU yet.
-
-Saved for backward: the logits (an input) and the outputs. Other memory layouts are copied once. The gradient is
-contiguous: channels-last tiles are transposed in shared memory on their way out. Fewer than X planes leave lanes idle.
-
-Not done: a loop over tiles in each program (saves sums, costs rescaled accumulators and a barrier each turn); the last
-program of a volume merging (a fence and a counter to be reset, against one launch); weights as one multiply-add of the
-logit (wrong for large logits at low temperatures).
+Bound by bytes in float32: at (2, 30, 128, 128, 128) forward reads 503 MB, backward reads and writes as much each; the
+sums of tiles are 0.1 % of that. A voxel takes 17 instructions of a lane forward (22 with the covariance or channels
+last, 19 in bfloat16) and about 20 backward (sm_90): by that count arithmetic bounds half formats.
+Measured on an H200 (benchmarks/results/2026-11-27-h200/times/results.csv, ``fine``): forward 0.289 ms, backward 0.804,
+both in a training step 1.19. Of small volumes the time is that of the host's launches (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -114,12 +104,14 @@ def _tiles(
     J: tl.constexpr,
 ):
     """Of each tile the maximum, where it is, and the sums of weight, weight d and weight d d^T about that voxel."""
+    # Load the tile.
     x0, w = _voxels(tiles_of_plane, INDEX, W, X)
     j = tl.program_id(1) * J + tl.arange(0, J)
     n = first_n + tl.program_id(2).to(tl.int64)
     x = x0 + tl.arange(0, X)
     logit, _, _ = _load(logits, n, j, x, w, size_x, plane, joints, stride_n, stride_j, stride_v, ACC)
 
+    # Maximum, its voxel, weights.
     maximum = tl.max(tl.max(logit, 1), 0)
     lowest = tl.min(tl.where(logit == maximum[None, None, :], tl.arange(0, X)[None, :, None], X), 1)
     argmax = tl.min((x0 + lowest) * plane + w[:, None], 0)
@@ -127,6 +119,7 @@ def _tiles(
     reference = tl.where(maximum == float("-inf"), 0.0, maximum)
     weight = tl.exp2((logit - reference[None, None, :]) * _double(scale).to(ACC))
 
+    # Sums about that voxel.
     origin_x = argmax // plane
     origin_w = argmax - origin_x * plane
     origin_y = origin_w // size_z
@@ -140,22 +133,23 @@ def _tiles(
     total = tl.sum(weight, 1)
     first = tl.sum(weight_dx, 1)
 
-    own = j < joints
+    # Write.
+    real_joint = j < joints
     cell = (n * joints + j) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(argmaxes + cell, argmax.to(tl.int64), mask=own)
+    tl.store(argmaxes + cell, argmax.to(tl.int64), mask=real_joint)
     sums += cell
-    tl.store(sums, maximum, mask=own)
-    tl.store(sums + step, tl.sum(total, 0), mask=own)
-    tl.store(sums + 2 * step, tl.sum(first, 0), mask=own)
-    tl.store(sums + 3 * step, tl.sum(total * dy, 0), mask=own)
-    tl.store(sums + 4 * step, tl.sum(total * dz, 0), mask=own)
+    tl.store(sums, maximum, mask=real_joint)
+    tl.store(sums + step, tl.sum(total, 0), mask=real_joint)
+    tl.store(sums + 2 * step, tl.sum(first, 0), mask=real_joint)
+    tl.store(sums + 3 * step, tl.sum(total * dy, 0), mask=real_joint)
+    tl.store(sums + 4 * step, tl.sum(total * dz, 0), mask=real_joint)
     if COVARIANCE:
-        tl.store(sums + 5 * step, tl.sum(tl.sum(weight_dx * dx, 1), 0), mask=own)
-        tl.store(sums + 6 * step, tl.sum(first * dy, 0), mask=own)
-        tl.store(sums + 7 * step, tl.sum(first * dz, 0), mask=own)
-        tl.store(sums + 8 * step, tl.sum(total * dy * dy, 0), mask=own)
-        tl.store(sums + 9 * step, tl.sum(total * dy * dz, 0), mask=own)
-        tl.store(sums + 10 * step, tl.sum(total * dz * dz, 0), mask=own)
+        tl.store(sums + 5 * step, tl.sum(tl.sum(weight_dx * dx, 1), 0), mask=real_joint)
+        tl.store(sums + 6 * step, tl.sum(first * dy, 0), mask=real_joint)
+        tl.store(sums + 7 * step, tl.sum(first * dz, 0), mask=real_joint)
+        tl.store(sums + 8 * step, tl.sum(total * dy * dy, 0), mask=real_joint)
+        tl.store(sums + 9 * step, tl.sum(total * dy * dz, 0), mask=real_joint)
+        tl.store(sums + 10 * step, tl.sum(total * dz * dz, 0), mask=real_joint)
 
 
 @triton.jit(do_not_specialize=["step", "scale", "size_z", "voxels", "tiles", "rows"])
@@ -182,14 +176,15 @@ def _merge(
 ):
     """The tiles of R rows together, in double, about the argmax of the row."""
     row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
-    own_row = row < rows
+    real_row = row < rows
+    # The row's maximum and its voxel.
     maximum = tl.full((R, T), float("-inf"), tl.float64)
     lowest = tl.zeros((R, T), tl.int64) + (voxels - 1)
     for first in range(0, tiles, T):
         t = first + tl.arange(0, T)[None, :]
-        own = (t < tiles) & own_row
-        highest = tl.load(sums + row * tiles + t, mask=own, other=float("-inf")).to(tl.float64)
-        at = tl.load(argmaxes + row * tiles + t, mask=own, other=voxels)
+        real_tile = (t < tiles) & real_row
+        highest = tl.load(sums + row * tiles + t, mask=real_tile, other=float("-inf")).to(tl.float64)
+        at = tl.load(argmaxes + row * tiles + t, mask=real_tile, other=voxels)
         lowest = tl.where(highest > maximum, at, tl.where(highest == maximum, tl.minimum(at, lowest), lowest))
         maximum = tl.where(highest > maximum, highest, maximum)
     row_maximum = tl.max(maximum, 1)[:, None]
@@ -199,20 +194,21 @@ def _merge(
     origin_y = lowest % plane // size_z
     origin_z = lowest % plane % size_z
 
+    # Sums of all tiles about that voxel.
     total = tl.zeros((R, T), tl.float64)
     x, y, z = total, total, total
     xx, xy, xz, yy, yz, zz = total, total, total, total, total, total
     for first in range(0, tiles, T):
         t = first + tl.arange(0, T)[None, :]
-        own = (t < tiles) & own_row
-        at = tl.load(argmaxes + row * tiles + t, mask=own, other=0).to(INDEX)
+        real_tile = (t < tiles) & real_row
+        at = tl.load(argmaxes + row * tiles + t, mask=real_tile, other=0).to(INDEX)
         of_tile = sums + row * tiles + t
-        highest = tl.load(of_tile, mask=own, other=float("-inf")).to(tl.float64)
+        highest = tl.load(of_tile, mask=real_tile, other=float("-inf")).to(tl.float64)
         factor = tl.exp2((highest - row_maximum) * _double(scale))
-        s = factor * tl.load(of_tile + step, mask=own, other=0.0)
-        sx = factor * tl.load(of_tile + 2 * step, mask=own, other=0.0)
-        sy = factor * tl.load(of_tile + 3 * step, mask=own, other=0.0)
-        sz = factor * tl.load(of_tile + 4 * step, mask=own, other=0.0)
+        s = factor * tl.load(of_tile + step, mask=real_tile, other=0.0)
+        sx = factor * tl.load(of_tile + 2 * step, mask=real_tile, other=0.0)
+        sy = factor * tl.load(of_tile + 3 * step, mask=real_tile, other=0.0)
+        sz = factor * tl.load(of_tile + 4 * step, mask=real_tile, other=0.0)
         dx = (at // plane - origin_x).to(tl.float64)
         dy = (at % plane // size_z - origin_y).to(tl.float64)
         dz = (at % plane % size_z - origin_z).to(tl.float64)
@@ -221,39 +217,39 @@ def _merge(
         y += sy + s * dy
         z += sz + s * dz
         if COVARIANCE:
-            xx += factor * tl.load(of_tile + 5 * step, mask=own, other=0.0) + dx * (2 * sx + s * dx)
-            xy += factor * tl.load(of_tile + 6 * step, mask=own, other=0.0) + dx * sy + dy * (sx + s * dx)
-            xz += factor * tl.load(of_tile + 7 * step, mask=own, other=0.0) + dx * sz + dz * (sx + s * dx)
-            yy += factor * tl.load(of_tile + 8 * step, mask=own, other=0.0) + dy * (2 * sy + s * dy)
-            yz += factor * tl.load(of_tile + 9 * step, mask=own, other=0.0) + dy * sz + dz * (sy + s * dy)
-            zz += factor * tl.load(of_tile + 10 * step, mask=own, other=0.0) + dz * (2 * sz + s * dz)
+            xx += factor * tl.load(of_tile + 5 * step, mask=real_tile, other=0.0) + dx * (2 * sx + s * dx)
+            xy += factor * tl.load(of_tile + 6 * step, mask=real_tile, other=0.0) + dx * sy + dy * (sx + s * dx)
+            xz += factor * tl.load(of_tile + 7 * step, mask=real_tile, other=0.0) + dx * sz + dz * (sx + s * dx)
+            yy += factor * tl.load(of_tile + 8 * step, mask=real_tile, other=0.0) + dy * (2 * sy + s * dy)
+            yz += factor * tl.load(of_tile + 9 * step, mask=real_tile, other=0.0) + dy * sz + dz * (sy + s * dy)
+            zz += factor * tl.load(of_tile + 10 * step, mask=real_tile, other=0.0) + dz * (2 * sz + s * dz)
 
-    # Nothing but -inf, or a NaN: the total is NaN, from -inf - -inf, and with it all that follows.
+    # Outputs. Nothing but -inf, or a NaN: the total is NaN, from -inf - -inf, and with it all that follows.
     total = tl.sum(total, 1)[:, None]
     x = tl.sum(x, 1)[:, None] / total
     y = tl.sum(y, 1)[:, None] / total
     z = tl.sum(z, 1)[:, None] / total
-    tl.store(mean + 3 * row, origin_x + x, mask=own_row)
-    tl.store(mean + 3 * row + 1, origin_y + y, mask=own_row)
-    tl.store(mean + 3 * row + 2, origin_z + z, mask=own_row)
-    tl.store(peak + row, 1 / total, mask=own_row)
-    tl.store(maxima + row, row_maximum, mask=own_row)
-    tl.store(totals + row, total, mask=own_row)
-    tl.store(argmax + row, lowest, mask=own_row)
+    tl.store(mean + 3 * row, origin_x + x, mask=real_row)
+    tl.store(mean + 3 * row + 1, origin_y + y, mask=real_row)
+    tl.store(mean + 3 * row + 2, origin_z + z, mask=real_row)
+    tl.store(peak + row, 1 / total, mask=real_row)
+    tl.store(maxima + row, row_maximum, mask=real_row)
+    tl.store(totals + row, total, mask=real_row)
+    tl.store(argmax + row, lowest, mask=real_row)
     if COVARIANCE:
         xy = tl.sum(xy, 1)[:, None] / total - x * y
         xz = tl.sum(xz, 1)[:, None] / total - x * z
         yz = tl.sum(yz, 1)[:, None] / total - y * z
         covariance += 9 * row
-        tl.store(covariance, tl.sum(xx, 1)[:, None] / total - x * x, mask=own_row)
-        tl.store(covariance + 1, xy, mask=own_row)
-        tl.store(covariance + 2, xz, mask=own_row)
-        tl.store(covariance + 3, xy, mask=own_row)
-        tl.store(covariance + 4, tl.sum(yy, 1)[:, None] / total - y * y, mask=own_row)
-        tl.store(covariance + 5, yz, mask=own_row)
-        tl.store(covariance + 6, xz, mask=own_row)
-        tl.store(covariance + 7, yz, mask=own_row)
-        tl.store(covariance + 8, tl.sum(zz, 1)[:, None] / total - z * z, mask=own_row)
+        tl.store(covariance, tl.sum(xx, 1)[:, None] / total - x * x, mask=real_row)
+        tl.store(covariance + 1, xy, mask=real_row)
+        tl.store(covariance + 2, xz, mask=real_row)
+        tl.store(covariance + 3, xy, mask=real_row)
+        tl.store(covariance + 4, tl.sum(yy, 1)[:, None] / total - y * y, mask=real_row)
+        tl.store(covariance + 5, yz, mask=real_row)
+        tl.store(covariance + 6, xz, mask=real_row)
+        tl.store(covariance + 7, yz, mask=real_row)
+        tl.store(covariance + 8, tl.sum(zz, 1)[:, None] / total - z * z, mask=real_row)
 
 
 @triton.jit(do_not_specialize=["scale", "beta", "size_x", "size_z", "tiles_of_plane", "first_n"])
@@ -287,40 +283,43 @@ def _gradient(
     J: tl.constexpr,
 ):
     """dL/dl = weight (constant + linear . d + d^T quadratic d), d = index - mean, and more at the argmax."""
+    # Load the tile.
     x0, w = _voxels(tiles_of_plane, INDEX, W, X)
     x = x0 + tl.arange(0, X)
     j = tl.program_id(1) * J + tl.arange(0, J)
     n = first_n + tl.program_id(2).to(tl.int64)
     logit, voxel, inside = _load(logits, n, j, x, w, size_x, plane, joints, stride_n, stride_j, stride_v, ACC)
-    own = j < joints
+    real_joint = j < joints
     row = n * joints + j
 
-    share = 1 / tl.load(totals + row, mask=own, other=1.0)
+    # Coefficients of each volume.
+    share = 1 / tl.load(totals + row, mask=real_joint, other=1.0)
     factor = share * _double(beta).to(ACC)
-    peak = tl.load(grad_peak + row, mask=own, other=0.0) * share
+    peak = tl.load(grad_peak + row, mask=real_joint, other=0.0) * share
     constant = -peak
-    linear_x = tl.load(grad_mean + 3 * row, mask=own, other=0.0) * factor
-    linear_y = tl.load(grad_mean + 3 * row + 1, mask=own, other=0.0) * factor
-    linear_z = tl.load(grad_mean + 3 * row + 2, mask=own, other=0.0) * factor
+    linear_x = tl.load(grad_mean + 3 * row, mask=real_joint, other=0.0) * factor
+    linear_y = tl.load(grad_mean + 3 * row + 1, mask=real_joint, other=0.0) * factor
+    linear_z = tl.load(grad_mean + 3 * row + 2, mask=real_joint, other=0.0) * factor
     y = w // size_z
-    dx = (x.to(ACC)[:, None] - tl.load(mean + 3 * row, mask=own, other=0.0)[None, :])[None, :, :]
-    dy = y.to(ACC)[:, None] - tl.load(mean + 3 * row + 1, mask=own, other=0.0)[None, :]
-    dz = (w - y * size_z).to(ACC)[:, None] - tl.load(mean + 3 * row + 2, mask=own, other=0.0)[None, :]
+    dx = (x.to(ACC)[:, None] - tl.load(mean + 3 * row, mask=real_joint, other=0.0)[None, :])[None, :, :]
+    dy = y.to(ACC)[:, None] - tl.load(mean + 3 * row + 1, mask=real_joint, other=0.0)[None, :]
+    dz = (w - y * size_z).to(ACC)[:, None] - tl.load(mean + 3 * row + 2, mask=real_joint, other=0.0)[None, :]
 
+    # The polynomial of each place: its constant part, its slope in x.
     along_x = linear_x[None, :]
     across = dy * linear_y[None, :] + dz * linear_z[None, :]
     if COVARIANCE:
         g = grad_covariance + 9 * row
         for entry in tl.static_range(9):
-            constant -= tl.load(g + entry, mask=own, other=0.0) * tl.load(
-                covariance + 9 * row + entry, mask=own, other=0.0
+            constant -= tl.load(g + entry, mask=real_joint, other=0.0) * tl.load(
+                covariance + 9 * row + entry, mask=real_joint, other=0.0
             )
-        xx = tl.load(g, mask=own, other=0.0) * factor
-        xy = (tl.load(g + 1, mask=own, other=0.0) + tl.load(g + 3, mask=own, other=0.0)) * factor
-        xz = (tl.load(g + 2, mask=own, other=0.0) + tl.load(g + 6, mask=own, other=0.0)) * factor
-        yy = tl.load(g + 4, mask=own, other=0.0) * factor
-        yz = (tl.load(g + 5, mask=own, other=0.0) + tl.load(g + 7, mask=own, other=0.0)) * factor
-        zz = tl.load(g + 8, mask=own, other=0.0) * factor
+        xx = tl.load(g, mask=real_joint, other=0.0) * factor
+        xy = (tl.load(g + 1, mask=real_joint, other=0.0) + tl.load(g + 3, mask=real_joint, other=0.0)) * factor
+        xz = (tl.load(g + 2, mask=real_joint, other=0.0) + tl.load(g + 6, mask=real_joint, other=0.0)) * factor
+        yy = tl.load(g + 4, mask=real_joint, other=0.0) * factor
+        yz = (tl.load(g + 5, mask=real_joint, other=0.0) + tl.load(g + 7, mask=real_joint, other=0.0)) * factor
+        zz = tl.load(g + 8, mask=real_joint, other=0.0) * factor
         along_x = along_x + dy * xy[None, :] + dz * xz[None, :]
         across += dy * (dy * yy[None, :] + dz * yz[None, :]) + dz * dz * zz[None, :]
     across += (constant * factor)[None, :]
@@ -328,11 +327,12 @@ def _gradient(
     if COVARIANCE:
         slope = slope + dx * xx[None, None, :]
 
-    maximum = tl.load(maxima + row, mask=own, other=0.0)
+    # Weight times polynomial.
+    maximum = tl.load(maxima + row, mask=real_joint, other=0.0)
     weight = tl.exp2((logit - maximum[None, None, :]) * _double(scale).to(ACC))
     result = weight * (across[:, None, :] + dx * slope)
     # The gradient of the peak: few tiles come near the argmax.
-    argmax = tl.load(argmaxes + row, mask=own, other=-1).to(INDEX)
+    argmax = tl.load(argmaxes + row, mask=real_joint, other=-1).to(INDEX)
     near = (argmax >= x0 * plane) & (argmax < (x0 + X) * plane)
     if tl.max(near.to(tl.int32), 0) > 0:
         at_x = argmax // plane

@@ -1,28 +1,17 @@
-"""Unprojection in Triton: every view's sample of every voxel, aggregated over the views. Not measured on a GPU yet.
+"""Unprojection in Triton: every view's sample of every voxel, aggregated over the views, and the gradients.
 
-Forward: a program has a block of channels (a cache line of them: 32 in float32) and a brick of 8 x 8 x 8 voxels, which
-it goes through a layer of 64 at a time, so that the lines of the maps that neighbouring voxels share are still in L1:
-some 144 lines a view for 512 voxels (0.3 a voxel, where a row of voxels would touch 2), 74 KB at 4 views. Maps are
-(N, M, H, W, C), copied once if they are not; 8 lanes load a voxel's 32 channels, 16 bytes each, unmasked. Up to four
-views are unrolled and their samples stay in registers; more go through an online softmax, with one exponential a view.
+Forward: a program has a block of channels (a cache line: 32 of float32) and a brick of 8 × 8 × 8 voxels, a layer of 64
+at a time, so that neighbours find their taps in the first-level cache; 8 lanes load a voxel's channels, 16 bytes each.
+Up to four views are unrolled, their samples in registers; more go through an online softmax. Backward: a program has
+4 × 4 × 2 voxels, aggregates again in a first loop over the views, and in a second adds dL/dv times the four weights to
+the maps by vector atomics; dL/dQ and dL/dweights are summed in registers, stored by program and added up by torch.
+Maps are (N, M, H, W, C), copied once if they are not. Saved for backward: the inputs alone.
 
-Floors of (N, M, C) = (8, 4, 32), 64² maps, 64³ voxels, float32, on an H200 (132 SMs, 1.75 GHz): the volume is 268 MB,
-62 µs at the 4.3 TB/s of a copy (H100: 80 µs at 3.35); the taps are 4.3 GB through L1, 145 µs at 128 bytes a clock and
-SM; and 1,673 instructions a thread for 16 elements and 4 views, as compiled for sm_90, are 237 µs to issue: 3.8 times
-the volume's. Half of them are the projection, taps and weights of a voxel, which its 8 lanes all compute, since Triton
-moves cheap arithmetic to the layout of its use. Kept apart (carried through a `while`, whose results it must convert)
-they fell by a quarter in the loop over views, at 12 barriers a view: to be tried when it can be measured.
-
-Backward: saved are the inputs alone. A program has 4 x 4 x 2 voxels; a first loop over the views aggregates again, a
-second samples again and scatters dL/dv times the four weights: 1.07 G additions as REDG.F32x4 on sm_90 (scalar before),
-134 M sectors of 32 bytes at the L2, 0.8 to 1.6 ms if a slice adds one every clock or two (96 slices; an assumption).
-dL/dQ and dL/dweights are summed in registers, stored by program and summed by torch: no atomics, the same bits always.
-Not taken: a gather per tile of a map over the voxels of its bundle of rays needs dL/dv of each, hence every view again
-for each tile, or 1.07 GB of per-view volumes (0.5 ms, and beyond the memory allowed); maps of their own for slabs of
-voxels add as often, and only thin out collisions, 256 additions to a pixel; a product of weights and dL/dv per brick on
-the tensor cores has an eighth of the atomics, but 60 times the multiplications, thrice for float32's precision.
-
-Designed for 3 programs of 4 warps a multiprocessor (2 for view weights, dL/dQ and fixed point), no spills.
+Bound, at (N, M, C) = (8, 4, 32), 64² maps, 64³ voxels, float32: by bytes 285 MB forward and 302 MB backward, by
+operations 9.1 G and 12.3 G; inside, 4.3 GB of taps through the first-level cache, 1,673 instructions a thread for 16
+elements and 4 views (sm_90), and backward 1.07 G additions to the maps in the second-level cache.
+Measured on an H200 (benchmarks/results/2026-11-27-h200/times/results.csv, ``batch-8``): forward 0.354 ms, backward
+1.52, both in a training step 1.87; the paper's sizes 0.196, 0.620 and 1.26.
 """
 
 from __future__ import annotations
@@ -263,6 +252,7 @@ def _gather(
     ACC: tl.constexpr,
 ):
     """Every view once: `best`, `total` and `sum`, and how many views see each voxel."""
+    # Few views: all samples in registers.
     V: tl.constexpr = inside.shape[0]
     sum = tl.zeros((V, BLOCK_C), ACC)
     best, total = sum + float("-inf"), sum
@@ -275,6 +265,7 @@ def _gather(
             logits += (tl.where(seen[:, None], v, float("-inf")) if EXCLUDE else v,)  # type: ignore[assignment]
         best, total, sum = _softmax(logits, EXCLUDE)
         return best, total, sum, count
+    # Any number: one view at a time.
     for m in range(M):
         view = n * M + m
         v, seen = _sample(features, q, mask, view, i, j, k, inside, c, H, W, C, BLOCK_C, ACC)
@@ -348,10 +339,12 @@ def unproject_kernel(
     n, brick = tl.program_id(0) // bricks, tl.program_id(0) % bricks
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     for step in range(STEPS):
+        # Sample all views.
         i, j, k, inside = _voxels(brick, step, X, Y, Z, STEPS, BX, BY, BZ)
         best, total, sum, count = _gather(
             features, q, mask, weights, n, i, j, k, inside, c, M, H, W, C, VIEWS, AGGREGATION, EXCLUDE, BLOCK_C, ACC
         )
+        # Aggregate and write.
         value = _aggregate(best, total, sum, count, M, AGGREGATION, EXCLUDE, ACC)
         voxel = ((n.to(tl.int64) * X + i) * Y + j) * Z + k
         tl.store(counts + voxel, count.to(tl.uint8), mask=inside & (tl.program_id(1) == 0))
@@ -478,10 +471,12 @@ def unproject_backward_kernel(
     bricks = tl.cdiv(X, BX) * tl.cdiv(Y, BY) * tl.cdiv(Z, BZ)
     n, brick = tl.program_id(0) // bricks, tl.program_id(0) % bricks
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # The volume's gradient.
     i, j, k, inside = _voxels(brick, 0, X, Y, Z, 1, BX, BY, BZ)
     at = n.to(tl.int64) * stride_n + i.to(tl.int64) * stride_x + j.to(tl.int64) * stride_y + k.to(tl.int64) * stride_z
     pointers = grad_volume + at[:, None] + (c.to(tl.int64) * stride_c)[None, :]
     g = tl.load(pointers, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(ACC)
+    # First loop over the views: the aggregate again.
     best, total, sum, count = _gather(
         features, q, mask, weights, n, i, j, k, inside, c, M, H, W, C, VIEWS, AGGREGATION, EXCLUDE, BLOCK_C, ACC
     )
@@ -490,6 +485,7 @@ def unproject_backward_kernel(
     scale = 0.0 if scales is None else tl.load(scales + n)
     largest = tl.zeros((BX * BY * BZ, BLOCK_C), ACC)
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    # Second loop: each view's samples again, and their gradients.
     for m in range(M):
         view = n * M + m
         u, v, inverse, seen = _project(q + view * 12, i, j, k, _present(mask, view, inside), H, W)
@@ -499,9 +495,11 @@ def unproject_backward_kernel(
         sample = _blend(taps, tap_weights, seen)
         w = _view_weights(weights, view, c, C) if AGGREGATION == "weighted" else 1.0
         d = _sample_gradient(g, sample, w, best, total, value, m, AGGREGATION, EXCLUDE)
+        # The largest gradient, for fixed point.
         if bounds is not None:
             size = tl.where(seen[:, None], tl.abs(d), 0.0)
             largest = tl.where((size > largest) & (size < float("inf")), size, largest)
+        # To the maps, the matrix, the view's weights.
         if grad_features is not None:
             _scatter(grad_features, poison, start, corner, row, c, d, tap_weights, seen, scale, C, SCATTER)
         if grad_q is not None:

@@ -6,6 +6,8 @@
 // b), and what is left is +, -, *, / and comparisons, which vectors of GCC and Clang have like scalars.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__CUDACC__)
 #define BKIND3D_FN static __host__ __device__ __forceinline__
 #else
@@ -14,14 +16,6 @@
 #endif
 
 namespace bkind3d {
-
-// Storage of the two half formats; arithmetic is in float.
-struct bfloat16 {
-  unsigned short bits;
-};
-struct float16 {
-  unsigned short bits;
-};
 
 BKIND3D_FN float select(bool mask, float a, float b) { return mask ? a : b; }
 BKIND3D_FN double select(bool mask, double a, double b) { return mask ? a : b; }
@@ -41,5 +35,7 @@ template <class V>
 BKIND3D_FN V max_of(V a, V b) {
   return select(b > a, b, a);
 }
+
+BKIND3D_FN std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace bkind3d

@@ -6,6 +6,8 @@
 
 namespace bkind3d {
 
+enum class Aggregation { softmax, mean, sum, max, weighted };
+
 // Homogeneous pixel (x, y, depth) = Q (i, j, k, 1), Q row-major 3 x 4.
 template <class V>
 struct Homogeneous {

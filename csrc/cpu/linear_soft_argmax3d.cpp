@@ -3,14 +3,13 @@
 #include "linear_soft_argmax3d.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../common/options.h"
 #include "memory.h"
 #include "moments.h"
 #include "threads.h"
@@ -18,33 +17,19 @@
 namespace bkind3d {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t tile_numbers = 8192;     // features and logits of a tile: 32 KB in float
 constexpr int64_t slab_voxels = 16 << 10;  // about
 constexpr int64_t small_work = 1 << 15;    // logits: fewer are not worth a second thread
 constexpr int64_t stream_bytes = 8 << 20;  // a gradient larger than this is written past the caches
 
-int type_index(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return 0;
-    case ScalarType::Double: return 1;
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Half: return 3;
-    default: STD_TORCH_CHECK(false, "features: expected float32, float64, bfloat16 or float16");
-  }
-}
-
-int64_t round_up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
+int64_t round_up(int64_t a, int64_t step) { return ceil_divide(a, step) * step; }
 
 int64_t voxels(const LinearSoftArgmaxArgs& a) { return a.shape[0] * a.shape[1] * a.shape[2]; }
 
 // Everything that forward and backward share, and the memory that the pointers need.
 struct Call {
   LinearSoftArgmaxArgs args{};
-  int type;
-  bool twice;  // in double
+  Storage storage;
   int64_t samples;
   Tensor weight;
   std::optional<Tensor> bias;
@@ -72,8 +57,7 @@ Call prepare(const Tensor& features, const Tensor& weight, const std::optional<T
   STD_TORCH_CHECK(features.dim() == 5, "features: expected (N, C, X, Y, Z)");
   Call call;
   LinearSoftArgmaxArgs& a = call.args;
-  call.type = type_index(features.scalar_type());
-  call.twice = call.type == 1;
+  call.storage = storage_of("features", features);
   call.samples = features.size(0);
   a.features = features.const_data_ptr();
   for (int i = 0; i < 5; ++i) a.strides[i] = features.stride(i);
@@ -81,7 +65,7 @@ Call prepare(const Tensor& features, const Tensor& weight, const std::optional<T
   for (int i = 0; i < 3; ++i) a.shape[i] = features.size(2 + i);
   STD_TORCH_CHECK(voxels(a) > 0 && a.channels > 0, "features: expected no empty dimension but N");
   if (a.channels == 1) a.strides[1] = 1;  // of no meaning then
-  const ScalarType arithmetic = call.twice ? ScalarType::Double : ScalarType::Float;
+  const ScalarType arithmetic = arithmetic_of(call.storage);
   STD_TORCH_CHECK(
       weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) == a.channels && weight.scalar_type() == arithmetic,
       "weight: expected (J, C), float32, or float64 for float64 features");
@@ -92,15 +76,15 @@ Call prepare(const Tensor& features, const Tensor& weight, const std::optional<T
                     "bias: expected (J,) in the dtype of the weight");
     call.bias = torch::stable::contiguous(*bias);
   }
-  const int64_t step = linear_soft_argmax3d_loops().step[call.twice];
+  const int64_t step = linear_soft_argmax3d_loops().step[is_double(call.storage)];
   a.channel_step = round_up(a.channels, step);
   a.joint_step = round_up(a.joints, step);
-  call.twice ? lay_out<double>(call) : lay_out<float>(call);
+  by_arithmetic(is_double(call.storage), [&](auto number) { lay_out<decltype(number)>(call); });
   a.beta = 1.0 / temperature;
   // Not from the steps, which differ between instruction sets.
   a.tile = std::clamp<int64_t>(tile_numbers / (a.channels + a.joints) / 32 * 32, 64, 256);
   a.slab = std::max(slab_voxels / a.tile * a.tile, a.tile);
-  a.slabs = (voxels(a) + a.slab - 1) / a.slab;
+  a.slabs = ceil_divide(voxels(a), a.slab);
   return call;
 }
 
@@ -108,7 +92,7 @@ template <class Task>
 void run(Task task, const Call& call) {
   const LinearSoftArgmaxArgs& a = call.args;
   const bool serial = call.samples * voxels(a) * a.joints < small_work;
-  for_each(call.samples * a.slabs, serial, linear_soft_argmax3d_loops().scratch[call.type](a),
+  for_each(call.samples * a.slabs, serial, linear_soft_argmax3d_loops().scratch[int(call.storage)](a),
            [&](int64_t item, void* scratch) { task(a, item, scratch); });
 }
 
@@ -119,8 +103,9 @@ MomentsOutputs linear_soft_argmax3d(Tensor features, Tensor weight, std::optiona
   a.covariance = covariance;
   std::vector<Moments<double>> moments(call.samples * a.joints * a.slabs);
   a.moments = moments.data();
-  run(linear_soft_argmax3d_loops().forward[call.type], call);
-  return moments_outputs(features, call.samples, a.joints, call.twice, a.moments, a.slabs, a.beta, covariance);
+  run(linear_soft_argmax3d_loops().forward[int(call.storage)], call);
+  return moments_outputs(features, call.samples, a.joints, is_double(call.storage), a.moments, a.slabs, a.beta,
+                         covariance);
 }
 
 // The gradients of the tasks, added in their order.
@@ -156,22 +141,22 @@ std::tuple<Tensor, Tensor> linear_soft_argmax3d_backward(Tensor grad_mean, Tenso
     const std::vector<int64_t> size{call.samples, a.channels, a.shape[0], a.shape[1], a.shape[2]};
     grad_features = torch::stable::empty(size, features.scalar_type(), std::nullopt, features.device(), std::nullopt,
                                          torch::headeronly::MemoryFormat::ChannelsLast3d);
-    const int64_t bytes = grad_features.numel() * static_cast<int64_t>(features.element_size());
+    const int64_t bytes = grad_features.numel() * bytes_of(call.storage);
     a.grad_features = grad_features.mutable_data_ptr();
     a.stream = bytes > stream_bytes;
     advise_huge_pages(a.grad_features, bytes);
   }
-  const int64_t size = a.joint_step * a.channel_step * (call.twice ? sizeof(double) : sizeof(float));
+  const int64_t size = a.joint_step * a.channel_step * (is_double(call.storage) ? sizeof(double) : sizeof(float));
   std::vector<char> partial(needs_weight ? call.samples * a.slabs * size : 0);
   a.grad_weight = needs_weight ? partial.data() : nullptr;
-  if (needs_features || needs_weight) run(linear_soft_argmax3d_loops().backward[call.type], call);
+  if (needs_features || needs_weight) run(linear_soft_argmax3d_loops().backward[int(call.storage)], call);
 
   const std::vector<int64_t> matrix =
       needs_weight ? std::vector<int64_t>{a.joints, a.channels} : std::vector<int64_t>{0};
   Tensor grad_weight = torch::stable::new_empty(call.weight, matrix);
   if (needs_weight)
-    call.twice ? add_weights(call, partial, grad_weight.mutable_data_ptr<double>())
-               : add_weights(call, partial, grad_weight.mutable_data_ptr<float>());
+    by_arithmetic(is_double(call.storage),
+                  [&](auto number) { add_weights(call, partial, grad_weight.mutable_data_ptr<decltype(number)>()); });
   return {grad_features, grad_weight};
 }
 

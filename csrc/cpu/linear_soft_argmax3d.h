@@ -33,7 +33,7 @@ struct LinearSoftArgmaxArgs {
 
 struct LinearSoftArgmaxLoops {
   long long step[2];  // for float and double
-  // By the type of the features: float, double, bfloat16, float16.
+  // By the Storage of the features.
   long long (*scratch[4])(const LinearSoftArgmaxArgs&);  // bytes that a thread needs; aligned to 64
   // Task (n, slab), flattened.
   void (*forward[4])(const LinearSoftArgmaxArgs&, long long task, void* scratch);

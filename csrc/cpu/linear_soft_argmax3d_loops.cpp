@@ -1,21 +1,17 @@
 // A linear map with a 3D soft-argmax on the CPU: the loops, compiled once per instruction set.
 //
-// A tile is some hundred voxels with their C features (read in place from channels-last float; else gathered and
-// widened) and their J logits, side by side in vectors over the joints: both lie in the first-level cache, 32 KB.
-// Forward makes the logits by a small matrix product in registers, takes the maximum of each joint over the tile,
-// where it has grown finds where, and adds weights and moments about the largest voxel in vectors of float; about
-// every 1,000 voxels, and for a joint whose maximum grows, these go into the slab's moments in double. No step adds
-// across the lanes of a vector. Backward makes the logits of the tile again, in the same order; turns them into their
-// gradient in place, along a line a polynomial of degree 2 in z times the weight; and from that takes two more
-// products: with the weight, the gradient of the tile's features, written once, and with the features, the gradient of
-// the weight, added up in T within a slab and in double over slabs. Threads take slabs of about 16,000 voxels, whatever
-// their number, and the torch face merges them in their order.
+// A tile is some hundred voxels with their C features and their J logits, side by side in vectors over the joints: both
+// lie in the first-level cache. Forward makes the logits by a matrix product in registers, takes each joint's maximum,
+// and adds weights and moments about the largest voxel in vectors of float, which go into the slab's moments in double
+// about every 1,000 voxels. Backward makes the logits again, turns them into their gradient in place (the weight times
+// a polynomial of z), and takes two more products: with the weight, for the gradient of the features, and with the
+// features, for that of the weight. Threads take slabs of about 16,000 voxels; the torch face merges them in order. The
+// logits and their gradient are never in memory. Saved for backward: the inputs and outputs.
 //
-// Floors, for V voxels of float: forward reads 4 V C bytes and does 2 V C J operations of the product and 16 to 18 V J
-// of the softmax; backward reads 4 V C, writes 4 V C, and does 6 V C J and as many others. For 2 x 64^3 voxels, C = 32
-// and J = 30: 67 MB (9 ms at 7.5 GB/s) and 1.0 GFLOP forward, so one core with vectors of 16 is bound by both about
-// alike, several by memory. The logits (63 MB) and their gradient are never in memory. Saved for backward: the inputs
-// and outputs.
+// For V voxels of float: 4 V C bytes read forward, 2 V C J operations of the product and 16 to 18 V J of the softmax;
+// backward 4 V C bytes read, 4 V C written, 6 V C J operations and as many of the softmax.
+// Measured, 2 threads with AVX-512, 2 x 64^3 voxels, C = 32, J = 15: forward 8.11 ms, backward 20.4, both 28.6
+// (benchmarks/results/2026-11-26-cpu-bars/results.csv, paper).
 #include "simd.h"
 #include "linear_soft_argmax3d.h"
 #include "softmax.h"
@@ -92,7 +88,7 @@ template <class T>
 struct Scratch {
   T *features, *logits, *gradient, *zeros;
   void *gathered, *result;  // in the type of the features
-  int64* place;             // of the largest logit
+  int64* argmax;            // voxel of the largest logit
   Lanes<T> lane;
 };
 
@@ -111,7 +107,7 @@ BKIND3D_FN int64 lay_out(const LinearSoftArgmaxArgs& a, void* memory, Scratch<T>
   s.zeros = (T*)take(a.channel_step * sizeof(T));
   s.gathered = take(a.tile * a.channels * sizeof(S));
   s.result = take(a.tile * a.channels * sizeof(S));
-  joints(s.place);
+  joints(s.argmax);
   joints(s.lane.maximum);
   joints(s.lane.total);
   joints(s.lane.constant);
@@ -144,7 +140,7 @@ BKIND3D_FN void for_each_run(const LinearSoftArgmaxArgs& a, int64 first, int64 c
 
 // The features of voxels as rows of T.
 template <class T>
-struct Rows {
+struct FeatureRows {
   const T* p;
   int64 step;
 };
@@ -173,8 +169,8 @@ BKIND3D_FN void widen(const S* source, int64 step, int64 channels, T* out, int64
 
 // A tile's features: in place where they can be, else in scratch with zeros up to the steps.
 template <class T, class S>
-BKIND3D_FN Rows<T> features_of(const LinearSoftArgmaxArgs& a, int64 n, int64 first, int64 count, bool padded,
-                               Scratch<T>& s) {
+BKIND3D_FN FeatureRows<T> features_of(const LinearSoftArgmaxArgs& a, int64 n, int64 first, int64 count, bool padded,
+                                      Scratch<T>& s) {
   const S* sample = (const S*)a.features + n * a.strides[0];
   const bool last = is_channels_last(a);
   if constexpr (same<T, S>)
@@ -194,7 +190,7 @@ BKIND3D_FN Rows<T> features_of(const LinearSoftArgmaxArgs& a, int64 n, int64 fir
 }
 
 template <class T>
-void make_logits(const LinearSoftArgmaxArgs& a, const Rows<T>& h, int64 count, Scratch<T>& s) {
+void make_logits(const LinearSoftArgmaxArgs& a, const FeatureRows<T>& h, int64 count, Scratch<T>& s) {
   multiply<T>({h.p, h.step, 1, (const T*)a.columns, a.joint_step, (const T*)a.bias, 0, s.logits, a.joint_step,
                round_up(count, step_of<T>), a.channels, a.joint_step});
 }
@@ -217,7 +213,7 @@ void flush(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 j, Moments<double
   for (int i = 0; Covariance && i < 6; ++i) sums.second[i] = l.second[i][j], l.second[i][j] = 0;
   l.total[j] = 0;
   if (sums.total == 0) return;
-  merge<Covariance>(moments, moments_of<Covariance>(sums, double(l.maximum[j]), origin, s.place[j]), a.beta,
+  merge<Covariance>(moments, moments_of<Covariance>(sums, double(l.maximum[j]), origin, s.argmax[j]), a.beta,
                     [](double x) { return __builtin_exp(x); });
 }
 
@@ -226,13 +222,13 @@ BKIND3D_FN int64 clamp(int64 x, int64 low, int64 high) { return x < low ? low : 
 // The origin of a joint's sums: its largest voxel, or what lies nearest to it in the block of voxels to come.
 template <class T>
 BKIND3D_FN void set_origin(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 j, int64 first, int64 last) {
-  const int64 size_y = a.shape[1], size_z = a.shape[2], place = s.place[j];
+  const int64 size_y = a.shape[1], size_z = a.shape[2], voxel = s.argmax[j];
   const int64 first_line = first / size_z, last_line = last / size_z;
   const bool plane = first_line / size_y == last_line / size_y, line = first_line == last_line;
-  s.lane.origin[0][j] = T(clamp(place / size_z / size_y, first_line / size_y, last_line / size_y));
+  s.lane.origin[0][j] = T(clamp(voxel / size_z / size_y, first_line / size_y, last_line / size_y));
   s.lane.origin[1][j] =
-      T(plane ? clamp(place / size_z % size_y, first_line % size_y, last_line % size_y) : place / size_z % size_y);
-  s.lane.origin[2][j] = T(line ? clamp(place % size_z, first % size_z, last % size_z) : place % size_z);
+      T(plane ? clamp(voxel / size_z % size_y, first_line % size_y, last_line % size_y) : voxel / size_z % size_y);
+  s.lane.origin[2][j] = T(line ? clamp(voxel % size_z, first % size_z, last % size_z) : voxel % size_z);
 }
 
 // The largest logits of the tile. Where one is larger than all before, the joint begins anew, about that voxel.
@@ -251,7 +247,7 @@ void find_maxima(const LinearSoftArgmaxArgs& a, Scratch<T>& s, int64 first, int6
       int64 at = 0;
       while (logits[at * a.joint_step + lane] != best[lane]) ++at;
       s.lane.maximum[j] = best[lane];
-      s.place[j] = first + at;
+      s.argmax[j] = first + at;
       set_origin(a, s, j, first, first + count - 1);
     }
   }
@@ -290,16 +286,18 @@ BKIND3D_FN void forward_task(const LinearSoftArgmaxArgs& a, int64 task, Scratch<
   const int64 n = task / a.slabs, begin = task % a.slabs * a.slab, size = a.shape[0] * a.shape[1] * a.shape[2];
   const int64 end = begin + a.slab < size ? begin + a.slab : size, block = round_up(block_voxels, a.tile);
   Moments<double>* moments = a.moments + n * a.joints * a.slabs + task % a.slabs;  // of joint j at j slabs
+  // No voxels yet.
   for (int64 j = 0; j < a.joint_step; ++j) {
     s.lane.maximum[j] = -T(__builtin_inf());
     s.lane.total[j] = 0;
-    s.place[j] = begin;
+    s.argmax[j] = begin;
     for (int i = 0; i < 3; ++i) s.lane.first[i][j] = s.lane.origin[i][j] = 0;
     for (int i = 0; i < 6; ++i) s.lane.second[i][j] = 0;
   }
   for (int64 j = 0; j < a.joints; ++j) moments[j * a.slabs] = no_voxels<double>();
   for (int64 first = begin; first < end; first += a.tile) {
     const int64 count = a.tile < end - first ? a.tile : end - first;
+    // A block is done: its sums go into moments.
     if ((first - begin) % block == 0) {
       const int64 last = (first + block < end ? first + block : end) - 1;
       for (int64 j = 0; j < a.joints; ++j) {
@@ -307,6 +305,7 @@ BKIND3D_FN void forward_task(const LinearSoftArgmaxArgs& a, int64 task, Scratch<
         set_origin(a, s, j, first, last);
       }
     }
+    // Logits, maxima, weights.
     make_logits(a, features_of<T, S>(a, n, first, count, false, s), count, s);
     find_maxima<Covariance>(a, s, first, count, moments);
     add_weights<Covariance>(a, s, first, count);
@@ -417,9 +416,11 @@ void backward(const LinearSoftArgmaxArgs& a, int64 task, void* memory) {
   T* weight = a.grad_weight ? (T*)a.grad_weight + task * a.joint_step * a.channel_step : nullptr;
   for (int64 first = begin; first < end; first += a.tile) {
     const int64 count = a.tile < end - first ? a.tile : end - first;
-    const Rows<T> h = features_of<T, S>(a, n, first, count, weight, s);
+    // Logits, then their gradient in place.
+    const FeatureRows<T> h = features_of<T, S>(a, n, first, count, weight, s);
     make_logits(a, h, count, s);
     differentiate(a, n, first, count, s);
+    // Gradients of the weight and of the features.
     if (weight)
       multiply<T>({s.logits, 1, a.joint_step, h.p, h.step, weight, a.channel_step, weight, a.channel_step, a.joint_step,
                    count, a.channel_step});

@@ -2,27 +2,21 @@
 // and gradients of the outputs as the loops take them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../common/options.h"
 #include "../common/soft_argmax3d.h"
 
 namespace bkind3d {
 
 // Mean, peak, covariance, maximum, total, argmax.
-using MomentsOutputs = std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
-                                  torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>;
+using MomentsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 namespace moments_detail {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <bool Covariance>
 Moments<double> merged(const Moments<double>* slabs, int64_t count, double beta) {
@@ -61,10 +55,10 @@ inline std::vector<double> doubles(const char* name, const Tensor& tensor, int64
 }  // namespace moments_detail
 
 // The outputs of (n, joints) rows, in float or double, from `slabs` moments of each, merged in their order.
-inline MomentsOutputs moments_outputs(const torch::stable::Tensor& like, int64_t n, int64_t joints, bool twice,
+inline MomentsOutputs moments_outputs(const Tensor& like, int64_t n, int64_t joints, bool is_double,
                                       const Moments<double>* moments, int64_t slabs, double beta, bool covariance) {
   using namespace moments_detail;
-  const ScalarType arithmetic = twice ? ScalarType::Double : ScalarType::Float;
+  const ScalarType arithmetic = is_double ? ScalarType::Double : ScalarType::Float;
   auto empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
     return torch::stable::new_empty(like, size, dtype);
   };
@@ -73,19 +67,20 @@ inline MomentsOutputs moments_outputs(const torch::stable::Tensor& like, int64_t
                          empty(matrix, arithmetic),         empty({n, joints}, arithmetic),
                          empty({n, joints}, arithmetic),    empty({n, joints}, ScalarType::Long)};
   for (int64_t row = 0; row < n * joints; ++row) {
-    const Moments<double>* own = moments + row * slabs;
-    const Moments<double> m = covariance ? merged<true>(own, slabs, beta) : merged<false>(own, slabs, beta);
-    twice ? write<double>(outputs, row, m, covariance) : write<float>(outputs, row, m, covariance);
+    const Moments<double>* of_row = moments + row * slabs;
+    const Moments<double> m = covariance ? merged<true>(of_row, slabs, beta) : merged<false>(of_row, slabs, beta);
+    by_arithmetic(is_double, [&](auto number) { write<decltype(number)>(outputs, row, m, covariance); });
   }
   return outputs;
 }
 
 // What the gradient of each row's logits depends on, from the gradients of the outputs and from the outputs.
-inline std::vector<VolumeGradient<double>> volume_gradients(
-    int64_t rows, double beta, const torch::stable::Tensor& grad_mean, const torch::stable::Tensor& grad_peak,
-    const std::optional<torch::stable::Tensor>& grad_covariance, const torch::stable::Tensor& mean,
-    const torch::stable::Tensor& covariance, const torch::stable::Tensor& maximum, const torch::stable::Tensor& total,
-    const torch::stable::Tensor& argmax) {
+inline std::vector<VolumeGradient<double>> volume_gradients(int64_t rows, double beta, const Tensor& grad_mean,
+                                                            const Tensor& grad_peak,
+                                                            const std::optional<Tensor>& grad_covariance,
+                                                            const Tensor& mean, const Tensor& covariance,
+                                                            const Tensor& maximum, const Tensor& total,
+                                                            const Tensor& argmax) {
   using namespace moments_detail;
   const bool second = grad_covariance.has_value();
   const std::vector<double> g_mean = doubles("grad_mean", grad_mean, 3 * rows);
@@ -97,13 +92,13 @@ inline std::vector<VolumeGradient<double>> volume_gradients(
   const std::vector<double> maxima = doubles("maximum", maximum, rows);
   const std::vector<double> totals = doubles("total", total, rows);
   STD_TORCH_CHECK(argmax.scalar_type() == ScalarType::Long && argmax.numel() == rows, "argmax: expected (N, J) int64");
-  const Tensor places = torch::stable::contiguous(argmax);
+  const Tensor argmaxes = torch::stable::contiguous(argmax);
 
   std::vector<VolumeGradient<double>> volumes(rows);
   for (int64_t row = 0; row < rows; ++row) {
     volumes[row] = volume_gradient(&g_mean[3 * row], g_peak[row], second ? &g_covariance[9 * row] : nullptr,
                                    &means[3 * row], second ? &covariances[9 * row] : nullptr, maxima[row], totals[row],
-                                   places.const_data_ptr<int64_t>()[row], beta);
+                                   argmaxes.const_data_ptr<int64_t>()[row], beta);
   }
   return volumes;
 }

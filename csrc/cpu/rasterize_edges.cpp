@@ -2,8 +2,6 @@
 #include "rasterize_edges.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,13 +12,11 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/options.h"
 #include "threads.h"
 
 namespace bkind3d {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t int16_edges = 1 << 15;  // up to here the winner's index is int16
 constexpr int64_t small_work = 1 << 16;   // pixels times edges, and 64 times edges: less is not worth a second thread
@@ -96,7 +92,7 @@ void take_maps(Call& call, const std::vector<int64_t>& sizes, const std::vector<
   a.maps = static_cast<int64_t>(call.maps.size());
 }
 
-int64_t bands(const EdgeMap& map) { return (map.height + band_rows - 1) / band_rows; }
+int64_t bands(const EdgeMap& map) { return ceil_divide(map.height, band_rows); }
 
 // The longest tasks first, so that all threads end at about the same time.
 void order_tasks(Call& call) {
@@ -128,7 +124,7 @@ Call prepare(const Tensor& keypoints, const Tensor& weights, const Tensor& edges
                   "weights: expected (N, E) in the dtype of the keypoints");
   a.weights = weights.const_data_ptr();
   for (int i = 0; i < 2; ++i) a.weight_stride[i] = weights.stride(i);
-  a.is_double ? take_logs<double>(call) : take_logs<float>(call);
+  by_arithmetic(a.is_double, [&](auto number) { take_logs<decltype(number)>(call); });
   a.cull = culling().load(std::memory_order_relaxed);
   order_tasks(call);
   return call;
@@ -212,16 +208,16 @@ class Records {
   Records(const Call& call, int64_t bytes) : bytes_(bytes), number_(call.ends.back()) {
     int64_t end = 0, band = 0;
     for (const EdgeMap& map : call.maps) {
-      const int64_t room = std::min<int64_t>(call.args.count, band_rows * map.width);
-      groups_.push_back({end, band, room});
-      end += call.args.samples * bands(map) * room * bytes;
+      const int64_t capacity = std::min<int64_t>(call.args.count, band_rows * map.width);
+      groups_.push_back({end, band, capacity});
+      end += call.args.samples * bands(map) * capacity * bytes;
       band += call.args.samples * bands(map);
     }
     memory_ = allocate(end);
   }
   char* at(const Call& call, const Band& b) const {
     const Group& group = groups_[b.map];
-    return memory_.get() + group.offset + (b.sample * bands(call.maps[b.map]) + b.band) * group.room * bytes_;
+    return memory_.get() + group.offset + (b.sample * bands(call.maps[b.map]) + b.band) * group.capacity * bytes_;
   }
   int64_t& number(const Call& call, const Band& b) {
     return number_[groups_[b.map].first_band + b.sample * bands(call.maps[b.map]) + b.band];
@@ -229,7 +225,7 @@ class Records {
 
  private:
   struct Group {
-    int64_t offset, first_band, room;  // of a map: where its records start, its bands before, records of one band
+    int64_t offset, first_band, capacity;  // of a map: where its records start, bands before, records of one band
   };
   int64_t bytes_;
   Memory memory_;
@@ -272,7 +268,9 @@ std::tuple<Tensor, Tensor> rasterize_edges_backward(std::vector<Tensor> grad_map
         loops.collect(a, sample, map, table(call, bytes, sample, map), records.at(call, b), records.number(call, b),
                       points.data(), sums.data());
       }
-    (a.is_double ? finish<double> : finish<float>)(a, sample, points, sums, grad_keypoints, grad_weights);
+    by_arithmetic(a.is_double, [&](auto number) {
+      finish<decltype(number)>(a, sample, points, sums, grad_keypoints, grad_weights);
+    });
   });
   return {grad_keypoints, grad_weights};
 }

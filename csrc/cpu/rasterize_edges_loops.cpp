@@ -1,16 +1,17 @@
 // Edge maps on the CPU: the loops, compiled once per instruction set.
 //
-// For each (sample, map) the segments are prepared once, 28 bytes (float) an edge. A band of 32 rows of one map is a
+// The segments of each (sample, map) are prepared once, 28 bytes (float) an edge. A band of 32 rows of one map is a
 // task for a thread; in it squares of 32, 16 and 8 pixels each keep, of the list that the larger square left, the edges
-// whose upper bound reaches the best lower bound. Those left visit the 64 pixels of the smallest square, 10 vector
-// operations for a vector of pixels; best score and winner stay in registers, and one exponential gives the value. The
-// bounds allow for rounding, so culling never changes a bit of the result. Backward takes the edges that won in a tile
-// one after the other, sums over their pixels in vectors, writes one record for each edge that won in the band, and
-// adds the records of a sample in the order of maps and bands: no atomic, and the same sums for any number of threads.
+// whose upper bound reaches the best lower bound. Those left visit the 64 pixels of the smallest square; best score and
+// winner stay in registers, and one exponential gives the value. The bounds allow for rounding, so culling changes no
+// bit. Backward takes the edges that won in a tile one after the other, sums over their pixels in vectors, writes one
+// record for each edge that won in the band, and adds up in the order of maps and bands: the same sums for any number
+// of threads. Saved for backward: the inputs and the winners (2 bytes a pixel).
 //
-// Arithmetic bounds it. At N = 8, 15 keypoints = 105 edges, maps of 8, 16, 32, 64 and 128 pixels a side, there are 18.3
-// M pairs of pixel and edge; with culling 3.9 M are visited, for 0.2 M bounds, against 6 bytes written for each of 0.17
-// M pixels. Saved for backward: the inputs and the winners (2 bytes a pixel).
+// Bound by arithmetic: of 18.3 M pairs of pixel and edge (N = 8, 105 edges, maps of 8 to 128 pixels a side) 3.9 M are
+// visited, at 10 operations for a vector of pixels, against 6 bytes written for each of 0.17 M pixels.
+// Measured, 2 threads with AVX-512: forward 0.826 ms, backward 0.596, both 1.41
+// (benchmarks/results/2026-11-26-cpu-bars/results.csv, paper).
 #include "simd.h"
 
 namespace bkind3d {
@@ -40,7 +41,7 @@ namespace {
 // Pixels: sides of the squares of the three culls in a band, each from the list that the one before has left. A vector
 // of pixels is at most one tile wide; the rest of its lanes are further rows. Of these vectors, vectors_at_once one
 // below the other keep their best scores and winners in registers while the edges pass by.
-constexpr int block = band_rows, part = 16, tile = 8;
+constexpr int square = band_rows, quarter = 16, tile = 8;
 template <class T>
 constexpr int lane_width = lanes<T> < tile ? lanes<T> : tile;
 template <class T>
@@ -51,7 +52,7 @@ constexpr int vectors_at_once = tile / lane_height<T>;
 #else
 constexpr int vectors_at_once = 4;
 #endif
-constexpr int chunk = 64;  // edges prepared at once
+constexpr int edges_at_once = 64;  // in their preparation
 constexpr int backward_rows = 16;
 
 template <class T>
@@ -65,7 +66,7 @@ struct integer_beside<double> {
   using type = long;
 };
 template <class T>
-using index_of = typename integer_beside<T>::type;  // as wide as T
+using Index = typename integer_beside<T>::type;  // as wide as T
 
 BKIND3D_FN int64 least(int64 a, int64 b) { return a < b ? a : b; }
 BKIND3D_FN int64 round_up(int64 value, int64 to) { return (value + to - 1) / to * to; }
@@ -75,7 +76,7 @@ BKIND3D_FN int64 round_up(int64 value, int64 to) { return (value + to - 1) / to 
 template <class T>
 struct Edges {
   T *ux, *uy, *across, *lo, *hi, *log_weight;
-  index_of<T>* index;
+  Index<T>* index;
 };
 
 template <class T>
@@ -92,7 +93,7 @@ template <class T>
 Edges<T> edges_at(char* memory, int64 count) {
   T* p = (T*)memory;
   const int64 n = capacity<T>(count);
-  return {p, p + n, p + 2 * n, p + 3 * n, p + 4 * n, p + 5 * n, (index_of<T>*)(p + 6 * n)};
+  return {p, p + n, p + 2 * n, p + 3 * n, p + 4 * n, p + 5 * n, (Index<T>*)(p + 6 * n)};
 }
 
 // At the head of a table.
@@ -152,10 +153,10 @@ BKIND3D_FN int64 append(Edges<T> to, int64 count, Edges<T> from, int64 first, un
 // The edges that may win a pixel of the square: those whose upper bound reaches the best lower bound. `to` may be
 // `from`.
 template <class T>
-int64 cull(Tile<T> square, Edges<T> from, int64 count, Edges<T> to, T* upper) {
+int64 cull(Tile<T> area, Edges<T> from, int64 count, Edges<T> to, T* upper) {
   vec<T> best = broadcast<T>(lowest_score<T>);
   for (int64 e = 0; e < count; e += lanes<T>) {
-    const Bounds<vec<T>> b = bounds<vec<T>>(square, load(from.ux + e), load(from.uy + e), load(from.across + e),
+    const Bounds<vec<T>> b = bounds<vec<T>>(area, load(from.ux + e), load(from.uy + e), load(from.across + e),
                                             load(from.lo + e), load(from.hi + e), load(from.log_weight + e));
     store(upper + e, b.upper);
     best = max_of(best, b.lower);
@@ -174,7 +175,7 @@ int64 cull(Tile<T> square, Edges<T> from, int64 count, Edges<T> to, T* upper) {
 
 // Keypoints relative to the map's centre, in its pixels, double (K, 2).
 template <class T>
-void place(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, double* points) {
+void keypoints_in_map(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, double* points) {
   const T* p = (const T*)a.keypoints + sample * a.keypoint_stride[0];
   for (int64 k = 0; k < a.points; ++k, p += a.keypoint_stride[1]) {
     points[2 * k] = (double(p[0]) + 0.5) * map.scale_x - 0.5 - 0.5 * double(map.width - 1);
@@ -183,7 +184,7 @@ void place(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, double
 }
 
 struct Ends {
-  double ax[chunk], ay[chunk], bx[chunk], by[chunk];
+  double ax[edges_at_once], ay[edges_at_once], bx[edges_at_once], by[edges_at_once];
 };
 
 BKIND3D_FN void gather(const double* points, const int* edges, int count, Ends& ends) {
@@ -199,7 +200,7 @@ BKIND3D_FN void store_as(T* to, vec<double> v) {
       __builtin_convertvector(v, typename vector_of<T, lanes<double>>::type);
 }
 
-// The segments of up to `chunk` edges, rounded up to whole vectors; returns whether one of them may hold a NaN.
+// The segments of up to `edges_at_once` edges, rounded up to whole vectors; returns whether one of them may hold a NaN.
 template <class T>
 bool segments(const Ends& ends, int count, double sigma, Edges<T> e, T* inverse) {
   ivec<double> doubt = {};
@@ -240,20 +241,22 @@ void prepare(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, bool
   double* points = (double*)scratch;
   T* upper = (T*)(scratch + round_up(a.points * 16, 64));
   T* inverse = backward ? (T*)(table + head_bytes + edges_bytes<T>(a.count)) : upper;
-  place<T>(a, sample, map, points);
+  keypoints_in_map<T>(a, sample, map, points);
   const T* log_weights = (const T*)a.log_weights + sample * a.log_weight_stride;
+  // Frames and weights of all edges.
   bool doubt = false;
   Ends ends = {};
-  for (int64 e = 0; e < a.count; e += chunk) {
-    const int some = int(least(a.count - e, chunk));
+  for (int64 e = 0; e < a.count; e += edges_at_once) {
+    const int some = int(least(a.count - e, edges_at_once));
     gather(points, a.edges + 2 * e, some, ends);
     doubt |= segments(ends, some, map.sigma, behind(edges, e), inverse + e);
     for (int i = 0; i < some; ++i) {
-      edges.index[e + i] = index_of<T>(e + i);
+      edges.index[e + i] = Index<T>(e + i);
       edges.log_weight[e + i] = log_weights[e + i];
       doubt |= log_weights[e + i] != log_weights[e + i];
     }
   }
+  // What forward leaves out: all edges of a map with a NaN, edges that win nowhere, edges not drawn.
   end_list(edges, a.count);
   head.count = a.count;
   head.nan_edge = doubt ? first_nan(edges, a.count) : -1;
@@ -272,9 +275,10 @@ void prepare(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, bool
 
 // ---- forward ----
 
+// Of each pixel the best score and its edge.
 template <class T>
-struct Winners {
-  vec<T> best[vectors_at_once<T>];
+struct Best {
+  vec<T> score[vectors_at_once<T>];
   ivec<T> index[vectors_at_once<T>];
 };
 
@@ -290,11 +294,11 @@ BKIND3D_FN V settled(V v) {
 
 // vectors_at_once vectors of pixels, one below the other, against all edges of the list.
 template <class T>
-BKIND3D_FN Winners<T> visit(Edges<T> edges, int64 count, vec<T> x, vec<T> y) {
-  Winners<T> w;
+BKIND3D_FN Best<T> visit(Edges<T> edges, int64 count, vec<T> x, vec<T> y) {
+  Best<T> best;
   for (int r = 0; r < vectors_at_once<T>; ++r) {
-    w.best[r] = broadcast<T>(-T(__builtin_inf()));
-    w.index[r] = ivec<T>{} - 1;
+    best.score[r] = broadcast<T>(-T(__builtin_inf()));
+    best.index[r] = ivec<T>{} - 1;
   }
   for (int64 e = 0; e < count; ++e) {
     const vec<T> ux = broadcast(edges.ux[e]), uy = broadcast(edges.uy[e]), lo = broadcast(edges.lo[e]);
@@ -305,12 +309,12 @@ BKIND3D_FN Winners<T> visit(Edges<T> edges, int64 count, vec<T> x, vec<T> y) {
 #pragma GCC unroll 8
     for (int r = 0; r < vectors_at_once<T>; ++r) {
       const vec<T> s = score(offset(c, y + T(r * lane_height<T>), ux, uy, lo, hi), log_weight);
-      const ivec<T> better = s > w.best[r];
-      w.best[r] = select(better, s, w.best[r]);
-      w.index[r] = select(better, index, w.index[r]);
+      const ivec<T> better = s > best.score[r];
+      best.score[r] = select(better, s, best.score[r]);
+      best.index[r] = select(better, index, best.index[r]);
     }
   }
-  return w;
+  return best;
 }
 
 // The lanes of v to lane_height rows of lane_width numbers, clipped to rows x columns.
@@ -329,11 +333,11 @@ BKIND3D_FN void store_rows(S* to, V v, int64 stride, int rows, int columns) {
 }
 
 template <class T, class I>
-BKIND3D_FN void write(const Winners<T>& w, T* values, I* winners, int64 stride, int rows, int columns) {
+BKIND3D_FN void write(const Best<T>& best, T* values, I* winners, int64 stride, int rows, int columns) {
   for (int r = 0; r < vectors_at_once<T> && r * lane_height<T> < rows; ++r) {
-    const auto drawn = w.best[r] >= lowest_score<T>;
-    const vec<T> value = select(drawn, exp_of(w.best[r]), vec<T>{});
-    const ivec<T> index = select(drawn, w.index[r], ivec<T>{} - 1);
+    const auto drawn = best.score[r] >= lowest_score<T>;
+    const vec<T> value = select(drawn, exp_of(best.score[r]), vec<T>{});
+    const ivec<T> index = select(drawn, best.index[r], ivec<T>{} - 1);
     const int64 at = r * lane_height<T> * stride;
     const int left = rows - r * lane_height<T>;
     store_rows<T>(values + at, value, stride, left, columns);
@@ -353,8 +357,8 @@ __attribute__((noinline)) void fill_tile(const EdgeMap& map, int64 sample, Edges
   for (int64 y = y0; y < y1; y += vectors_at_once<T> * lane_height<T>)
     for (int64 x = x0; x < x1; x += lane_width<T>) {
       const int64 at = (sample * map.height + y) * map.width + x;
-      const Winners<T> w = visit(edges, count, lane_x + (T(x) - cx), lane_y + (T(y) - cy));
-      write(w, (T*)map.values + at, (I*)map.winners + at, map.width, int(y1 - y), int(x1 - x));
+      const Best<T> best = visit(edges, count, lane_x + (T(x) - cx), lane_y + (T(y) - cy));
+      write(best, (T*)map.values + at, (I*)map.winners + at, map.width, int(y1 - y), int(x1 - x));
     }
 }
 
@@ -372,23 +376,24 @@ struct Scratch {
   T* upper;
 };
 
-// Tile by tile over a square of side `part` at (x0, y0), of edges that may win there.
+// Tile by tile over a square of side `quarter` at (x0, y0), of edges that may win there.
 template <class T, class I>
-void fill_part(const EdgeMap& map, int64 sample, Edges<T> edges, int64 count, const Scratch<T>& s, int64 x0, int64 y0) {
-  for (int64 y = y0; y < least(y0 + part, map.height); y += tile)
-    for (int64 x = x0; x < least(x0 + part, map.width); x += tile) {
+void fill_quarter(const EdgeMap& map, int64 sample, Edges<T> edges, int64 count, const Scratch<T>& s, int64 x0,
+                  int64 y0) {
+  for (int64 y = y0; y < least(y0 + quarter, map.height); y += tile)
+    for (int64 x = x0; x < least(x0 + quarter, map.width); x += tile) {
       const int64 kept = cull(tile_in<T>(map, x, y, tile), edges, count, s.nearest, s.upper);
       fill_tile<T, I>(map, sample, s.nearest, kept, x, y);
     }
 }
 
 template <class T, class I>
-void fill_block(const EdgeMap& map, int64 sample, Edges<T> edges, int64 count, const Scratch<T>& s, int64 x0,
-                int64 y0) {
-  for (int64 y = y0; y < least(y0 + block, map.height); y += part)
-    for (int64 x = x0; x < least(x0 + block, map.width); x += part) {
-      const int64 kept = cull(tile_in<T>(map, x, y, part), edges, count, s.nearer, s.upper);
-      fill_part<T, I>(map, sample, s.nearer, kept, s, x, y);
+void fill_square(const EdgeMap& map, int64 sample, Edges<T> edges, int64 count, const Scratch<T>& s, int64 x0,
+                 int64 y0) {
+  for (int64 y = y0; y < least(y0 + square, map.height); y += quarter)
+    for (int64 x = x0; x < least(x0 + square, map.width); x += quarter) {
+      const int64 kept = cull(tile_in<T>(map, x, y, quarter), edges, count, s.nearer, s.upper);
+      fill_quarter<T, I>(map, sample, s.nearer, kept, s, x, y);
     }
 }
 
@@ -406,9 +411,9 @@ void forward(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, int6
       for (int64 x = 0; x < map.width; x += tile) fill_tile<T, I>(map, sample, all, head.count, x, y);
     return;
   }
-  for (int64 x = 0; x < map.width; x += block) {
-    const int64 kept = cull(tile_in<T>(map, x, y0, block), all, head.count, s.near, s.upper);
-    fill_block<T, I>(map, sample, s.near, kept, s, x, y0);
+  for (int64 x = 0; x < map.width; x += square) {
+    const int64 kept = cull(tile_in<T>(map, x, y0, square), all, head.count, s.near, s.upper);
+    fill_square<T, I>(map, sample, s.near, kept, s, x, y0);
   }
 }
 
@@ -422,7 +427,7 @@ struct Record {
 };
 
 template <class T>
-struct Sums {
+struct EdgeSums {
   vec<T> value, across_a, across_b, beyond_a, beyond_b;
 };
 
@@ -469,8 +474,8 @@ BKIND3D_FN Record add_up(Edges<T> edges, const T* inverses, int64 e, vec<T> x, T
   const vec<T> hi = broadcast(edges.hi[e]);
   const vec<T> inverse = broadcast(inverses[e]);
   const Column<vec<T>> c = column(x, ux, uy, broadcast(edges.across[e]));
-  const ivec<T> index = ivec<T>{} + index_of<T>(e);
-  Sums<T> s = {};
+  const ivec<T> index = ivec<T>{} + Index<T>(e);
+  EdgeSums<T> s = {};
   for (int r = first; r < rows; ++r) {
     const ivec<T> won = pixels.winner[r] == index;
     if (first_lane(won) < 0) continue;
@@ -503,6 +508,7 @@ int64 backward(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, in
   int count = 0;
   for (int64 y = band * band_rows; y < band_end; y += backward_rows)
     for (int64 x = 0; x < map.width; x += lanes<T>) {
+      // The tile's winners one after the other, each with all of its pixels.
       Pixels<T> pixels;
       const int rows = read<T, I>(map, sample, x, y, least(y + backward_rows, band_end), pixels);
       for (int r = 0; r < rows;) {
@@ -511,8 +517,9 @@ int64 backward(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, in
           ++r;
           continue;
         }
-        const int64 e = ((const index_of<T>*)&pixels.winner[r])[lane];
+        const int64 e = ((const Index<T>*)&pixels.winner[r])[lane];
         const Record sums = add_up(edges, inverses, e, iota<T>() + (T(x) - cx), T(y) - cy, pixels, r, rows);
+        // A record of its own, or what has been found before.
         if (slot[e] < 0) {
           slot[e] = count;
           records[count++] = sums;

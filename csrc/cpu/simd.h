@@ -19,6 +19,7 @@
 #endif
 
 #include "../common/portable.h"
+#include "../common/storage.h"
 
 namespace bkind3d {
 namespace BKIND3D_ISA {

@@ -2,38 +2,22 @@
 #include "soft_argmax3d.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
 #include <optional>
 #include <vector>
 
+#include "../common/options.h"
 #include "memory.h"
 #include "moments.h"
 
 namespace bkind3d {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t block_voxels = 1024;     // at most; the loops have room for as many
 constexpr int64_t slab_voxels = 32 << 10;  // less is not worth a second thread
 constexpr int64_t stream_bytes = 8 << 20;  // a gradient larger than this is written past the caches
-
-int type_index(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return 0;
-    case ScalarType::Double: return 1;
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Half: return 3;
-    default: STD_TORCH_CHECK(false, "logits: expected float32, float64, bfloat16 or float16");
-  }
-}
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t voxels(const SoftArgmaxArgs& a) { return a.shape[0] * a.shape[1] * a.shape[2]; }
 
@@ -75,14 +59,14 @@ void run(SoftArgmaxTask work, const SoftArgmaxArgs& a, int64_t rows) {
 // ---- forward ----
 
 MomentsOutputs soft_argmax3d(Tensor logits, double temperature, bool covariance) {
-  const int type = type_index(logits.scalar_type());
+  const Storage storage = storage_of("logits", logits);
   SoftArgmaxArgs a = prepare(logits, temperature);
   a.covariance = covariance;
   const int64_t n = logits.size(0), rows = n * a.joints;
   std::vector<Moments<double>> moments(rows * a.slabs);
   a.moments = moments.data();
-  run(soft_argmax3d_loops().forward[type], a, rows);
-  return moments_outputs(logits, n, a.joints, type == 1, a.moments, a.slabs, a.beta, covariance);
+  run(soft_argmax3d_loops().forward[int(storage)], a, rows);
+  return moments_outputs(logits, n, a.joints, is_double(storage), a.moments, a.slabs, a.beta, covariance);
 }
 
 // ---- backward ----
@@ -90,19 +74,19 @@ MomentsOutputs soft_argmax3d(Tensor logits, double temperature, bool covariance)
 Tensor soft_argmax3d_backward(Tensor grad_mean, Tensor grad_peak, std::optional<Tensor> grad_covariance, Tensor logits,
                               double temperature, Tensor mean, Tensor covariance, Tensor maximum, Tensor total,
                               Tensor argmax) {
-  const int type = type_index(logits.scalar_type());
+  const Storage storage = storage_of("logits", logits);
   SoftArgmaxArgs a = prepare(logits, temperature);
   const int64_t n = logits.size(0), rows = n * a.joints;
   const std::vector<VolumeGradient<double>> volumes =
       volume_gradients(rows, a.beta, grad_mean, grad_peak, grad_covariance, mean, covariance, maximum, total, argmax);
   const std::vector<int64_t> size{n, a.joints, a.shape[0], a.shape[1], a.shape[2]};
   Tensor grad = torch::stable::new_empty(logits, size);
-  const int64_t bytes = rows * voxels(a) * static_cast<int64_t>(logits.element_size());
+  const int64_t bytes = rows * voxels(a) * bytes_of(storage);
   a.volumes = volumes.data();
   a.grad = grad.mutable_data_ptr();
   a.stream = bytes > stream_bytes;
   advise_huge_pages(a.grad, bytes);
-  run(soft_argmax3d_loops().backward[type], a, rows);
+  run(soft_argmax3d_loops().backward[int(storage)], a, rows);
   return grad;
 }
 

@@ -31,7 +31,7 @@ struct SoftArgmaxArgs {
 // Task (group of rows, slab), flattened.
 using SoftArgmaxTask = void (*)(const SoftArgmaxArgs&, long long task);
 
-// By the type of the logits: float, double, bfloat16, float16.
+// By the Storage of the logits.
 struct SoftArgmaxLoops {
   SoftArgmaxTask forward[4], backward[4];
 };

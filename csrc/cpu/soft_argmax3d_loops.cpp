@@ -3,13 +3,14 @@
 // Forward goes over a row in blocks of about 1,000 voxels (4 KB, in the first-level cache): their maximum, where it is,
 // then their exponentials and the sums about that voxel in vectors of float, merged into the slab's moments in double.
 // Where the maximum has grown, the moments so far are scaled down, so memory is read once. Backward recomputes the
-// exponentials from the maximum; along a line the rest of the gradient is a polynomial of degree 2 in z.
-// Threads take slabs of about 32,000 voxels of a row; the torch face merges the slabs of a row in their order.
+// exponentials from the maximum; along a line the rest of the gradient is a polynomial of degree 2 in z. Threads take
+// slabs of about 32,000 voxels of a row; the torch face merges the slabs of a row in their order. Saved for backward:
+// the logits (an input) and the outputs.
 //
-// Floors, for V voxels of float: forward reads 4V bytes; backward reads 4V and writes 4V, past the caches when large.
-// An exponential is 10 operations on vectors and the sums 4 (with the covariance 5), 16 to 18 with loads and the
-// maximum: one core with vectors of 16 takes 0.33 ns a voxel, above its memory, and two are near it. The tiles of
-// channels-last logits cost 0.5 ns a voxel more. Saved for backward: the logits (an input) and the outputs.
+// Bytes for V voxels of float: 4 V read forward, 4 V read and 4 V written backward, past the caches when large. Forward
+// a voxel takes 16 to 18 operations on vectors, 10 of them for the exponential.
+// Measured, 2 threads with AVX-512, 2 x 15 volumes of 64^3: forward 2.91 ms, backward 2.04, both 4.20
+// (benchmarks/results/2026-11-26-cpu-bars/results.csv, paper).
 #include "simd.h"
 #include "soft_argmax3d.h"
 #include "softmax.h"
@@ -93,7 +94,7 @@ BKIND3D_FN vec<T> load_last(const Span<T>& span, const S* p, int64 length) {
 constexpr int tile_rows = 16, tile_step = block_voxels + 64;  // a step of a power of 2 would meet in few cache sets
 
 template <class S>
-struct Tile {
+struct Transposed {
   alignas(64) S voxels[tile_rows * tile_step];
 };
 
@@ -102,14 +103,14 @@ BKIND3D_FN int64 row_offset(const SoftArgmaxArgs& a, int64 row) {
 }
 
 template <class S>
-BKIND3D_FN void gather(const SoftArgmaxArgs& a, const Block& b, int64 row, int64 rows, Tile<S>& tile) {
-  constexpr int64 chunk = 64;  // voxels, of which all rows are read while they are in the first-level cache
+BKIND3D_FN void gather(const SoftArgmaxArgs& a, const Block& b, int64 row, int64 rows, Transposed<S>& transposed) {
+  constexpr int64 run = 64;  // voxels, of which all rows are read while they are in the first-level cache
   const int64 step = a.strides[4], joint = a.strides[1];
-  S* out = tile.voxels;
+  S* out = transposed.voxels;
   const S* first = (const S*)a.logits + row_offset(a, row) + b.x * a.strides[2] + b.y * a.strides[3] + b.z * step;
   for_each_line(b, Lines<S>{first, a.strides[3], a.strides[2]}, [&](const S* p, int64, int64) {
-    for (int64 z = 0; z < b.length; z += chunk) {
-      const int64 end = z + chunk < b.length ? z + chunk : b.length;
+    for (int64 z = 0; z < b.length; z += run) {
+      const int64 end = z + run < b.length ? z + run : b.length;
       for (int64 r = 0; r < rows; ++r) {
         const S* source = p + r * joint;
         for (int64 i = z; i < end; ++i) out[r * tile_step + i] = source[i * step];
@@ -122,7 +123,7 @@ BKIND3D_FN void gather(const SoftArgmaxArgs& a, const Block& b, int64 row, int64
 // f(block, row, its lines) for all blocks of a task, and for each of them its rows.
 template <class S, class F>
 BKIND3D_FN void for_each_block(const SoftArgmaxArgs& a, int64 task, F f) {
-  Tile<S> tile;
+  Transposed<S> transposed;
   const bool together = a.strides[4] == 1;
   const int64 first_row = task / a.slabs * a.rows_per_task, end_row = first_row + a.rows_per_task;
   const int64 first = task % a.slabs * a.blocks_per_slab;
@@ -131,11 +132,11 @@ BKIND3D_FN void for_each_block(const SoftArgmaxArgs& a, int64 task, F f) {
     const Block b = block_at(a, i);
     for (int64 row = first_row; row < end_row; ++row) {
       const int64 at = (row - first_row) % tile_rows, rest = end_row - row;
-      if (!together && at == 0) gather(a, b, row, rest < tile_rows ? rest : tile_rows, tile);
+      if (!together && at == 0) gather(a, b, row, rest < tile_rows ? rest : tile_rows, transposed);
       const S* p = (const S*)a.logits + row_offset(a, row) + b.x * a.strides[2] + b.y * a.strides[3] + b.z;
       f(b, row,
         together ? Lines<S>{p, a.strides[3], a.strides[2]}
-                 : Lines<S>{tile.voxels + at * tile_step, b.length, b.length * b.size_y});
+                 : Lines<S>{transposed.voxels + at * tile_step, b.length, b.length * b.size_y});
     }
   }
 }
@@ -154,13 +155,13 @@ BKIND3D_FN T block_maximum(const Block& b, const Lines<S>& lines, const Span<T>&
   return maximum_of(best);
 }
 
-struct Place {
+struct Coordinates {
   int64 x, y, z;
 };
 
 // The first voxel with this logit; the block's first voxel where all are NaN.
 template <class T, class S>
-BKIND3D_FN Place find(const Block& b, const Lines<S>& lines, const Span<T>& span, T logit) {
+BKIND3D_FN Coordinates find(const Block& b, const Lines<S>& lines, const Span<T>& span, T logit) {
   int64 x = b.x, y = b.y;
   const S* p = lines.p;
   for (int64 i = 0; i < b.lines; ++i) {
@@ -194,7 +195,7 @@ BKIND3D_FN Sums<double> reduce(const Sums<vec<T>>& sums) {
 
 template <bool Covariance, class T, class S>
 BKIND3D_FN Sums<double> block_sums(const Block& b, const Lines<S>& lines, const Span<T>& span, T reference, T scale,
-                                   const Place& origin) {
+                                   const Coordinates& origin) {
   Sums<vec<T>> sums;
   const vec<T> start = iota<T>() + T(b.z - origin.z);
   for_each_line(b, lines, [&](const S* p, int64 x, int64 y) {
@@ -221,16 +222,20 @@ BKIND3D_FN Sums<double> block_sums(const Block& b, const Lines<S>& lines, const 
 template <bool Covariance, class T, class S>
 BKIND3D_FN void forward_block(const SoftArgmaxArgs& a, const Block& b, const Lines<S>& lines,
                               Moments<double>& moments) {
+  // Maximum, and where it is.
   const Span<T> span = span_of<T>(b.length);
   const T largest = block_maximum<T>(b, lines, span);
-  const Place place = find(b, lines, span, largest);
+  const Coordinates largest_at = find(b, lines, span, largest);
+  // Sums about that voxel, relative to the slab's maximum so far.
   const T maximum = largest > T(moments.maximum) ? largest : T(moments.maximum);
   const T reference = softmax_reference(maximum), scale = exponent_scale(T(), a.beta);
-  const Sums<double> sums = block_sums<Covariance>(b, lines, span, reference, scale, place);
-  const double origin[] = {double(place.x), double(place.y), double(place.z)};
-  merge<Covariance>(moments,
-                    moments_of<Covariance>(sums, double(maximum), origin, offset_of(a, place.x, place.y, place.z)),
-                    a.beta, [](double x) { return __builtin_exp(x); });
+  const Sums<double> sums = block_sums<Covariance>(b, lines, span, reference, scale, largest_at);
+  // Into the slab's moments.
+  const double origin[] = {double(largest_at.x), double(largest_at.y), double(largest_at.z)};
+  merge<Covariance>(
+      moments,
+      moments_of<Covariance>(sums, double(maximum), origin, offset_of(a, largest_at.x, largest_at.y, largest_at.z)),
+      a.beta, [](double x) { return __builtin_exp(x); });
 }
 
 template <bool Covariance, class T, class S>

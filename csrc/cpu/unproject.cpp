@@ -2,8 +2,6 @@
 #include "unproject.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
@@ -11,50 +9,19 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/options.h"
 #include "memory.h"
 #include "threads.h"
 
 namespace bkind3d {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t small_work = 1 << 15;  // samples of one channel: less is not worth a second thread
 constexpr int64_t rows_at_once = 8;
 constexpr int64_t max_views = 255;  // counts are bytes
 constexpr int64_t max_slabs = 8;
 
-Aggregation parse_aggregation(const std::string& name) {
-  constexpr const char* names[] = {"softmax", "mean", "sum", "max", "weighted"};
-  for (int i = 0; i < 5; ++i)
-    if (name == names[i]) return static_cast<Aggregation>(i);
-  STD_TORCH_CHECK(false, "aggregation '", name, "': expected softmax, mean, sum, max or weighted");
-}
-
-bool parse_exclude(const std::string& name) {
-  STD_TORCH_CHECK(name == "zero" || name == "exclude", "unseen '", name, "': expected zero or exclude");
-  return name == "exclude";
-}
-
-Storage storage_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return Storage::float32;
-    case ScalarType::Double: return Storage::float64;
-    case ScalarType::BFloat16: return Storage::bfloat16;
-    case ScalarType::Half: return Storage::float16;
-    default: STD_TORCH_CHECK(false, "features: expected float32, float64, bfloat16 or float16");
-  }
-}
-
-ScalarType arithmetic_of(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
-
 Tensor as(const Tensor& tensor, ScalarType type) { return torch::stable::contiguous(torch::stable::to(tensor, type)); }
-
-// (N, M, C, H, W) as it is in memory when the channels are last: (N, M, H, W, C).
-Tensor channels_behind(const Tensor& features) {
-  return torch::stable::transpose(torch::stable::transpose(features, 2, 3), 3, 4);
-}
 
 // Whether offsets within one map fit 31 bits.
 bool spans_31_bits(const Tensor& maps) {
@@ -91,11 +58,11 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
   a.aggregation = parse_aggregation(aggregation);
   a.exclude = parse_exclude(unseen);
   call.type = features.scalar_type();
-  call.arithmetic = arithmetic_of(call.type);
-  a.storage = storage_of(call.type);
+  a.storage = storage_of("features", features);
+  call.arithmetic = arithmetic_of(a.storage);
 
   // Used as they are when the channels lie together in the type of the arithmetic; else one copy, as small as the maps.
-  Tensor maps = channels_behind(features);
+  Tensor maps = moved_last(features, 2);
   const bool fits = call.type == call.arithmetic && (maps.stride(4) == 1 || a.channels == 1) && spans_31_bits(maps) &&
                     (!dense || (maps.stride(3) == a.channels && maps.stride(2) == a.width * a.channels));
   call.features = fits ? maps : as(maps, call.arithmetic);
@@ -137,10 +104,9 @@ std::tuple<Tensor, Tensor> unproject(Tensor features, Tensor q, std::optional<Te
   Tensor counts = torch::stable::new_empty(features, {a.samples, shape[0], shape[1], shape[2]}, ScalarType::Byte);
   a.volume = volume.mutable_data_ptr();
   a.counts = static_cast<unsigned char*>(counts.mutable_data_ptr());
-  const int64_t bytes = volume.numel() * (a.storage == Storage::float64 ? 8 : a.storage == Storage::float32 ? 4 : 2);
-  advise_huge_pages(a.volume, bytes);
+  advise_huge_pages(a.volume, volume.numel() * bytes_of(a.storage));
   const UnprojectLoops& loops = unproject_loops();
-  const int64_t rows = a.samples * shape[0] * shape[1], groups = (rows + rows_at_once - 1) / rows_at_once;
+  const int64_t rows = a.samples * shape[0] * shape[1], groups = ceil_divide(rows, rows_at_once);
   for_each(groups, is_small(a), loops.scratch(a, false), [&](int64_t group, void* scratch) {
     loops.forward(a, group * rows_at_once, std::min(rows, (group + 1) * rows_at_once), scratch);
   });
@@ -154,13 +120,13 @@ std::tuple<Tensor, Tensor> unproject(Tensor features, Tensor q, std::optional<Te
 void partition(UnprojectArgs& a, bool deterministic) {
   constexpr int64_t widest = 64, narrowest = 16;
   const int64_t threads = is_small(a) ? 1 : torch::stable::get_num_threads();
-  auto tasks = [&] { return a.samples * ((a.channels + a.channel_block - 1) / a.channel_block); };
+  auto tasks = [&] { return a.samples * ceil_divide(a.channels, a.channel_block); };
   a.channel_block = std::min<int64_t>(a.channels, deterministic ? narrowest : widest);
   while (a.channel_block > narrowest && tasks() < threads)
-    a.channel_block = (a.channel_block / 2 + narrowest - 1) / narrowest * narrowest;
+    a.channel_block = ceil_divide(a.channel_block / 2, narrowest) * narrowest;
   a.slabs = 1;
   if (!deterministic && tasks() > 0 && tasks() < threads)
-    a.slabs = std::min<int64_t>({(threads + tasks() - 1) / tasks(), a.shape[0] * a.shape[1], max_slabs,
+    a.slabs = std::min<int64_t>({ceil_divide(threads, tasks()), a.shape[0] * a.shape[1], max_slabs,
                                  std::max<int64_t>(1, 4 * voxels(a) / (a.height * a.width))});
 }
 
@@ -185,8 +151,8 @@ void add_matrices(const UnprojectArgs& a, const std::vector<double>& partial, in
 }
 
 template <class T>
-void add_weights(const UnprojectArgs& a, const std::vector<double>& partial, int64_t tasks, T* gradient) {
-  const int64_t blocks = (a.channels + a.channel_block - 1) / a.channel_block;
+void add_weights(const UnprojectArgs& a, const std::vector<double>& partial, T* gradient) {
+  const int64_t blocks = ceil_divide(a.channels, a.channel_block);
   for (int64_t n = 0; n < a.samples; ++n)
     for (int64_t m = 0; m < a.views; ++m)
       for (int64_t c = 0; c < a.channels; ++c) {
@@ -213,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor
   for (int i = 0; i < 5; ++i) a.grad_stride[i] = grad_volume.stride(i);
   partition(a, deterministic);
 
-  const int64_t blocks = (a.channels + a.channel_block - 1) / a.channel_block, tasks = a.samples * blocks * a.slabs;
+  const int64_t tasks = a.samples * ceil_divide(a.channels, a.channel_block) * a.slabs;
   Tensor grad_features = torch::stable::new_empty(features, {0}), accumulator = grad_features;
   if (needs_features) {
     const std::vector<int64_t> size{a.slabs * a.samples, a.views, a.height, a.width, a.channels};
@@ -230,11 +196,10 @@ std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor
     for_each(tasks, is_small(a), loops.scratch(a, true),
              [&](int64_t task, void* scratch) { loops.backward(a, task, scratch); });
 
-  const bool twice = call.arithmetic == ScalarType::Double;
   if (needs_features) {
     const int64_t count = a.samples * a.views * a.height * a.width * a.channels;
-    twice ? add_slabs(static_cast<double*>(a.grad_features), count, a.slabs)
-          : add_slabs(static_cast<float*>(a.grad_features), count, a.slabs);
+    by_arithmetic(is_double(a.storage),
+                  [&](auto number) { add_slabs(static_cast<decltype(number)*>(a.grad_features), count, a.slabs); });
     if (a.slabs > 1) accumulator = torch::stable::clone(torch::stable::narrow(accumulator, 0, 0, a.samples));
     if (call.type != call.arithmetic) accumulator = torch::stable::to(accumulator, call.type);
     grad_features = torch::stable::transpose(torch::stable::transpose(accumulator, 3, 4), 2, 3);
@@ -242,15 +207,15 @@ std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor
   Tensor grad_q = torch::stable::new_empty(call.q, {0}), grad_weights = torch::stable::new_empty(call.q, {0});
   if (needs_q) {
     grad_q = torch::stable::new_empty(call.q, {a.samples, a.views, 3, 4});
-    void* data = grad_q.mutable_data_ptr();
-    twice ? add_matrices(a, partial_q, tasks, static_cast<double*>(data))
-          : add_matrices(a, partial_q, tasks, static_cast<float*>(data));
+    by_arithmetic(is_double(a.storage), [&](auto number) {
+      add_matrices(a, partial_q, tasks, static_cast<decltype(number)*>(grad_q.mutable_data_ptr()));
+    });
   }
   if (needs_weights) {
     grad_weights = torch::stable::new_empty(call.q, {a.samples, a.views, a.channels});
-    void* data = grad_weights.mutable_data_ptr();
-    twice ? add_weights(a, partial_weights, tasks, static_cast<double*>(data))
-          : add_weights(a, partial_weights, tasks, static_cast<float*>(data));
+    by_arithmetic(is_double(a.storage), [&](auto number) {
+      add_weights(a, partial_weights, static_cast<decltype(number)*>(grad_weights.mutable_data_ptr()));
+    });
   }
   return {grad_features, grad_q, grad_weights};
 }

@@ -1,12 +1,11 @@
 // What the torch face of unproject (unproject.cpp) hands to its loops (unproject_loops.cpp).
 #pragma once
 
+#include "../common/storage.h"
+#include "../common/unproject.h"
 #include "isa.h"
 
 namespace bkind3d {
-
-enum class Aggregation { softmax, mean, sum, max, weighted };
-enum class Storage { float32, float64, bfloat16, float16 };
 
 // T is the type of the arithmetic: double for float64 tensors, float for all others.
 struct UnprojectArgs {

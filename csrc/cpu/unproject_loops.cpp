@@ -2,15 +2,14 @@
 //
 // A tile is up to 64 voxels of one row (i, j, .). For each view its voxels are projected, a vector at a time, into four
 // tap offsets and weights each; then the channels of one voxel are blended with contiguous loads into
-// v[m][voxel][channel], which stays in the first-level cache; then the views are aggregated over that flat array,
-// whatever C is. No per-view volume exists. Threads take rows of the volume (forward) or a range of channels of one
-// sample (backward), so that no two of them add to the same gradient: no lock, no atomic. With more threads than such
-// ranges, slabs of rows have gradients of their own.
+// v[m][voxel][channel], which stays in the first-level cache; then the views are aggregated over that flat array.
+// Threads take rows of the volume forward, and a range of channels of one sample backward, so that no two of them add
+// to the same gradient. Saved for backward: the inputs alone.
 //
-// Floors, for V voxels, M views, C channels in float: forward writes 4VC bytes and does VMC * (4 taps * 1 FMA + about
-// 16 for the exponential and its sums); at (M, C) = (4, 32) that is 128 bytes and 2,560 FMA a voxel, so arithmetic
-// bounds it on fewer than about 20 FMA a byte. Backward reads 4VC bytes, recomputes the same, and adds 4 taps * (load,
-// FMA, store) a view. Saved for backward: nothing but the inputs.
+// Bound by arithmetic: at (M, C) = (4, 32) in float a voxel takes 128 bytes written and 2,560 multiply-adds, 4 taps and
+// about 16 for the exponential and its sums a sample; backward recomputes them and adds 4 taps a sample to the maps.
+// Measured, 2 threads with AVX-512, (N, M, C) = (1, 4, 32), 64^2 maps, 64^3 voxels: forward 18.5 ms, backward 25.7,
+// both 44.4 (benchmarks/results/2026-11-26-cpu-bars/results.csv, paper).
 #include "simd.h"
 #include "../common/unproject.h"
 #include "unproject.h"
@@ -79,6 +78,7 @@ BKIND3D_FN void project_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int
   using B = typename vector_of<unsigned char, lanes<T>>::type;
   using BU = typename vector_of<unsigned char, lanes<T>>::unaligned;
   unsigned char* seen = s.seen + m * s.tile;
+  // A masked view.
   s.any[m] = false;
   if (a.mask && !a.mask[n * a.views + m]) {
     for (int t = 0; t < s.tile; ++t) seen[t] = 0;
@@ -91,11 +91,13 @@ BKIND3D_FN void project_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int
   T* pixel = s.pixel + m * 3 * s.tile;
   int total = 0;
   for (int t = 0; t < count; t += lanes<T>) {
+    // Pixels, and which voxels the view sees.
     const vec<T> k = iota<T>() + (k0 + T(t));
     const auto h = project(q, broadcast(i), broadcast(j), k);
     const vec<T> u = h.x / h.depth, v = h.y / h.depth;
     auto visible = sees(u, v, h.depth, width, height);
     visible &= (iota<T>() < T(count - t));
+    // Taps.
     const auto x = axis_taps(u, width), y = axis_taps(v, height);
     I column[2], row[2];
     for (int e = 0; e < 2; ++e) {
@@ -106,6 +108,7 @@ BKIND3D_FN void project_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int
       store(weight + e * s.tile + t, select(visible, y.weight[e / 2] * x.weight[e % 2], vec<T>{}));
       *(IU*)(offset + e * s.tile + t) = row[e / 2] + column[e % 2];
     }
+    // For the backward pass.
     store(pixel + t, u);
     store(pixel + s.tile + t, v);
     store(pixel + 2 * s.tile + t, h.depth);
@@ -351,26 +354,23 @@ void load_gradient(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int64 i
 
 template <class T>
 void store_tile_as(const UnprojectArgs& a, const Scratch<T>& s, int64 voxel, int first, int count) {
-  if constexpr (sizeof(T) == 8) {
-    return store_tile<double>(a, s, voxel, first, count);
-  } else {
-    switch (a.storage) {
-      case Storage::bfloat16: return store_tile<bfloat16>(a, s, voxel, first, count);
-      case Storage::float16: return store_tile<float16>(a, s, voxel, first, count);
-      default: return store_tile<float>(a, s, voxel, first, count);
-    }
-  }
+  by_storage(a.storage, [&](auto element) {
+    using S = decltype(element);
+    if constexpr (sizeof(Arithmetic<S>) == sizeof(T)) store_tile<S>(a, s, voxel, first, count);
+  });
 }
 
 // One tile of voxels: all channels, a block of them at a time.
 template <class T>
 void forward_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int64 i, int64 j, int64 k, int count) {
   for (int64 m = 0; m < a.views; ++m) project_tile(a, s, n, m, T(i), T(j), T(k), count);
+  // Counts.
   const int64 voxel = ((n * a.shape[0] + i) * a.shape[1] + j) * a.shape[2] + k;
   count_views(a, s, count, a.counts + voxel);
   if (a.aggregation == Aggregation::mean) mean_scale(a, s, a.counts + voxel, count);
   const int block = s.block;
   for (int first = 0; first < a.channels; first += block) {
+    // Samples, then their aggregate: into the volume where it is of its type and layout, else through a tile.
     s.block = int(a.channels - first < block ? a.channels - first : block);
     sample_tile(a, s, n, first, count, unseen_value<T>(a));
     const int64 length = int64(count) * s.block;
@@ -568,10 +568,12 @@ void matrix_view(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first
   const T* map = (const T*)a.features + n * a.stride_n + m * a.stride_m + first;
   const T* gradient = s.v + m * s.cells;
   const unsigned char* seen = s.seen + m * s.tile;
+  // Each tap's sum over the channels.
   for (int t = 0; t < count; ++t)
     for (int e = 0; e < 4; ++e)
       s.tap[e * s.tile + t] =
           seen[t] ? dot(map + s.offset[(m * 4 + e) * s.tile + t], gradient + int64(t) * s.block, s.block) : T(0);
+  // To the pixel, a vector of voxels at a time, and to the matrix.
   const T* pixel = s.pixel + m * 3 * s.tile;
   for (int t = 0; t < count; t += lanes<T>) {
     const vec<T> u = load(pixel + t), v = load(pixel + s.tile + t), depth = load(pixel + 2 * s.tile + t);
@@ -595,29 +597,27 @@ void matrix_view(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int first
 template <class T>
 void load_gradient_as(const UnprojectArgs& a, const Scratch<T>& s, int64 n, int64 i, int64 j, int64 k, int first,
                       int count) {
-  if constexpr (sizeof(T) == 8) {
-    return load_gradient<double>(a, s, n, i, j, k, first, count);
-  } else {
-    switch (a.storage) {
-      case Storage::bfloat16: return load_gradient<bfloat16>(a, s, n, i, j, k, first, count);
-      case Storage::float16: return load_gradient<float16>(a, s, n, i, j, k, first, count);
-      default: return load_gradient<float>(a, s, n, i, j, k, first, count);
-    }
-  }
+  by_storage(a.storage, [&](auto element) {
+    using S = decltype(element);
+    if constexpr (sizeof(Arithmetic<S>) == sizeof(T)) load_gradient<S>(a, s, n, i, j, k, first, count);
+  });
 }
 
 template <class T>
 void backward_tile(const UnprojectArgs& a, Scratch<T>& s, int64 n, int first, int64 i, int64 j, int64 k, int count,
                    T* grad_maps, double* grad_q, double* grad_weights) {
+  // Samples again, and the volume's gradient.
   for (int64 m = 0; m < a.views; ++m) project_tile(a, s, n, m, T(i), T(j), T(k), count);
   sample_tile(a, s, n, first, count, unseen_value<T>(a));
   load_gradient_as(a, s, n, i, j, k, first, count);
+  // From the aggregate to the samples.
   if (a.aggregation == Aggregation::mean) {
     unsigned char counts[max_tile];
     count_views(a, s, count, counts);
     mean_scale(a, s, counts, count);
   }
   gradient_of_samples(a, s, n, first, count, grad_weights);
+  // To the matrices and the maps.
   for (int64 m = 0; grad_q && m < a.views; ++m)
     if (s.any[m]) matrix_view(a, s, n, first, m, T(i), T(j), T(k), count, grad_q + m * 12);
   if (!grad_maps) return;
@@ -652,21 +652,25 @@ void backward_task(const UnprojectArgs& a, int64 task, void* memory) {
 
 // ---- table ----
 
-bool is_double(const UnprojectArgs& a) { return a.storage == Storage::float64; }
+// f(T()) for the type of the arithmetic.
+template <class F>
+auto in_arithmetic(const UnprojectArgs& a, F f) {
+  return by_arithmetic(a.storage == Storage::float64, f);
+}
 
 long long scratch(const UnprojectArgs& a, bool backward) {
-  const int block = backward ? int(a.channel_block) : forward_block(a);
-  Scratch<float> single;
-  Scratch<double> twice;
-  return is_double(a) ? lay_out(twice, a, block, nullptr) : lay_out(single, a, block, nullptr);
+  return in_arithmetic(a, [&](auto number) {
+    Scratch<decltype(number)> s;
+    return lay_out(s, a, backward ? int(a.channel_block) : forward_block(a), nullptr);
+  });
 }
 
 void forward(const UnprojectArgs& a, long long begin, long long end, void* memory) {
-  is_double(a) ? forward_rows<double>(a, begin, end, memory) : forward_rows<float>(a, begin, end, memory);
+  in_arithmetic(a, [&](auto number) { forward_rows<decltype(number)>(a, begin, end, memory); });
 }
 
 void backward(const UnprojectArgs& a, long long task, void* memory) {
-  is_double(a) ? backward_task<double>(a, task, memory) : backward_task<float>(a, task, memory);
+  in_arithmetic(a, [&](auto number) { backward_task<decltype(number)>(a, task, memory); });
 }
 
 }  // namespace

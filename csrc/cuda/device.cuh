@@ -1,4 +1,5 @@
-// What kernels share: storage types and their conversions, 16 bytes at a time, shared memory, division by a constant.
+// What kernels share: conversions of storage types, 16 bytes at a time, exponentials, shared memory, division by a
+// constant.
 #pragma once
 
 #if !defined(BKIND3D_EMULATED)
@@ -10,21 +11,14 @@
 #include <cstdint>
 
 #include "../common/portable.h"
+#include "../common/storage.h"
+#include "launch.h"
 
 namespace bkind3d {
 
-// ---- storage: float, double, bfloat16, float16; arithmetic is in float, or double for double ----
+constexpr unsigned all_lanes = ~0u;  // of a warp
 
-template <class S>
-struct ArithmeticOf {
-  using type = float;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = double;
-};
-template <class S>
-using Arithmetic = typename ArithmeticOf<S>::type;
+// ---- storage and arithmetic ----
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
@@ -76,21 +70,6 @@ __device__ __forceinline__ P load_once(const P* p) {
 #endif
 }
 
-// Adds to 4 floats together, at a multiple of 16 bytes: one request instead of 4 from sm_90 on.
-__device__ __forceinline__ void add_to(float* p, float4 v) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-               :
-               : "l"(__cvta_generic_to_global(p)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
-#else
-  atomicAdd(p, v.x);
-  atomicAdd(p + 1, v.y);
-  atomicAdd(p + 2, v.z);
-  atomicAdd(p + 3, v.w);
-#endif
-}
-
 // ---- exponentials: those of the arithmetic, and the factor that their argument has more than that of exp ----
 
 // Within 2 ulp; below the smallest normal number it is 0.
@@ -121,18 +100,10 @@ __device__ __forceinline__ T& shared() {
 #endif
 }
 
-// ---- division of 0 <= n < 2^31 by a constant 1 <= divisor < 2^31: a multiplication and a shift ----
+// ---- division ----
 
-struct Divider {
-  unsigned divisor, multiplier, shift;
-
-  // Round-up method: multiplier = ceil(2^(32 + shift) / divisor) - 2^32, shift = ceil(log2(divisor)).
-  explicit Divider(int64_t d) : divisor(unsigned(d)), shift(0) {
-    while ((int64_t(1) << shift) < d) ++shift;
-    multiplier = unsigned(((uint64_t(1) << 32) * ((uint64_t(1) << shift) - uint64_t(d))) / uint64_t(d) + 1);
-  }
-
-  __device__ __forceinline__ unsigned quotient(unsigned n) const { return (__umulhi(n, multiplier) + n) >> shift; }
-};
+__device__ __forceinline__ unsigned quotient(const Divider& d, unsigned n) {
+  return (__umulhi(n, d.multiplier) + n) >> d.shift;
+}
 
 }  // namespace bkind3d

@@ -2,39 +2,27 @@
 //
 // Forward: a block takes a slab of one volume, 8,192 voxels where they lie together (2,048 of double). Each thread has
 // its 32 in registers, up to 8 loads of 16 bytes on their way at once; it finds the largest, exponentiates relative to
-// it and sums about its place, so that nothing cancels; the moments of the threads, then in a second small kernel those
-// of the slabs, are merged as Chan et al. do, in an order that depends on the shape alone: no atomics, the same bits
-// each time. Backward: smaller slabs, one read and one write; along z the gradient is a weight times a polynomial.
-// Other strides, channels-last among them: a block takes up to 32 keypoints side by side, so that whole sectors are
-// read; backward turns a tile of 16 KB in shared memory, since the voxels of its result lie together.
+// it and sums about its place, so that nothing cancels. The moments of the threads, then in a second small kernel those
+// of the slabs, are merged in an order that depends on the shape alone: no atomics, the same bits each time. Backward:
+// smaller slabs, one read and one write; along z the gradient is a weight times a polynomial. Other strides, channels
+// last among them: a block takes up to 32 keypoints side by side, so that whole sectors are read, and backward turns a
+// tile of 16 KB in shared memory. Saved for backward: the logits (an input) and the outputs.
 //
-// What bounds it, on paper. Bytes: the paper's workload, 2 samples of 15 keypoints in 64^3 voxels, is 31.5 MB of float:
-// forward 9.4 us at 3.35 TB/s (H100), 6.6 at 4.8 TB/s (H200; 7.3 at 4.3, a measured copy), backward twice that, half
-// formats half of it. Instructions (sm_90, all of a kernel over the voxels of a thread): forward 32 a voxel of float
-// and 31 of bfloat16, where an H100 issues 34 in the time of 4 bytes; so float is near both limits and bfloat16 takes
-// as long as float; backward 47 and 33, of 68 and 34. Other strides: 130, for 8 voxels a thread and the place of each.
-// The second launch, about 3 us unless in a CUDA graph, could be saved by the last block that finishes: a counter to
-// clear before each call. Clusters could merge slabs in shared memory, from sm_90 on alone.
-// Occupancy: 256 threads, at most 80 registers and 19 KB of shared memory (double: 128 and 24, 2 blocks), 3 blocks on a
-// multiprocessor with 96 KB on their way (48 in bfloat16 and backward, 24 and 12 with other strides), where Little's
-// law asks for about 20 on an H100. Saved for backward: the logits (an input) and the outputs. Not measured on a GPU
-// yet.
-#include "launch.cuh"
-
-#include <algorithm>
-#include <optional>
-#include <tuple>
-#include <vector>
+// Bound by bytes: at (2, 30, 128, 128, 128) in float forward reads 503 MB, backward reads and writes as much each. A
+// voxel takes 32 instructions forward, in bfloat16 31, and backward 47 and 33 (sm_90); with other strides 130.
+// Measured on an H200 (benchmarks/results/2026-11-27-h200/times/results.csv, fine): forward 0.212 ms, backward 0.508,
+// both in a training step 0.718. Of small volumes the time is that of the host's launches (docs/benchmarks.md).
+#include "soft_argmax3d.h"
 
 #include "../common/soft_argmax3d.h"
+#include "launch.cuh"
 
 namespace bkind3d {
 namespace {
 
 constexpr int threads = 256, finish_threads = 64;
-constexpr int most_rows = 32;              // keypoints that a block takes side by side
-constexpr int tile_bytes = 16 << 10;       // of backward with other strides
-constexpr int64_t most_voxels = 1u << 31;  // of a volume: places are 32-bit numbers
+constexpr int most_rows = 32;         // keypoints that a block takes side by side
+constexpr int tile_bytes = 16 << 10;  // of backward with other strides
 
 // Blocks at once on a multiprocessor: 80 registers for each thread, 128 in double. For 4 blocks some would spill.
 template <class S>
@@ -72,12 +60,12 @@ struct Problem {
   double beta;
 };
 
-struct Place {
+struct Coordinates {
   int x, y, z;
 };
 
-__device__ __forceinline__ Place place_of(const Shape& shape, unsigned voxel) {
-  const unsigned line = shape.by_z.quotient(voxel), x = shape.by_y.quotient(line);
+__device__ __forceinline__ Coordinates coordinates_of(const Shape& shape, unsigned voxel) {
+  const unsigned line = quotient(shape.by_z, voxel), x = quotient(shape.by_y, line);
   return {int(x), int(line - x * shape.by_y.divisor), int(voxel - line * shape.by_z.divisor)};
 }
 
@@ -110,7 +98,7 @@ struct Voxels {
 };
 
 template <class S>
-__device__ __forceinline__ S lowest() {
+__device__ __forceinline__ S minus_infinity() {
   return narrow<S>(Arithmetic<S>(-__builtin_inf()));
 }
 
@@ -129,13 +117,13 @@ __device__ __forceinline__ Voxels<S, Width, Count> load(const Problem& p, const 
       if constexpr (Width > 1) {
         v.packs[k] = load_once(reinterpret_cast<const Pack<S, Width>*>(source + voxel));
       } else {
-        const Place at = place_of(p.shape, voxel);
+        const Coordinates at = coordinates_of(p.shape, voxel);
         v.packs[k] = load_once(
             reinterpret_cast<const Pack<S, 1>*>(source + at.x * p.layout.x + at.y * p.layout.y + at.z * p.layout.z));
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < Width; ++i) v.packs[k].values[i] = lowest<S>();
+      for (int i = 0; i < Width; ++i) v.packs[k].values[i] = minus_infinity<S>();
     }
   }
   return v;
@@ -155,6 +143,7 @@ __device__ __forceinline__ void combine(Moments<A>& a, const Moments<A>& b, A sc
 template <bool Covariance, class S, int Width, int Count>
 __device__ __forceinline__ Moments<Arithmetic<S>> thread_moments(const Problem& p, const Voxels<S, Width, Count>& v) {
   using T = Arithmetic<S>;
+  // The largest, and where it is.
   T largest = -T(__builtin_inf());
   unsigned argmax = v.first;
 #pragma unroll
@@ -166,12 +155,13 @@ __device__ __forceinline__ Moments<Arithmetic<S>> thread_moments(const Problem& 
       largest = logit > largest ? logit : largest;
     }
   }
-  const Place origin = place_of(p.shape, argmax);
+  // Weights relative to it, and sums about it.
+  const Coordinates origin = coordinates_of(p.shape, argmax);
   const T reference = softmax_reference(largest), scale = T(p.beta * exponential_scale<T>);
   Sums<T> sums;
 #pragma unroll
   for (int k = 0; k < v.count; ++k) {
-    const Place at = place_of(p.shape, v.at(k));
+    const Coordinates at = coordinates_of(p.shape, v.at(k));
     const T start = T(at.z - origin.z);
     T total = 0, first = 0, second = 0;
 #pragma unroll
@@ -183,30 +173,30 @@ __device__ __forceinline__ Moments<Arithmetic<S>> thread_moments(const Problem& 
     }
     add_line<Covariance>(sums, total, first, second, T(at.x - origin.x), T(at.y - origin.y));
   }
-  // About the centre of the volume, where float has most room.
-  const T place[] = {T(origin.x) - T(p.shape.x - 1) / 2, T(origin.y) - T(p.shape.y - 1) / 2,
-                     T(origin.z) - T(p.shape.z - 1) / 2};
-  return moments_of<Covariance>(sums, largest, place, argmax);
+  // About the centre of the volume, where float has most digits.
+  const T about_centre[] = {T(origin.x) - T(p.shape.x - 1) / 2, T(origin.y) - T(p.shape.y - 1) / 2,
+                            T(origin.z) - T(p.shape.z - 1) / 2};
+  return moments_of<Covariance>(sums, largest, about_centre, argmax);
 }
 
 template <class A, int Count>
-struct Scratch {
+struct ThreadMoments {
   Moments<A> moments[Count];
 };
 
 // Of `groups` threads, `step` apart from `thread` on, into the first of them. By all threads of a block.
 template <bool Covariance, class A, int Count>
 __device__ __forceinline__ void combine_groups(Moments<A>& mine, int thread, int groups, int step, A scale) {
-  Scratch<A, Count>& scratch = shared<Scratch<A, Count>>();
+  ThreadMoments<A, Count>& others = shared<ThreadMoments<A, Count>>();
   const int group = thread / step;
-  scratch.moments[thread] = mine;
+  others.moments[thread] = mine;
   int half = 1;
   while (2 * half < groups) half *= 2;
   for (; half > 0; half /= 2) {
     __syncthreads();
     if (group < half && group + half < groups) {
-      combine<Covariance>(mine, scratch.moments[thread + half * step], scale);
-      scratch.moments[thread] = mine;
+      combine<Covariance>(mine, others.moments[thread + half * step], scale);
+      others.moments[thread] = mine;
     }
     groups = half;
   }
@@ -216,10 +206,12 @@ template <bool Covariance, class S, int Width>
 __global__ void __launch_bounds__(threads, blocks_at_once<S>)
     forward_kernel(Problem p, Moments<Arithmetic<S>>* partial) {
   using T = Arithmetic<S>;
+  // Which row and voxels.
   const Block block = block_of(p);
   const int thread = int(threadIdx.x);
-  const int group = int(p.rows.by_count.quotient(thread)), row = thread - group * p.rows.count;
+  const int group = int(quotient(p.rows.by_count, thread)), row = thread - group * p.rows.count;
   const int groups = threads / p.rows.count;
+  // Moments of the thread, then of the block.
   Moments<T> mine = no_voxels<T>();
   if (row < block.rows && group < groups) {
     const unsigned first = block.first + group * Width;
@@ -295,7 +287,7 @@ template <class S, int Width>
 __device__ __forceinline__ Pack<S, Width> gradient(const Shape& shape, const VolumeGradient<Arithmetic<S>>& g,
                                                    unsigned voxel, const Pack<S, Width>& logits, Arithmetic<S> scale) {
   using T = Arithmetic<S>;
-  const Place at = place_of(shape, voxel);
+  const Coordinates at = coordinates_of(shape, voxel);
   const LineGradient<T> line = line_gradient(g, T(at.x), T(at.y));
   const T start = T(at.z) - g.mean[2], reference = g.maximum;
   const unsigned peak_at = unsigned(g.argmax) - voxel;
@@ -303,8 +295,8 @@ __device__ __forceinline__ Pack<S, Width> gradient(const Shape& shape, const Vol
 #pragma unroll
   for (int i = 0; i < Width; ++i) {
     const T e = exponential(softmax_exponent(widen(logits.values[i]), reference, scale));
-    const T own = logit_gradient(e, start + T(i), line);
-    result.values[i] = narrow<S>(unsigned(i) == peak_at ? own + g.peak : own);
+    const T value = logit_gradient(e, start + T(i), line);
+    result.values[i] = narrow<S>(unsigned(i) == peak_at ? value + g.peak : value);
   }
   return result;
 }
@@ -314,12 +306,14 @@ template <class S, int Width>
 __global__ void __launch_bounds__(threads, blocks_at_once<S>)
     backward_kernel(Problem p, Saved<Arithmetic<S>> saved, S* grad) {
   using T = Arithmetic<S>;
+  // Voxels into registers, the row's coefficients into shared memory.
   const Block block = block_of(p);
   const Voxels<S, Width, backward_loads> v =
       load<S, Width, backward_loads>(p, block, 0, block.first + threadIdx.x * Width, threads * Width);
   VolumeGradient<T>& g = shared<VolumeGradient<T>>();
   if (threadIdx.x == 0) g = row_gradient(saved, block.row, p.beta);
   __syncthreads();
+  // The gradient, a pack at a time.
   const T scale = T(p.beta * exponential_scale<T>);
   S* target = grad + block.row * p.shape.voxels;
 #pragma unroll
@@ -330,7 +324,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once<S>)
 }
 
 template <class S>
-struct Tile {
+struct Transposed {
   VolumeGradient<Arithmetic<S>> rows[most_rows];
   Pack<S, 1> logits[tile_bytes / sizeof(S) + most_rows];  // a row has an odd number of them, or banks would clash
 };
@@ -341,45 +335,43 @@ __global__ void __launch_bounds__(threads, blocks_at_once<S>)
     backward_strided_kernel(Problem p, Saved<Arithmetic<S>> saved, S* grad, Divider by_slab) {
   using T = Arithmetic<S>;
   const Block block = block_of(p);
-  Tile<S>& tile = shared<Tile<S>>();
+  Transposed<S>& transposed = shared<Transposed<S>>();
   const unsigned step = p.slab | 1, count = p.slab * p.rows.count, thread = threadIdx.x;
   const S* source = static_cast<const S*>(p.logits) + block.offset;
+  // Rows next to each other in.
 #pragma unroll 4
   for (unsigned i = thread; i < count; i += threads) {
-    const unsigned voxel = p.rows.by_count.quotient(i), row = i - voxel * p.rows.count;
+    const unsigned voxel = quotient(p.rows.by_count, i), row = i - voxel * p.rows.count;
     if (int(row) >= block.rows || block.first + voxel >= block.end) continue;
-    const Place at = place_of(p.shape, block.first + voxel);
-    tile.logits[row * step + voxel] = load_once(reinterpret_cast<const Pack<S, 1>*>(
+    const Coordinates at = coordinates_of(p.shape, block.first + voxel);
+    transposed.logits[row * step + voxel] = load_once(reinterpret_cast<const Pack<S, 1>*>(
         source + row * p.layout.joint + at.x * p.layout.x + at.y * p.layout.y + at.z * p.layout.z));
   }
-  if (int(thread) < block.rows) tile.rows[thread] = row_gradient(saved, block.row + thread, p.beta);
+  if (int(thread) < block.rows) transposed.rows[thread] = row_gradient(saved, block.row + thread, p.beta);
   __syncthreads();
+  // Voxels next to each other out.
   const T scale = T(p.beta * exponential_scale<T>);
 #pragma unroll 4
   for (unsigned i = thread; i < count; i += threads) {
-    const unsigned row = by_slab.quotient(i), voxel = i - row * p.slab;
+    const unsigned row = quotient(by_slab, i), voxel = i - row * p.slab;
     if (int(row) >= block.rows || block.first + voxel >= block.end) continue;
     grad[(block.row + row) * p.shape.voxels + block.first + voxel] =
-        gradient(p.shape, tile.rows[row], block.first + voxel, tile.logits[row * step + voxel], scale).values[0];
+        gradient(p.shape, transposed.rows[row], block.first + voxel, transposed.logits[row * step + voxel], scale)
+            .values[0];
   }
 }
 
-// ---- host ----
+// ---- launches ----
 
-Problem prepare(const Tensor& logits, double temperature) {
-  STD_TORCH_CHECK(logits.dim() == 5, "logits: expected (N, J, X, Y, Z)");
-  const int64_t joints = logits.size(1), x = logits.size(2), y = logits.size(3), z = logits.size(4);
-  STD_TORCH_CHECK(joints > 0 && x > 0 && y > 0 && z > 0, "logits: expected no empty dimension but N");
-  STD_TORCH_CHECK(
-      x < most_voxels && y < most_voxels && z < most_voxels && x * y < most_voxels && x * y * z < most_voxels,
-      "logits: expected fewer than 2^31 voxels in a volume");
-  return {logits.const_data_ptr(),
-          {logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3), logits.stride(4)},
+Problem problem_of(const SoftArgmaxArgs& a) {
+  const auto [x, y, z] = a.shape;
+  return {a.logits,
+          {a.strides[0], a.strides[1], a.strides[2], a.strides[3], a.strides[4]},
           {int(x), int(y), int(z), unsigned(x * y * z), Divider(y), Divider(z)},
-          {joints, joints, 1, Divider(1)},
+          {a.joints, a.joints, 1, Divider(1)},
           0,
           1,
-          1.0 / temperature};
+          a.beta};
 }
 
 void divide(Problem& p, int64_t slab) {
@@ -409,116 +401,82 @@ bool in_packs(const Problem& p, int64_t samples) {
 
 int64_t blocks(const Problem& p, int64_t samples) { return samples * p.rows.blocks * p.slabs; }
 
-// f(S{}) for the storage type of the logits.
-template <class F>
-auto by_type(ScalarType type, F f) {
-  switch (type) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(bfloat16{});
-    case ScalarType::Half: return f(float16{});
-    default: STD_TORCH_CHECK(false, "logits: expected float32, float64, bfloat16 or float16");
-  }
-}
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <bool Covariance, class S, int Width>
-void run_forward(const Tensor& logits, Problem p, const Outputs<Arithmetic<S>>& out) {
-  using T = Arithmetic<S>;
-  divide(p, int64_t(threads / p.rows.count) * loads<S, Width> * Width);
-  const int64_t samples = logits.size(0), rows = samples * p.rows.joints;
-  const Tensor scratch =
-      torch::stable::new_empty(logits, {rows * int64_t(p.slabs) * int64_t(sizeof(Moments<T>))}, ScalarType::Byte);
-  auto* partial = static_cast<Moments<T>*>(scratch.mutable_data_ptr());
-  const OnDevice device(logits);
-  device.launch(forward_kernel<Covariance, S, Width>, {blocks(p, samples), 1, 1, threads, 0}, p, partial);
-  device.launch(finish_kernel<Covariance, T>, {rows, 1, 1, finish_threads, 0}, partial, p, out);
+// f(Problem, width of a pack): with packs, where rows can be read in packs, or with rows side by side and width 1.
+template <class S, class F>
+void in_layout(const SoftArgmaxArgs& a, F f) {
+  Problem p = problem_of(a);
+  if (in_packs<S>(p, a.samples)) return f(p, Constant<Pack<S>::width>());
+  rows_side_by_side(p);
+  f(p, Constant<1>());
 }
 
 template <class S, int Width>
-void run_forward(const Tensor& logits, const Problem& p, const Outputs<Arithmetic<S>>& out, bool covariance) {
-  covariance ? run_forward<true, S, Width>(logits, p, out) : run_forward<false, S, Width>(logits, p, out);
+void divide_forward(Problem& p) {
+  divide(p, int64_t(threads / p.rows.count) * loads<S, Width> * Width);
 }
 
-Results soft_argmax3d(Tensor logits, double temperature, bool covariance) {
-  Problem p = prepare(logits, temperature);
-  const int64_t n = logits.size(0), j = p.rows.joints;
-  return by_type(logits.scalar_type(), [&](auto storage) {
-    using S = decltype(storage);
-    using T = Arithmetic<S>;
-    const ScalarType real = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-    auto empty = [&](const std::vector<int64_t>& size, ScalarType type) {
-      return torch::stable::new_empty(logits, size, type);
-    };
-    const std::vector<int64_t> matrix = covariance ? std::vector<int64_t>{n, j, 3, 3} : std::vector<int64_t>{0};
-    Results r{empty({n, j, 3}, real), empty({n, j}, real), empty(matrix, real),
-              empty({n, j}, real),    empty({n, j}, real), empty({n, j}, ScalarType::Long)};
-    auto data = [](Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); };
-    const Outputs<T> out = {data(std::get<0>(r)), data(std::get<1>(r)),
-                            data(std::get<2>(r)), data(std::get<3>(r)),
-                            data(std::get<4>(r)), static_cast<int64_t*>(std::get<5>(r).mutable_data_ptr())};
-    if (in_packs<S>(p, n)) {
-      run_forward<S, Pack<S>::width>(logits, p, out, covariance);
-    } else {
-      rows_side_by_side(p);
-      run_forward<S, 1>(logits, p, out, covariance);
-    }
-    return r;
-  });
-}
-
-template <class S>
-void run_backward(const Tensor& logits, Problem p, const Saved<Arithmetic<S>>& saved, S* grad) {
-  constexpr int width = Pack<S>::width;
-  const int64_t samples = logits.size(0);
-  const OnDevice device(logits);
-  if (in_packs<S>(p, samples)) {
-    divide(p, threads * backward_loads * width);
-    device.launch(backward_kernel<S, width>, {blocks(p, samples), 1, 1, threads, 0}, p, saved, grad);
-  } else {
-    rows_side_by_side(p);
-    divide(p, tile_bytes / int64_t(sizeof(S)) / p.rows.count);
-    device.launch(backward_strided_kernel<S>, {blocks(p, samples), 1, 1, threads, 0}, p, saved, grad, Divider(p.slab));
-  }
-}
-
-Tensor soft_argmax3d_backward(Tensor grad_mean, Tensor grad_peak, std::optional<Tensor> grad_covariance, Tensor logits,
-                              double temperature, Tensor mean, Tensor covariance, Tensor maximum, Tensor total,
-                              Tensor argmax) {
-  const Problem p = prepare(logits, temperature);
-  const int64_t rows = logits.size(0) * p.rows.joints;
-  const Tensor grad =
-      torch::stable::new_empty(logits, {logits.size(0), p.rows.joints, logits.size(2), logits.size(3), logits.size(4)});
-  by_type(logits.scalar_type(), [&](auto storage) {
-    using S = decltype(storage);
-    using T = Arithmetic<S>;
-    const ScalarType real = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-    std::vector<Tensor> kept;  // until the launch
-    auto data = [&](const char* name, const Tensor& tensor, int64_t width) {
-      kept.push_back(plain(name, tensor, real, width * rows, logits));
-      return static_cast<const T*>(kept.back().const_data_ptr());
-    };
-    STD_TORCH_CHECK(argmax.scalar_type() == ScalarType::Long, "argmax: expected (N, J) int64");
-    const Tensor places = plain("argmax", argmax, ScalarType::Long, rows, logits);
-    const bool second = grad_covariance.has_value();
-    const Saved<T> saved = {data("grad_mean", grad_mean, 3),
-                            data("grad_peak", grad_peak, 1),
-                            second ? data("grad_covariance", *grad_covariance, 9) : nullptr,
-                            data("mean", mean, 3),
-                            second ? data("covariance", covariance, 9) : nullptr,
-                            data("maximum", maximum, 1),
-                            data("total", total, 1),
-                            static_cast<const int64_t*>(places.const_data_ptr())};
-    run_backward<S>(logits, p, saved, static_cast<S*>(grad.mutable_data_ptr()));
-  });
-  return grad;
+template <bool Covariance, class S, int Width>
+void launch_forward(Stream stream, const Problem& p, int64_t samples, const Outputs<Arithmetic<S>>& out,
+                    Moments<Arithmetic<S>>* partial) {
+  launch(stream, {blocks(p, samples), threads}, forward_kernel<Covariance, S, Width>, p, partial);
+  launch(stream, {samples * p.rows.joints, finish_threads}, finish_kernel<Covariance, Arithmetic<S>>, partial, p, out);
 }
 
 }  // namespace
-}  // namespace bkind3d
 
-BKIND3D_KERNELS(m) {
-  m.impl("soft_argmax3d", TORCH_BOX(&bkind3d::soft_argmax3d));
-  m.impl("soft_argmax3d_backward", TORCH_BOX(&bkind3d::soft_argmax3d_backward));
+int64_t soft_argmax3d_scratch(const SoftArgmaxArgs& args, Storage storage) {
+  int64_t bytes = 0;
+  by_storage(storage, [&](auto element) {
+    using S = decltype(element);
+    in_layout<S>(args, [&](Problem p, auto width) {
+      divide_forward<S, width.value>(p);
+      bytes = args.samples * args.joints * int64_t(p.slabs) * int64_t(sizeof(Moments<Arithmetic<S>>));
+    });
+  });
+  return bytes;
 }
+
+void launch_soft_argmax3d(Stream stream, const SoftArgmaxArgs& args, Storage storage, const SoftArgmaxOutputs& o,
+                          void* scratch) {
+  by_storage(storage, [&](auto element) {
+    using S = decltype(element);
+    using T = Arithmetic<S>;
+    const Outputs<T> out = {static_cast<T*>(o.mean),    static_cast<T*>(o.peak),  static_cast<T*>(o.covariance),
+                            static_cast<T*>(o.maximum), static_cast<T*>(o.total), o.argmax};
+    auto* partial = static_cast<Moments<T>*>(scratch);
+    in_layout<S>(args, [&](Problem p, auto width) {
+      divide_forward<S, width.value>(p);
+      o.covariance ? launch_forward<true, S, width.value>(stream, p, args.samples, out, partial)
+                   : launch_forward<false, S, width.value>(stream, p, args.samples, out, partial);
+    });
+  });
+}
+
+void launch_soft_argmax3d_backward(Stream stream, const SoftArgmaxArgs& args, Storage storage, const SoftArgmaxSaved& s,
+                                   void* grad) {
+  by_storage(storage, [&](auto element) {
+    using S = decltype(element);
+    using T = Arithmetic<S>;
+    auto numbers = [](const void* data) { return static_cast<const T*>(data); };
+    const Saved<T> saved = {numbers(s.grad_mean),  numbers(s.grad_peak), numbers(s.grad_covariance), numbers(s.mean),
+                            numbers(s.covariance), numbers(s.maximum),   numbers(s.total),           s.argmax};
+    in_layout<S>(args, [&](Problem p, auto width) {
+      if constexpr (width.value > 1) {
+        divide(p, threads * backward_loads * width.value);
+        launch(stream, {blocks(p, args.samples), threads}, backward_kernel<S, width.value>, p, saved,
+               static_cast<S*>(grad));
+      } else {
+        divide(p, tile_bytes / int64_t(sizeof(S)) / p.rows.count);
+        launch(stream, {blocks(p, args.samples), threads}, backward_strided_kernel<S>, p, saved, static_cast<S*>(grad),
+               Divider(p.slab));
+      }
+    });
+  });
+}
+
+}  // namespace bkind3d

@@ -1,4 +1,5 @@
-"""The CUDA kernels as C++ on the CPU (cuda_emulation.h): operators of the namespace ``bkind3d_emulated``, for tests.
+"""The CUDA kernels and their faces as C++ on the CPU (cuda_emulation.h): operators of the namespace
+``bkind3d_emulated``, for tests.
 
 Built with ninja when a source has changed, once for each sanitizer that is asked for.
 """
@@ -26,8 +27,9 @@ from bkind3d_kernels import registration
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 NAMESPACE = "bkind3d_emulated"
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-OPERATIONS = tuple(path.stem for path in SOURCES)
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = [*KERNELS, *(path.with_suffix(".cpp") for path in KERNELS)]  # and their faces
+OPERATIONS = tuple(path.stem for path in KERNELS)
 COMPILER = shutil.which("g++")
 MISSING = None if COMPILER and sys.platform == "linux" and platform.machine() == "x86_64" else "needs g++ on x86-64"
 SANITIZERS = {
@@ -72,12 +74,12 @@ def build(target: str, sanitizer: str = "") -> Path:
         f"  more = {f'-DEMULATION_{sanitizer.upper()}' if sanitizer else ''}",
     ]
     for path in [*SOURCES, HERE / "emulation_probe.cu"]:
-        lines.append(f"build {path.stem}.o: compile {path}")
+        lines.append(f"build {path.name}.o: compile {path}")
         lines.append(f"  more = {instrument} -include cuda_emulation.h -x c++")
     lines += [
-        f"build emulation.so: link {' '.join(f'{op}.o' for op in OPERATIONS)} cuda_emulation.o",
+        f"build emulation.so: link {' '.join(f'{path.name}.o' for path in SOURCES)} cuda_emulation.o",
         f"  more = -shared {shlex.join(libraries)}",
-        "build probe: link emulation_probe.o cuda_emulation.o",
+        "build probe: link emulation_probe.cu.o cuda_emulation.o",
         "",
     ]
     folder.mkdir(parents=True, exist_ok=True)
