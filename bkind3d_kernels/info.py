@@ -27,8 +27,7 @@ def report() -> str:
     ]
     for op in backends.OPERATIONS:
         for device in devices:
-            source = backends.order(op, device, torch.float32).source
-            lines.append(f"\n{op} on {device}, float32: {_pick(op, device)} (order: {source})")
+            lines.append(f"\n{op} on {device}, float32: {_pick(op, device)}")
             for line in backends.explain(op, device=device):
                 lines.append(f"  {'+' if line.available else '-'} {line.backend:<10} {line.reason}")
     return "\n".join(lines)
