@@ -4,6 +4,8 @@ Four operations, each a function and a module, and the grid that places voxels i
 :func:`unproject`, :func:`soft_argmax3d`, :func:`linear_soft_argmax3d`, :func:`rasterize_edges` and :class:`VoxelGrid`.
 """
 
+from importlib import metadata
+
 from . import backends, geometry
 from .backends import BackendUnavailable, explain, resolve
 from .geometry import VoxelGrid
@@ -19,6 +21,7 @@ __all__ = [
     "SoftArgmax3d",
     "Unproject",
     "VoxelGrid",
+    "__version__",
     "backends",
     "explain",
     "geometry",
@@ -28,5 +31,10 @@ __all__ = [
     "soft_argmax3d",
     "unproject",
 ]
+
+try:
+    __version__ = metadata.version("bkind3d")  # that of pyproject.toml
+except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+    __version__ = "0+not.installed"
 
 backends.load()

@@ -31,26 +31,13 @@ class Backend(NamedTuple):
     description: str
 
 
-# In the order in which "auto" tries them.
+# In the order in which "auto" tries them; docs/benchmarks.md says where another one would be faster.
 BACKENDS = {
     "cuda": Backend("cuda_ops", "CUDA kernels for CUDA tensors"),
     "cpp": Backend("cpp_ops", "C++ kernels for CPU tensors"),
     "triton": Backend("triton_ops", "Triton kernels for CUDA tensors"),  # interpreted on CPU tensors, in tests
     "reference": Backend("reference", "plain PyTorch, any device"),
 }
-
-
-class Order(NamedTuple):
-    """The order in which "auto" tries the backends, and the measurement that it is from."""
-
-    backends: tuple[str, ...]
-    source: str
-
-
-CPU_ORDER = Order(tuple(BACKENDS), "docs/benchmarks.md")
-# On CUDA tensors, by operation and dtype, where it was measured: fastest first in the forward pass.
-CUDA_ORDERS = {(op, torch.float32): Order(tuple(BACKENDS), "docs/benchmarks.md") for op in OPERATIONS}
-NOT_MEASURED = Order(tuple(BACKENDS), "not measured")
 
 
 class BackendUnavailable(RuntimeError):
@@ -68,7 +55,7 @@ class Availability(NamedTuple):
 def _find(op: str, backend: str) -> ModuleType | str:
     package = f"{__package__}.{BACKENDS[backend].folder}"
     if importlib.util.find_spec(package) is None or importlib.util.find_spec(f"{package}.{op}") is None:
-        return f"not built in this version: no {BACKENDS[backend].description}"
+        return f"this operation has no {BACKENDS[backend].description}"
     missing = getattr(importlib.import_module(package), "MISSING", None)
     return missing or importlib.import_module(f"{package}.{op}")
 
@@ -87,11 +74,6 @@ def _reason(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
     """Why ``backend`` cannot run ``op``, or None when it can."""
     module = _MODULES[op, backend]
     return module if isinstance(module, str) else module.unavailable(device, dtype)
-
-
-def order(op: str, device: str, dtype: torch.dtype) -> Order:
-    """In which order "auto" tries the backends of ``op`` on this device type and dtype."""
-    return CPU_ORDER if device == "cpu" else CUDA_ORDERS.get((op, dtype), NOT_MEASURED)
 
 
 def _check_op(op: str) -> None:
@@ -122,7 +104,7 @@ def resolve(
     Args:
         op: one of :data:`OPERATIONS`.
         backend: a name in :data:`BACKENDS`, or "auto". With "auto" the environment variable BKIND3D_BACKEND decides,
-            read at each call, and if it is unset the fastest backend that can run.
+            read at each call, and if it is unset the first of them that can run.
         device: device of the features, logits or keypoints.
         dtype: their dtype.
 
@@ -143,7 +125,7 @@ def resolve(
         if reason is not None:
             raise BackendUnavailable(f"{source} {backend!r} cannot run {op}: {reason}")
         return backend
-    for name in order(op, kind, dtype).backends:
+    for name in BACKENDS:
         if _reason(op, name, kind, dtype) is None:
             return name
     raise BackendUnavailable(f"no backend can run {op} on {kind} with {dtype}")
@@ -160,7 +142,7 @@ def explain(op: str, *, device: torch.device | str = "cpu", dtype: torch.dtype =
     _check_op(op)
     kind = device if isinstance(device, str) else device.type
     lines = []
-    for name in order(op, kind, dtype).backends:
+    for name in BACKENDS:
         reason = _reason(op, name, kind, dtype)
         lines.append(Availability(name, reason is None, reason or BACKENDS[name].description))
     return lines

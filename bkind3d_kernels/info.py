@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from . import backends, library
+from . import __version__, backends, library
 
 
 def report() -> str:
@@ -18,7 +17,7 @@ def report() -> str:
     names = [f"{torch.cuda.get_device_name(i)} (cuda:{i})" for i in range(torch.cuda.device_count())]
     variable = backends.ENVIRONMENT_VARIABLE
     lines = [
-        f"bkind3d  {_version()}, {Path(__file__).resolve().parent}",
+        f"bkind3d  {__version__}, {Path(__file__).resolve().parent}",
         f"python   {platform.python_version()} on {platform.platform()}",
         f"torch    {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} CPU threads",
         f"devices  {', '.join(['cpu', *names])}",
@@ -27,18 +26,10 @@ def report() -> str:
     ]
     for op in backends.OPERATIONS:
         for device in devices:
-            source = backends.order(op, device, torch.float32).source
-            lines.append(f"\n{op} on {device}, float32: {_pick(op, device)} (order: {source})")
+            lines.append(f"\n{op} on {device}, float32: {_pick(op, device)}")
             for line in backends.explain(op, device=device):
                 lines.append(f"  {'+' if line.available else '-'} {line.backend:<10} {line.reason}")
     return "\n".join(lines)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("bkind3d")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _pick(op: str, device: str) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomllib
 import torch
 from scipy.spatial.transform import Rotation
 

@@ -4,9 +4,8 @@
 cannot be read. The source folder is the repository's root: a link to a file of the repository is one on the site too.
 """
 
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -34,16 +34,18 @@ def test_auto_is_the_first_available(op: str) -> None:
         assert backends.resolve(op, device=device) == available[0]
 
 
-def test_order_on_cuda_tensors_is_that_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    for (op, _), order in backends.CUDA_ORDERS.items():
-        assert op in backends.OPERATIONS
-        assert sorted(order.backends) == sorted(backends.BACKENDS)
-        assert (ROOT / order.source).exists()
-    other = backends.Order(("triton", "cuda", "cpp", "reference"), "a measurement")
-    monkeypatch.setitem(backends.CUDA_ORDERS, ("unproject", torch.float16), other)
-    explained = backends.explain("unproject", device="cuda", dtype=torch.float16)
-    assert tuple(line.backend for line in explained) == other.backends
-    assert backends.order("unproject", "cpu", torch.float16) != other
+@pytest.mark.parametrize("op", backends.OPERATIONS)
+def test_the_order_is_that_of_the_table_everywhere(op: str) -> None:
+    for device in ("cpu", "cuda"):
+        for dtype in (torch.float32, torch.float16, torch.float64):
+            explained = backends.explain(op, device=device, dtype=dtype)
+            assert [line.backend for line in explained] == list(backends.BACKENDS)
+
+
+def test_an_operation_without_kernels_of_a_backend_says_so() -> None:
+    line = backends.explain("linear_soft_argmax3d", device="cuda")[0]
+    assert (line.backend, line.available) == ("cuda", False)
+    assert line.reason == "this operation has no CUDA kernels for CUDA tensors"
 
 
 def test_absent_backend_says_why() -> None:
@@ -158,7 +160,7 @@ def test_info_prints_versions_picks_and_reasons() -> None:
     assert f"torch    {torch.__version__}" in text
     assert "BKIND3D_BACKEND  reference" in text
     for op in backends.OPERATIONS:
-        assert f"{op} on cpu, float32: reference (order: docs/benchmarks.md)" in text
+        assert f"{op} on cpu, float32: reference\n" in text
         for line in backends.explain(op):
             assert f"{line.backend:<10} {line.reason}" in text
 

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import ninja
 import pybind11
+from filelock import FileLock  # torch depends on it
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -41,7 +42,6 @@ def write_ninja() -> Path:
         *(f"build {stem}.so: module {HERE / stem}.cpp" for stem in STEMS),
         "",
     ]
-    FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "build.ninja"
     path.write_text("\n".join(lines))
     return path
@@ -50,8 +50,10 @@ def write_ninja() -> Path:
 @cache
 def load(stem: str) -> ModuleType:
     """The module of one operation."""
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(FOLDER), "-f", str(write_ninja()), f"{stem}.so"]
-    subprocess.run(command, check=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with FileLock(FOLDER / "lock"):  # the processes of a test run share the folder
+        place = ["-C", str(FOLDER), "-f", str(write_ninja())]
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", *place, f"{stem}.so"], check=True)
     spec = importlib.util.spec_from_file_location(stem, FOLDER / f"{stem}.so")
     assert spec
     assert spec.loader

@@ -19,6 +19,7 @@ from typing import Any
 
 import ninja
 import torch
+from filelock import FileLock  # torch depends on it
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -83,8 +84,9 @@ def build(target: str, sanitizer: str = "") -> Path:
         "",
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text("\n".join(lines))
-    subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(folder), target], check=True)
+    with FileLock(folder / "lock"):  # the processes of a test run share the folder
+        (folder / "build.ninja").write_text("\n".join(lines))
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(folder), target], check=True)
     return folder / target
 
 

@@ -1,5 +1,5 @@
 """``make sanitize``: builds the C++ kernels with sanitizers, beside the installed ones, and runs exercise.py with each;
-then the CUDA kernels as C++ (cuda_emulation.h), with exercise_cuda.py.
+then the CUDA kernels as C++ (cuda_emulation.h), with exercise_cuda.py. ``sanitize.py NAME`` runs one of the two alone.
 
 - address, undefined: AddressSanitizer and UndefinedBehaviorSanitizer, which end the run at the first report;
 - thread: ThreadSanitizer, over OpenMP regions on threads that it can follow (openmp_threads.cpp).
@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from filelock import FileLock  # torch depends on it
 
 if __package__:
     from . import emulation
@@ -54,7 +56,8 @@ def build(name: str) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     place = ["--build-lib", str(target)]
     command = [sys.executable, "setup.py", "-q", "build_py", *place, "build_ext", *place]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    with FileLock(FOLDER / "lock"):  # setuptools writes beside setup.py
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return target
 
 
@@ -83,10 +86,11 @@ def run(name: str, environment: dict[str, str], script: str, argument: Path) -> 
 
 
 def main() -> None:
-    for name in FLAGS:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:] or FLAGS:
         target = build(name)
         environment = os.environ | OPTIONS[name] | {"PYTHONPATH": str(target), "LD_PRELOAD": ":".join(preloaded(name))}
-        print(f"sanitizer {name}:", end=" ", flush=True)
+        print(f"sanitizer {name}:", flush=True)
         run(name, environment, "exercise.py", target)
         run(name, environment, "exercise_cuda.py", emulation.build("emulation.so", name))
 
