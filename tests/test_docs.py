@@ -98,3 +98,20 @@ def test_a_planted_link_is_judged(tmp_path: Path, link: str, holds: bool) -> Non
 def test_a_planted_line_is_too_long() -> None:
     text = "a" * LONGEST + "\n|" + "b" * LONGEST + "|\n" + "c" * (LONGEST + 1)
     assert long_lines(text) == ["c" * (LONGEST + 1)]
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_paths_on_the_map_exist(page: str) -> None:
+    """The files that the map names, from the root or from the folder of the file named before."""
+    text = FENCE.sub("", (ROOT / page).read_text())
+    absent, folder = [], ROOT
+    for path in re.findall(r"`([\w/]+/[\w/.]*|\w+\.(?:py|cpp|h|cuh))(?::[^`]*)?`", text):
+        here = [
+            base / path for base in (ROOT, folder, *(ROOT / room for room in ("bkind3d", "bkind3d_kernels", "csrc")))
+        ]
+        found = next((file for file in here if file.exists()), None)
+        if found is None:
+            absent.append(path)
+        else:
+            folder = found if found.is_dir() else found.parent
+    assert absent == []
