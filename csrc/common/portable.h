@@ -1,6 +1,7 @@
 // What every header of csrc/common needs: the qualifiers of its functions, and the scalar versions of the few
-// primitives that differ between scalars and vectors. No torch, no standard library: the same text is compiled for
-// scalars (CUDA device code, the NumPy bindings of the tests) and for the vectors of csrc/cpu/simd.h.
+// primitives that differ between scalars and vectors. No torch, and of the standard library its integers alone: the
+// same text is compiled for scalars (CUDA device code, the NumPy bindings of the tests) and for the vectors of
+// csrc/cpu/simd.h.
 //
 // A formula is a template over V, a floating type or a vector of them. It is branch-free: choices are select(mask, a,
 // b), and what is left is +, -, *, / and comparisons, which vectors of GCC and Clang have like scalars.

@@ -25,7 +25,7 @@ REGISTERS, SHARED = 65536, 100 * 1024  # of a multiprocessor; the least shared m
 
 
 class Budget(NamedTuple):
-    """What a kernel is designed for, as its head says: threads of a block, blocks at once on a multiprocessor."""
+    """What a kernel is designed for, as its file says: threads of a block, blocks at once on a multiprocessor."""
 
     threads: int
     blocks: int
