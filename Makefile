@@ -90,10 +90,11 @@ docs: $(STAMP)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.txt
 	$(RUN)/sphinx-build -q -W --keep-going -b html -c docs/site . build/site
 
+# Without make's flags: ninja would ask for a job server that it cannot reach.
 sanitize: sanitize-address sanitize-thread
 
 sanitize-address sanitize-thread: $(STAMP)
-	$(RUN)/python tests/kernels/native/sanitize.py $(@:sanitize-%=%)
+	env -u MAKEFLAGS $(RUN)/python tests/kernels/native/sanitize.py $(@:sanitize-%=%)
 
 # dist/ gets the source distribution and the wheel that is built from it, with _cuda.so for every architecture of a
 # release where there is nvcc. Objects are kept in build/wheel/native: a second time, what has changed is compiled.
