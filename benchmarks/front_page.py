@@ -17,7 +17,7 @@ from .summary import read
 
 RESULTS = Path(__file__).parent / "results"
 # For each device the folders that may hold its times; the first that exists is taken.
-RUNS = (("2026-11-30-cpu-peers", "2026-11-26-cpu-bars"), ("2026-11-27-h200/times",))
+RUNS = (("2026-11-30-cpu-peers",), ("2026-11-27-h200/times",))
 # Operation: workload, its sizes in words, the variant, and one that a peer computes in its stead.
 WORKLOADS = {
     "unproject": ("paper", "4 views, 32 channels, 64² → 64³", "channels-last", "mean"),
