@@ -75,7 +75,7 @@ _PAPER_METHODS = ("keypoint3d", "triangulation", "depth", "volumetric")  # of Ta
 
 
 def _method(name: str, **settings: Any) -> Row:
-    """A method as the registry has it; the paper calls it the same."""
+    """A method by its title in the registry, which is also its name among the paper's numbers where it has one."""
     title = METHODS[name].title
     return Row(title, {"method": name, **settings}, title)
 
