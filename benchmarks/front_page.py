@@ -16,8 +16,7 @@ from .problems import known_peers
 from .summary import read
 
 RESULTS = Path(__file__).parent / "results"
-# For each device the folders that may hold its times; the first that exists is taken.
-RUNS = (("2026-11-30-cpu-peers",), ("2026-11-27-h200/times",))
+RUNS = ("2026-11-30-cpu-peers", "2026-11-27-h200/times")  # one for each device
 # Operation: workload, its sizes in words, the variant, and one that a peer computes in its stead.
 WORKLOADS = {
     "unproject": ("paper", "4 views, 32 channels, 64² → 64³", "channels-last", "mean"),
@@ -91,8 +90,8 @@ def title(competitor: str) -> str:
 
 
 def runs() -> list[Run]:
-    """The newest committed one of each device."""
-    return [Run(next(RESULTS / name for name in names if (RESULTS / name).exists())) for names in RUNS]
+    """The one of each device."""
+    return [Run(RESULTS / name) for name in RUNS]
 
 
 def competitors(op: str, found: list[Run]) -> list[str]:
