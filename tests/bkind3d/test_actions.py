@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from command_line import TINY, refused
 from small_rig import ring
-from test_cli import TINY, refused
 
 from bkind3d.cli import main
 from bkind3d.data import CachedRecording, Recording, Truth, load_project, load_truth, save_truth

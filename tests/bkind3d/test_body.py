@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_models
+import tiny_model
 import torch
 from scipy.spatial.distance import cdist
 from small_rig import ring
@@ -351,7 +351,7 @@ def terms_of(points: Tensor, edges: int) -> tuple[BodyTerms, Skeleton, SimpleNam
     """Terms of keypoints (2N, J, 3), whose body is a ball of radius 0.3 around the origin seen by three cameras."""
     torch.manual_seed(0)
     skeleton = Skeleton(4 if edges else 0, "softplus", 0.0, 1.0, 0.3)
-    terms = BodyTerms(test_models.TINY, edges, (3, 5, 7))
+    terms = BodyTerms(tiny_model.TINY, edges, (3, 5, 7))
     moments = len(points)
     projections = ring(3, (SIZE[1], SIZE[0])).projection_matrices().float().expand(moments, 3, 3, 4)
     centers, depth = project_points(projections, torch.zeros(moments, 1, 1, 3))

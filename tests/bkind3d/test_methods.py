@@ -10,7 +10,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-import test_models
+import tiny_model
 import torch
 import yaml
 from small_rig import ring
@@ -43,7 +43,7 @@ NAMES: tuple[Method, ...] = get_args(Method)
 HEATMAP_METHODS: tuple[Method, ...] = ("triangulation", "depth", "keypoint3d")
 FOREGROUND = {"containment", "silhouette", "identity", "rigidity"}
 OWN_TERMS = {"volumetric": (), "triangulation": ("reprojection",), "depth": (), "keypoint3d": ("consistency",)}
-TINY = replace(test_models.TINY, map_stride=2)
+TINY = replace(tiny_model.TINY, map_stride=2)
 LOSS = LossConfig(target_channels="grey", network="none", pixel_scales=2, regularise_after=0.0)
 GRID = VoxelGrid.box((0.1, -0.1, 0.0), (1.0, 1.2, 0.6), (7, 8, 5))
 SIZE = (48, 64)

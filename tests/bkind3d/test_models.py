@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
+from tiny_model import TINY
 
 from bkind3d.config import ModelConfig
 from bkind3d.errors import InputError
@@ -18,21 +19,6 @@ from bkind3d.models.vgg import CONVOLUTIONS, WIDTHS, VggFeatures
 from bkind3d.models.volume import VolumeNetwork
 from bkind3d.models.volumetric import SHIFT, VolumetricModel, turned
 from bkind3d_kernels import VoxelGrid
-
-TINY = ModelConfig(
-    keypoints=4,
-    encoder="small",
-    pyramid_channels=8,
-    channels=4,
-    map_stride=4,
-    voxels=8,
-    volume_channels=(4, 4, 8),
-    volume_stem=3,
-    volume_blocks=1,
-    edge_strides=(8, 4),
-    edge_sigmas=(1.0, 1.5),
-    decoder_channels=(8, 8),
-)
 
 
 def ring(views: int, size: int, radius: float = 3.0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_regressors import linear_scene
+from linear_scene import linear_scene
 
 from bkind3d.errors import InputError
 from bkind3d.evaluation import probe as evaluation

@@ -3,20 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from linear_scene import linear_scene
 
 from bkind3d.errors import InputError
 from bkind3d.evaluation.alignment import METRICS
 from bkind3d.evaluation.probe import evaluate_probe
 from bkind3d.evaluation.regressors import MLP_SETTINGS, RIDGES, ProbeOptions, _held_out, fit_regressor
-
-
-def linear_scene(frames=120, keypoints=4, joints=5, seed=0, constant=0.0):
-    """Keypoints at random and joints that are an exact linear map of them (plus a constant)."""
-    rng = np.random.default_rng(seed)
-    u = rng.normal(size=(frames, keypoints, 3))
-    matrix = rng.normal(size=(3 * keypoints, 3 * joints))
-    return u, (u.reshape(frames, -1) @ matrix).reshape(frames, joints, 3) + constant
-
 
 # --- the linear map ---------------------------------------------------------------------------------------------------
 
