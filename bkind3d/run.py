@@ -78,7 +78,11 @@ class Inputs:
 
 
 def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
-    """Load the project and its frame cache, which is built first where it does not exist."""
+    """Load the project and its frame cache, which is built first where it does not exist.
+
+    Raises:
+        InputError: As `load_project`, `build_cache` and `body_size`.
+    """
     project = load_project(config.project)
     volume = project.working_volume()
     cache = build_cache(
@@ -90,8 +94,10 @@ def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
         foreground=config.data.foreground,
         progress=progress,
     )
-    seen = [cache.recordings[name] for name in project.names("train", "both")]
-    size = body_size(seen, volume.center) if config.data.foreground and seen else None
+    # Networks that are applied to other videos find the body there, where there is nothing to train on.
+    names = project.names("train", "both") or project.names()
+    seen = [cache.recordings[name] for name in names]
+    size = body_size(seen, volume.center) if config.data.foreground else None
     box = volume if size is None or not follows_body(config) else Volume(volume.center, (config.data.box * size,) * 3)
     return Inputs(project, volume, cache, box.grid(config.model.voxels), size, config.data.window)
 

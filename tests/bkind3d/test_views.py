@@ -1,16 +1,21 @@
 """What the networks get to see: the body alone, in windows that follow it, with the cameras of the windows."""
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from small_rig import ring
 
+from bkind3d.config import Config, DataConfig
 from bkind3d.data.window import body_corners, cut, look, shifted
 from bkind3d.models.views import GREY, body_middle, centred, foreground_only
+from bkind3d.run import open_inputs
 from bkind3d_kernels.geometry import project_points
 
 SIZE = (44, 60)
@@ -136,3 +141,17 @@ def test_a_world_that_is_moved() -> None:
     expected = project_points(projections, points)
     found = project_points(centred(projections, shift), points - shift[:, None, None])
     torch.testing.assert_close(found, expected)
+
+
+def test_a_box_around_the_body_where_there_is_nothing_to_train_on(rig: Path, tmp_path: Path) -> None:
+    """The body is measured in the test recordings, and the box is as large as its size says, not as the volume."""
+    shutil.copytree(rig.parent, tmp_path / "rig", ignore=shutil.ignore_patterns("cache"))
+    project = tmp_path / "rig" / "project.yaml"
+    content = yaml.safe_load(project.read_text())
+    trained = open_inputs(Config(project, data=DataConfig(height=48, width=48, window=24)), progress=False)
+    content["recordings"] = [recording for recording in content["recordings"] if recording["split"] == "test"]
+    project.write_text(yaml.safe_dump(content))
+    inputs = open_inputs(Config(project, data=DataConfig(height=48, width=48, window=24, box=1.5)), progress=False)
+    assert inputs.body_size == pytest.approx(trained.body_size, rel=0.5)
+    sides = inputs.grid.affine[0].diagonal() * (torch.tensor(inputs.grid.shape) - 1)
+    torch.testing.assert_close(sides, torch.full((3,), 1.5 * inputs.body_size))
