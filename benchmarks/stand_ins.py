@@ -23,6 +23,8 @@ STAND_INS = ("on_body", "identity", "rigidity", "overlap")
 def row(run: Path) -> dict[str, Any]:
     """What a run's evaluation says with labels and without."""
     evaluation = json.loads((run / "evaluation.json").read_text())
+    if "label_free" not in evaluation:
+        raise SystemExit(f"{run}: expected a run that knows the foreground; this one has no numbers without labels")
     config = yaml.safe_load((run / "config.yaml").read_text())  # of any version
     first, mean_pose = evaluation["rows"][0], next(row for row in evaluation["rows"] if row["name"] == "mean pose")
     parts = evaluation["parts"]["rows"][0]
