@@ -93,3 +93,12 @@ def test_kernels_import_torch_alone() -> None:
 def test_every_folder_is_a_package() -> None:
     for name, path in MODULES.items():
         assert (path.parent / "__init__.py").is_file(), name
+
+
+def test_no_test_imports_another() -> None:
+    """What two tests need has a file of its own."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    found = {str(path.relative_to(ROOT)): imported_by(path.stem, path) & tests for path in files}
+    assert len(tests) > 50
+    assert {name: names for name, names in found.items() if names} == {}
