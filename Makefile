@@ -131,7 +131,8 @@ check-oldest-torch: wheel
 	  cd $(OLDEST) && venv/bin/python -m bkind3d_kernels.info; } | sed "s#$(CURDIR)/##g" >$(OLDEST)/log
 	$(OLDEST)/venv/bin/pytest -q --no-header -p no:cacheprovider -W ignore::DeprecationWarning \
 	  --deselect tests/kernels/test_unproject.py::test_second_derivative -k "not triton and not emulated" \
-	  tests/kernels/test_cpp_*.py $(foreach op,unproject soft_argmax3d linear_soft_argmax3d rasterize_edges,tests/kernels/test_$(op).py) >>$(OLDEST)/log \
+	  tests/kernels/test_cpp_*.py tests/kernels/test_*_operators.py \
+	  $(foreach op,unproject soft_argmax3d linear_soft_argmax3d rasterize_edges,tests/kernels/test_$(op).py) >>$(OLDEST)/log \
 	  || { cat $(OLDEST)/log; exit 1; }
 	cat $(OLDEST)/log
 

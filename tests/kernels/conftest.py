@@ -1,5 +1,6 @@
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,22 @@ def runnable(op: str) -> list[str]:
     return [line.backend for line in backends.explain(op, device="cpu") if line.available]
 
 
+def families(op: str) -> list[str]:
+    """The families of operators (registration.py) that have the operation and run it on CPU tensors here."""
+    found = {name: name in runnable(op) for name in ("cpp", "triton")}
+    found[EMULATED] = emulation.MISSING is None and op in emulation.OPERATIONS
+    return [name for name, runs in found.items() if runs]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The argument ``backend`` is each that runs the operation of the test's file, or all of the operations."""
+    """The argument ``backend`` is each that runs the operation of the test's file, or all of the operations.
+
+    The argument ``operators`` is each family of operators that has the operation of the file test_<stem>_operators.py.
+    """
+    stem = metafunc.module.__name__.removeprefix("test_")
+    if "operators" in metafunc.fixturenames:
+        metafunc.parametrize("operators", families(stem.removesuffix("_operators")), indirect=True)
     if "backend" in metafunc.fixturenames:
-        stem = metafunc.module.__name__.removeprefix("test_")
         ops = [stem] if stem in backends.OPERATIONS else backends.OPERATIONS
         found = [name for name in backends.BACKENDS if all(name in runnable(op) for op in ops)]
         if emulation.MISSING is None and (stem in emulation.OPERATIONS or stem not in backends.OPERATIONS):
@@ -41,6 +54,17 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     for op in emulation.OPERATIONS:
         monkeypatch.setitem(backends._MODULES, (op, "cuda"), emulation.backend(op))
     return "cuda"
+
+
+NAMESPACES = {"cpp": "bkind3d", "triton": triton_ops.NAMESPACE, EMULATED: emulation.NAMESPACE}
+
+
+@pytest.fixture
+def operators(request: pytest.FixtureRequest) -> Any:
+    """The operators of one family: ``operators.unproject``, ``operators.unproject_backward`` and the rest."""
+    if request.param == EMULATED:
+        emulation.load()
+    return getattr(torch.ops, NAMESPACES[request.param])
 
 
 @pytest.fixture

@@ -54,39 +54,3 @@ def test_second_derivative_is_refused(op: str) -> None:
 def test_missing_operators_are_named_before_anything_is_registered() -> None:
     with pytest.raises(RuntimeError, match=r"operators unproject, unproject_backward, .* are missing"):
         registration.attach("bkind3d_absent")
-
-
-def arguments(**changes):
-    """Of the operator unproject, in order."""
-    good = {
-        "features": torch.zeros(1, 2, 3, 4, 5),
-        "q": torch.zeros(1, 2, 3, 4),
-        "view_mask": None,
-        "view_weights": None,
-        "shape": [2, 2, 2],
-        "aggregation": "softmax",
-        "unseen": "zero",
-    }
-    return list((good | changes).values())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"features": torch.zeros(1, 0, 3, 4, 5), "q": torch.zeros(1, 0, 3, 4)}, "features: expected 1 to 255 views"),
-        ({"features": torch.zeros(1, 2, 0, 4, 5)}, "features: expected 1 to 255 views and no empty dimension"),
-        ({"features": torch.zeros(1, 1, 3, 4, 5).expand(1, 300, 3, 4, 5)}, "features: expected 1 to 255 views"),
-        ({"features": torch.zeros(2, 3, 4, 5)}, r"features: expected \(N, M, C, H, W\)"),
-        ({"features": torch.zeros(1, 2, 3, 4, 5).int()}, "features: expected float32, float64, bfloat16 or float16"),
-        ({"q": torch.zeros(1, 3, 3, 4)}, r"q: expected \(N, M, 3, 4\)"),
-        ({"view_mask": torch.ones(2, 1, dtype=torch.bool)}, r"view_mask: expected \(N, M\) bool"),
-        ({"view_weights": torch.ones(1, 2, 3)}, "view_weights: expected with aggregation 'weighted'"),
-        ({"view_weights": torch.ones(3, 2, 1), "aggregation": "weighted"}, r"view_weights: expected \(N, M, C\)"),
-        ({"shape": [2, 2]}, "shape: expected three integers"),
-        ({"aggregation": "median"}, "aggregation 'median': expected softmax"),
-        ({"unseen": "nan"}, "unseen 'nan': expected zero or exclude"),
-    ],
-)
-def test_the_operator_checks_what_its_loops_rely_on(changes: dict, message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.bkind3d.unproject(*arguments(**changes))

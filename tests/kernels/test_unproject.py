@@ -1,5 +1,6 @@
 import itertools
 from functools import partial
+from typing import Any
 
 import numpy as np
 import oracle
@@ -7,6 +8,8 @@ import pytest
 import scenes
 import torch
 import torch.nn.functional as F
+from cases import unproject as cases
+from cases.unproject import OPTIONS, only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measure import gradients, saved_elements
@@ -16,22 +19,8 @@ from bkind3d_kernels import Unproject, VoxelGrid, explain, unproject
 from bkind3d_kernels.reference import unproject as reference
 
 RUNNABLE = [line.backend for line in explain("unproject") if line.available]
-OPTIONS = list(itertools.product(["softmax", "mean", "sum", "max", "weighted"], ["zero", "exclude"]))
-
-
-def scene(n=1, m=3, c=2, size=(5, 6), shape=(3, 4, 2), seed=0, grids=1):
-    """Features, projections, grid, view_mask, view_weights (N, M, C); one view is masked when there are several."""
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(n, m, c, *size, generator=generator).double()
-    mask = torch.ones(n, m, dtype=torch.bool)
-    mask[:, 1:2] = torch.rand(n, min(m - 1, 1), generator=generator) > 0.5
-    weights = torch.rand(n, m, c, generator=generator).double() + 0.1
-    projections = scenes.projections(n, m, size, generator, radius=0.9)
-    return features, projections, scenes.grid(shape, generator, grids), mask, weights
-
-
-def only(weights: Tensor, aggregation: str) -> Tensor | None:
-    return weights if aggregation == "weighted" else None
+# Cameras so near that some voxels are behind them; one grid for all samples where a test does not say otherwise.
+scene = partial(cases.scene, radius=0.9, grids=1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -47,7 +36,7 @@ def only(weights: Tensor, aggregation: str) -> Tensor | None:
     backend=st.sampled_from(RUNNABLE),
 )
 def test_agrees_with_the_oracle(n, m, c, size, shape, options, per_sample, seed, backend) -> None:
-    features, projections, grid, mask, weights = scene(n, m, c, size, shape, seed, n if per_sample else 1)
+    features, projections, grid, mask, weights = scene(n, m, c, size, shape, seed=seed, grids=n if per_sample else 1)
     aggregation, unseen = options
     expected, expected_counts = oracle.unproject(
         *(t.numpy() for t in (features, projections, grid.affine)), shape, aggregation, unseen, mask, weights.numpy()
@@ -79,23 +68,19 @@ def test_scenes_cover_what_they_should() -> None:
 
 @pytest.mark.parametrize(("aggregation", "unseen"), OPTIONS)
 def test_gradcheck(aggregation: str, unseen: str, backend: str) -> None:
-    features, projections, grid, mask, weights = scene(n=1, m=3, c=2, size=(3, 4), shape=(2, 3, 2), seed=4)
-
-    def function(features: Tensor, projections: Tensor, affine: Tensor, *weights: Tensor) -> Tensor:
-        return unproject(
-            features,
-            projections,
-            VoxelGrid(affine, grid.shape),
-            aggregation=aggregation,
-            unseen=unseen,
-            view_mask=mask,
-            view_weights=weights[0] if weights else None,
-            backend=backend,
-        )
-
-    inputs = [features, projections, grid.affine, *([weights] if aggregation == "weighted" else [])]
     fast = backend == "triton"  # interpreted, it takes seconds, and the slow mode minutes
-    assert torch.autograd.gradcheck(function, [t.clone().requires_grad_() for t in inputs], fast_mode=fast)
+    for channels in (2, 3) if backend == "cuda" else (2,):  # a pack of float64, and none
+        features, projections, grid, mask, weights = scene(n=1, m=3, c=channels, size=(3, 4), shape=(2, 3, 2), seed=4)
+
+        run = partial(unproject, aggregation=aggregation, unseen=unseen, view_mask=mask, backend=backend)
+
+        def function(run: Any, features: Tensor, projections: Tensor, affine: Tensor, *weights: Tensor) -> Tensor:
+            grid = VoxelGrid(affine, (2, 3, 2))
+            return run(features, projections, grid, view_weights=weights[0] if weights else None)
+
+        inputs = [features, projections, grid.affine, *([weights] if aggregation == "weighted" else [])]
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        assert torch.autograd.gradcheck(partial(function, run), leaves, fast_mode=fast)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -288,9 +273,28 @@ def test_empty_batch(backend: str) -> None:
 
 
 def test_many_views(backend: str) -> None:
-    features, projections, grid, _, _ = scene(m=32, c=1)
-    _, counts = unproject(features, projections, grid, return_counts=True, backend=backend)
-    assert counts.max() > 8
+    """As many as there may be; interpreted, that takes long."""
+    views = 32 if backend == "triton" else 255
+    features, projections, grid, _, _ = scene(m=views, c=4)
+    volume, counts = unproject(features, projections, grid, return_counts=True, backend=backend)
+    expected, expected_counts = unproject(features, projections, grid, return_counts=True, backend="reference")
+    torch.testing.assert_close(volume, expected)
+    assert torch.equal(counts, expected_counts)
+    assert counts.max() > views / 2
+
+
+def test_gradients_reach_what_requires_one(backend: str) -> None:
+    """Whatever else does not."""
+    features, projections, grid, mask, weights = scene(m=3, c=4, size=(5, 6), shape=(3, 3, 3))
+    run = partial(unproject, grid=grid, aggregation="weighted", view_mask=mask, backend=backend)
+    for wanted in itertools.product([False, True], repeat=3):
+        if not any(wanted):
+            continue
+        leaves = [t.clone().requires_grad_(need) for t, need in zip((features, projections, weights), wanted)]
+        run(leaves[0], leaves[1], view_weights=leaves[2]).square().sum().backward()
+        for leaf, need in zip(leaves, wanted):
+            assert (leaf.grad is not None) == need
+            assert leaf.grad is None or leaf.grad.abs().sum() > 0
 
 
 def test_every_element_is_written(backend: str, poisoned: None) -> None:
