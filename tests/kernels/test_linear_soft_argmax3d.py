@@ -53,7 +53,7 @@ def test_gradcheck(temperature: float, options: dict, backend: str) -> None:
         return linear_soft_argmax3d(features, weight, bias, there, temperature=temperature, backend=backend, **options)
 
     inputs = [t.clone().requires_grad_() for t in (features, weight, bias, grid.affine)]
-    # Interpreted, one call takes a tenth of a second: every element is tried in test_triton_linear_soft_argmax3d.py.
+    # Interpreted, one call takes a tenth of a second: every element is tried in test_linear_soft_argmax3d_operators.py.
     assert torch.autograd.gradcheck(function, inputs, fast_mode=backend == "triton")
     if backend == "reference":
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
