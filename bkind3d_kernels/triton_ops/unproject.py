@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import FEATURE_DTYPES
 from ..registration import refuse_tangents
 from . import INTERPRETED, NAMESPACE, Variant, define, on_device, unavailable
 
@@ -291,6 +292,12 @@ def _reciprocal(x):
 
 
 @triton.jit
+def _divisor(x):
+    """x, and 1 in place of 0. To divide by, where the reciprocal of a subnormal number would be infinite."""
+    return tl.where(x == 0, 1.0, x)
+
+
+@triton.jit
 def _mean_scale(count, M, EXCLUDE: tl.constexpr, ACC: tl.constexpr):
     return 1.0 / (tl.maximum(count, 1) if EXCLUDE else tl.full(count.shape, 0, tl.int32) + M).to(ACC)
 
@@ -304,8 +311,8 @@ def _aggregate(best, total, sum, count, M, AGGREGATION: tl.constexpr, EXCLUDE: t
         return tl.where(best == float("-inf"), 0.0, best) if EXCLUDE else best
     if AGGREGATION == "mean":
         return sum * _mean_scale(count, M, EXCLUDE, ACC)[:, None]
-    if AGGREGATION == "weighted" and EXCLUDE:  # divided, since the reciprocal of a denormal number is infinite
-        return tl.where(total == 0, 0.0, sum / tl.where(total == 0, 1.0, total))
+    if AGGREGATION == "weighted" and EXCLUDE:
+        return tl.where(total == 0, 0.0, sum / _divisor(total))
     return sum
 
 
@@ -363,19 +370,21 @@ def _prepare(g, best, total, sum, count, M, AGGREGATION: tl.constexpr, EXCLUDE: 
     if AGGREGATION == "mean":
         return g * _mean_scale(count, M, EXCLUDE, ACC)[:, None]
     if AGGREGATION == "weighted" and EXCLUDE:
-        return g * _reciprocal(total)
+        return tl.where(total == 0, 0.0, g)
     return g
 
 
 @triton.jit
-def _sample_gradient(g, v, w, best, winner, value, m, AGGREGATION: tl.constexpr, EXCLUDE: tl.constexpr):
-    """dL/dv of view m, from what :func:`_prepare` leaves in g."""
+def _sample_gradient(g, v, w, best, total, value, m, AGGREGATION: tl.constexpr, EXCLUDE: tl.constexpr):
+    """dL/dv of view m, from what :func:`_prepare` leaves in g; of a maximum, ``total`` is the view that has it."""
     if AGGREGATION == "softmax":
         d = g * _exp_minus(best - v) * (1.0 + v - value)
         return tl.where(v == float("-inf"), 0.0, d) if EXCLUDE else d
     if AGGREGATION == "max":
-        return tl.where(winner == m, g, 0.0)
-    return g * w if AGGREGATION == "weighted" else g
+        return tl.where(total == m, g, 0.0)
+    if AGGREGATION == "weighted":
+        return g * (w / _divisor(total)) if EXCLUDE else g * w
+    return g
 
 
 @triton.jit
@@ -506,7 +515,7 @@ def unproject_backward_kernel(
             gu, gv = _pixel_gradient(d, taps, s, t)
             _store_matrix(grad_q + (program * M + m) * 12, gu, gv, u, v, inverse, seen, i, j, k)
         if grad_weights is not None:
-            share = g * (sample - value) if EXCLUDE else g * sample
+            share = g / _divisor(total) * (sample - value) if EXCLUDE else g * sample
             share = tl.where(seen[:, None], share, 0.0)
             tl.store(grad_weights + (tl.program_id(0).to(tl.int64) * M + m) * C + c, tl.sum(share, 0), mask=c < C)
     if bounds is not None:
@@ -585,6 +594,7 @@ def _check(
     """What the kernels rely on, though the public function has checked it with better words."""
     _require(features.ndim == 5, "features: expected (N, M, C, H, W)")
     n, m, c, h, w = features.shape
+    _require(features.dtype in FEATURE_DTYPES, "features: expected float32, float64, bfloat16 or float16")
     _require(1 <= m <= MAX_VIEWS and min(c, h, w) > 0, "features: expected 1 to 255 views, no empty dimension but N")
     _require(c * max(h, 2) * max(w, 2) < 2**31, "features: one map of (C, H, W) is too large for 32-bit offsets")
     _require(max(h, w) < 2**24, "features: expected maps narrower than 2^24 pixels")

@@ -1,12 +1,14 @@
-// What the torch faces of all operations read from their arguments alike, on both devices: dtypes and names of options.
-// The one header of this folder that knows torch; loops and kernels do not include it.
+// What the torch faces of all operations read from their arguments alike, on both devices: dtypes, shapes and names of
+// options. The one header of this folder that knows torch; loops and kernels do not include it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "storage.h"
 #include "unproject.h"
@@ -45,6 +47,11 @@ inline Aggregation parse_aggregation(const std::string& name) {
 inline bool parse_exclude(const std::string& name) {
   STD_TORCH_CHECK(name == "zero" || name == "exclude", "unseen '", name, "': expected zero or exclude");
   return name == "exclude";
+}
+
+inline bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape) {
+  const auto sizes = tensor.sizes();
+  return std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
 }
 
 // Dimension `from` moved to the end.

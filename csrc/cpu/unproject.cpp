@@ -18,7 +18,8 @@ namespace {
 
 constexpr int64_t small_work = 1 << 15;  // samples of one channel: less is not worth a second thread
 constexpr int64_t rows_at_once = 8;
-constexpr int64_t max_views = 255;  // counts are bytes
+constexpr int64_t max_views = 255;       // counts are bytes
+constexpr int64_t max_length = 1 << 24;  // exact in float
 constexpr int64_t max_slabs = 8;
 
 Tensor as(const Tensor& tensor, ScalarType type) { return torch::stable::contiguous(torch::stable::to(tensor, type)); }
@@ -26,11 +27,6 @@ Tensor as(const Tensor& tensor, ScalarType type) { return torch::stable::contigu
 // Whether offsets within one map fit 31 bits.
 bool spans_31_bits(const Tensor& maps) {
   return (maps.size(2) - 1) * maps.stride(2) + (maps.size(3) - 1) * maps.stride(3) + maps.size(4) < (int64_t(1) << 31);
-}
-
-bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape) {
-  const auto sizes = tensor.sizes();
-  return std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
 }
 
 // Everything that forward and backward share, and the tensors that the pointers need alive.
@@ -54,6 +50,8 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
                   "features: expected 1 to 255 views and no empty dimension but N");
   STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == a.samples && q.size(1) == a.views && q.size(2) == 3 && q.size(3) == 4,
                   "q: expected (N, M, 3, 4)");
+  for (int64_t length : shape)
+    STD_TORCH_CHECK(0 <= length && length < max_length, "shape: expected lengths below 2^24");
   std::copy(shape.begin(), shape.end(), a.shape);
   a.aggregation = parse_aggregation(aggregation);
   a.exclude = parse_exclude(unseen);
@@ -69,7 +67,7 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
   a.features = call.features.const_data_ptr();
   a.stride_n = call.features.stride(0), a.stride_m = call.features.stride(1);
   a.stride_y = call.features.stride(2), a.stride_x = call.features.stride(3);
-  STD_TORCH_CHECK(spans_31_bits(call.features) && std::max(a.height, a.width) < (1 << 24),
+  STD_TORCH_CHECK(spans_31_bits(call.features) && std::max(a.height, a.width) < max_length,
                   "features: one map of (C, H, W) is too large for 32-bit offsets");
   call.q = as(q, call.arithmetic);
   a.q = call.q.const_data_ptr();
@@ -172,8 +170,9 @@ std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor
                                                       bool needs_q, bool needs_weights, bool deterministic) {
   Call call = prepare(features, q, view_mask, view_weights, shape, aggregation, unseen, true);
   UnprojectArgs& a = call.args;
-  STD_TORCH_CHECK(grad_volume.dim() == 5 && grad_volume.size(0) == a.samples && grad_volume.size(1) == a.channels,
+  STD_TORCH_CHECK(has_shape(grad_volume, {a.samples, a.channels, shape[0], shape[1], shape[2]}),
                   "grad_volume: expected (N, C, X, Y, Z)");
+  STD_TORCH_CHECK(!needs_weights || view_weights, "needs_weights: there are no view_weights");
   if (grad_volume.scalar_type() != call.type) grad_volume = torch::stable::to(grad_volume, call.type);
   a.grad_volume = grad_volume.const_data_ptr();
   for (int i = 0; i < 5; ++i) a.grad_stride[i] = grad_volume.stride(i);

@@ -482,14 +482,16 @@ void weigh_gradient_views(const UnprojectArgs& a, const Scratch<T>& s, int64 n, 
         total += w * load_first<T>(s.v + m * s.cells + at, rest);
         norm += w;
       }
-      const vec<T> inverse = a.exclude ? select(norm != 0, 1 / norm, vec<T>{}) : broadcast(T(1));
+      // Divided by, since the reciprocal of a subnormal number is infinite.
+      const vec<T> divisor = a.exclude ? select(norm != 0, norm, broadcast(T(1))) : broadcast(T(1));
+      const vec<T> given = a.exclude ? select(norm != 0, g, vec<T>{}) : g, mean = total / divisor;
       for (int64 m = 0; m < a.views; ++m) {
         if (!s.seen[m * s.tile + t]) continue;
         T* p = s.v + m * s.cells + at;
-        const vec<T> share = g * inverse * (load_first<T>(p, rest) - (a.exclude ? total * inverse : vec<T>{}));
+        const vec<T> share = given / divisor * (load_first<T>(p, rest) - (a.exclude ? mean : vec<T>{}));
         if (grad)
           for (int e = 0; e < rest; ++e) grad[m * a.channel_block + c + e] += double(share[e]);
-        store_first(p, g * inverse * load_first<T>(weights + m * a.channels + c, rest), rest);
+        store_first(p, given * (load_first<T>(weights + m * a.channels + c, rest) / divisor), rest);
       }
     }
 }

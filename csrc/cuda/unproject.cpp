@@ -78,13 +78,15 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
   if (reinterpret_cast<uintptr_t>(call.q.const_data_ptr()) % 16) call.q = torch::stable::clone(call.q);
   a.q = call.q.const_data_ptr();
   if (view_mask) {
-    STD_TORCH_CHECK(view_mask->scalar_type() == ScalarType::Bool, "view_mask: expected (N, M) bool");
+    STD_TORCH_CHECK(view_mask->scalar_type() == ScalarType::Bool && has_shape(*view_mask, {n, m}),
+                    "view_mask: expected (N, M) bool");
     call.mask = plain("view_mask", *view_mask, ScalarType::Bool, n * m, features);
     a.mask = static_cast<const bool*>(call.mask->const_data_ptr());
   }
   STD_TORCH_CHECK(view_weights.has_value() == (a.aggregation == Aggregation::weighted),
                   "view_weights: expected with aggregation 'weighted' and with no other");
   if (view_weights) {
+    STD_TORCH_CHECK(has_shape(*view_weights, {n, m, c}), "view_weights: expected (N, M, C)");
     call.weights = plain("view_weights", *view_weights, call.arithmetic, n * m * c, features);
     a.weights = call.weights->const_data_ptr();
   }
@@ -113,9 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor
   const Call call = prepare(features, q, view_mask, view_weights, shape, aggregation, unseen, true);
   const UnprojectArgs& a = call.args;
   const int64_t n = a.samples, m = a.views, c = a.channels, h = a.height, w = a.width;
-  STD_TORCH_CHECK(grad_volume.dim() == 5 && grad_volume.size(0) == n && grad_volume.size(1) == c &&
-                      grad_volume.size(2) == shape[0] && grad_volume.size(3) == shape[1] &&
-                      grad_volume.size(4) == shape[2],
+  STD_TORCH_CHECK(has_shape(grad_volume, {n, c, shape[0], shape[1], shape[2]}),
                   "grad_volume: expected (N, C, X, Y, Z)");
   STD_TORCH_CHECK(grad_volume.device() == features.device(), "grad_volume: expected the device of the features");
   STD_TORCH_CHECK(!needs_weights || view_weights, "needs_weights: there are no view_weights");

@@ -362,7 +362,7 @@ struct Worker {
         T* to = static_cast<T*>(out.weights) + row * p.views * p.channels + at + channel;
 #pragma unroll
         for (int i = 0; i < Width; ++i)
-          to[i] += widen(g.values[i]) * a[i].inverse * (v[m][i] - (p.exclude ? a[i].value : T(0)));
+          to[i] += widen(g.values[i]) * a[i].inverse * (v[m][i] - (p.exclude ? a[i].value : T(0))) * a[i].scaled;
       }
 #pragma unroll
       for (int i = 0; i < Width; ++i)

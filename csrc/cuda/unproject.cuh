@@ -413,7 +413,8 @@ __device__ __forceinline__ void carry(const Problem& p, bool softmax, Carried<T>
 
 template <class T>
 struct Aggregate {
-  T scaled, inverse, value;  // softmax: scaled largest sample; max: inverse is the view
+  T scaled, inverse,
+      value;  // softmax: scaled largest sample; weighted: factor of the weights; max: inverse is the view
 };
 
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
@@ -439,8 +440,11 @@ __device__ __forceinline__ Aggregate<T> aggregate_other(const Problem& p, const 
   switch (p.aggregation) {
     case Aggregation::max: return {0, c.total, p.exclude && count == 0 ? T(0) : c.best};
     case Aggregation::weighted: {
-      const T inverse = !p.exclude ? T(1) : c.total != 0 ? 1 / c.total : T(0);
-      return {0, inverse, c.sum * inverse};
+      // The reciprocal of a subnormal total would be infinite: such weights and their total are scaled alike.
+      const bool tiny = p.exclude && T(-1e-30) < c.total && c.total < T(1e-30);
+      const T scale = tiny ? T(18446744073709551616.0) : T(1);
+      const T inverse = !p.exclude ? T(1) : c.total != 0 ? 1 / (c.total * scale) : T(0);
+      return {scale, inverse, c.sum * scale * inverse};
     }
     case Aggregation::sum: return {0, 1, c.sum};
     default: {
@@ -462,7 +466,7 @@ __device__ __forceinline__ T sample_gradient(const Problem& p, const Aggregate<T
   switch (p.aggregation) {
     case Aggregation::softmax: return softmax_gradient(g, exponential_of(v, a.scaled) * a.inverse, v, a.value);
     case Aggregation::max: return a.inverse == T(view) ? g : T(0);
-    case Aggregation::weighted: return g * a.inverse * __ldg(weight);
+    case Aggregation::weighted: return g * a.inverse * (__ldg(weight) * a.scaled);
     default: return g * a.inverse;
   }
 }
