@@ -65,7 +65,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken_links(page) == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *FURTHER], ids=name_of)
 def test_lines_are_short(page: Path) -> None:
     assert long_lines(page.read_text()) == []
 
