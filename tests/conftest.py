@@ -9,7 +9,21 @@ if not torch.cuda.is_available():
 
 # What takes longest. Where processes share the tests, each takes a file at a time, and these come first, so that all
 # end together. A file that is not named here is only later.
-FIRST = ("test_train.py", "test_packaging.py", "test_actions.py", "test_cuda_compile.py", "test_gpu_check.py")
+FIRST = (
+    "test_triton_compile.py",
+    "test_packaging.py",
+    "test_train.py",
+    "test_linear_soft_argmax3d_operators.py",
+    "test_soft_argmax3d_operators.py",
+    "test_unproject_operators.py",
+    "test_rasterize_edges_operators.py",
+    "test_unproject.py",
+    "test_triton_rasterize_edges.py",
+    "test_triton_soft_argmax3d.py",
+    "test_gpu_check.py",
+    "test_cuda_compile.py",
+    "test_actions.py",
+)
 
 
 @pytest.hookimpl(trylast=True)
