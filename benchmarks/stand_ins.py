@@ -1,7 +1,7 @@
 """Do the numbers without labels follow those with them?  python -m benchmarks.stand_ins RUN ... --out FILE
 
 Collects the parts and the numbers without labels of finished runs (`evaluation.json`), a row for each, and prints
-Spearman's rank correlation of every pair over the runs.
+Spearman's rank correlation of every pair over the runs that have both.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def row(run: Path) -> dict[str, Any]:
     first, mean_pose = evaluation["rows"][0], next(row for row in evaluation["rows"] if row["name"] == "mean pose")
     parts = evaluation["parts"]["rows"][0]
     return {
-        "run": run.name,
+        "run": f"{run.parent.name}/{run.name}",
         "project": Path(config["project"]).parent.name,
         "method": config["method"],
         "steps": evaluation["step"],
@@ -54,7 +54,7 @@ def main() -> None:
     print(f"{'':>20}", *(f"{name:>12}" for name in STAND_INS), f"   Spearman over {len(rows)} runs")
     for part in (*PARTS, "mpjpe_to_mean_pose"):
         values = [
-            spearmanr([one[part] for one in rows], np.array([one[name] for one in rows], dtype=float))[0]
+            spearmanr([one[part] for one in rows], np.array([one[name] for one in rows], float), nan_policy="omit")[0]
             for name in STAND_INS
         ]
         print(f"{part:>20}", *(f"{value:12.2f}" for value in values))
