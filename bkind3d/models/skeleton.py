@@ -92,8 +92,8 @@ class Skeleton(nn.Module):
         """Take in the lengths (2, E) of a batch, mean and mean square over its moments, and find the tree again."""
         if not len(self.pairs):
             return
-        kept = TREE_MOMENTUM * self.observed.any()
-        self.observed.copy_(kept * self.observed + (1 - kept) * lengths)
+        moved = TREE_MOMENTUM * self.observed + (1 - TREE_MOMENTUM) * lengths
+        self.observed.copy_(torch.where(self.observed.any(), moved, lengths))
         mean, square = self.observed
         mean = torch.maximum(mean, 1e-6 * mean.max() + 1e-12)
         variation = (square / mean.square() - 1).clamp_min(0)
