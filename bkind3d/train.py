@@ -232,6 +232,8 @@ class Trainer:
 
     def _anywhere(self, flag: bool) -> bool:
         """Whether the flag is set in any process: all must leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
         return float(self._mean(torch.tensor(float(flag), device=self.accelerator.device))) > 0
 
     def _batches(self) -> Iterator[tuple[Tensor, ...]]:

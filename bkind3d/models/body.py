@@ -102,14 +102,14 @@ class BodyTerms(nn.Module):
         pixels = pixels.flatten(0, 1)
         distances = body.distances.transpose(0, 1).flatten(0, 2)
         strides, sigma = config.silhouette_strides, config.silhouette_sigma
-        tree = skeleton.tree.clone()  # it is found again before the backward pass
         identity, recognised = identity_loss(self.describe(features, pixels, size))
         away = distance_of(pixels, distances, size)
         terms = {"containment": (away / scale[:, None]).mean(), "identity": identity}
-        if len(tree):
-            drawn = self.capsules(pixels, tree, skeleton.pairs, scale, size, strides, sigma, config.backend)
+        if len(skeleton.pairs):
+            bones, known = skeleton.bones, skeleton.tree.any()
+            drawn = self.capsules(pixels, bones, known, skeleton.pairs, scale, size, strides, sigma, config.backend)
             terms["silhouette"] = silhouette_loss(drawn, soft_silhouettes(distances, size, strides, sigma))
-            terms["rigidity"] = rigidity_loss(skeleton.lengths(positions)[:, tree])
+            terms["rigidity"] = rigidity_loss(skeleton.lengths(positions)[:, bones]) * known
         share = (away.detach() < ON_BODY).float().unflatten(0, projections.shape[:2]).mean(1)
         return OnBody(terms, share, recognised)
 
@@ -181,7 +181,8 @@ class Capsules(nn.Module):
     def forward(
         self,
         pixels: Tensor,
-        drawn: Tensor,
+        bones: Tensor,
+        known: Tensor,
         pairs: Tensor,
         scale: Tensor,
         size: tuple[int, int],
@@ -193,7 +194,8 @@ class Capsules(nn.Module):
 
         Args:
             pixels: Keypoints (B, J, 2) in an image of `size`.
-            drawn: Which of the edges are drawn, (E,) bool.
+            bones: Places of the edges that are drawn, (K,).
+            known: Whether they are drawn at all, bool scalar; without, silhouettes are empty.
             pairs: (E, 2).
             scale: Size of the body in pixels of each image, (B,).
             size: (H, W).
@@ -204,10 +206,10 @@ class Capsules(nn.Module):
         maps = []
         for stride in strides:
             shape = (size[0] // stride, size[1] // stride)
-            radius = self.radii[drawn] * scale[:, None] / stride
-            weights = (radius / sigma).square().clamp_max(MOST_LOG_WEIGHT).exp()
+            radius = self.radii[bones] * scale[:, None] / stride
+            weights = (radius / sigma).square().clamp_max(MOST_LOG_WEIGHT).exp() * known
             scaled = rescale_points(pixels, size, shape)
-            level = rasterize_edges(scaled, weights, shape, sigma, edges=pairs[drawn], backend=backend)
+            level = rasterize_edges(scaled, weights, shape, sigma, edges=pairs[bones], backend=backend)
             maps.append(level.clamp_max(1.0))
         return maps
 
@@ -277,7 +279,8 @@ def identity_loss(descriptors: Tensor) -> tuple[Tensor, Tensor]:
     """
     pictures, keypoints, _ = descriptors.shape
     similarity = torch.einsum("ajd,bkd->abjk", descriptors, descriptors) / TEMPERATURE
-    others = similarity[~torch.eye(pictures, dtype=torch.bool, device=similarity.device)]  # (B (B - 1), J, J)
+    # (B (B - 1), J, J): without the diagonal, by its place, since a mask would have to be read by the host.
+    others = similarity.flatten(0, 1)[1:].unflatten(0, (pictures - 1, pictures + 1))[:, :-1].flatten(0, 1)
     target = torch.arange(keypoints, device=similarity.device).expand(len(others), keypoints)
     loss = nn.functional.cross_entropy(others.flatten(0, 1), target.flatten())
     return loss, (others.detach().argmax(-1) == target).float().mean(0)
@@ -288,4 +291,4 @@ def rigidity_loss(lengths: Tensor) -> Tensor:
     if lengths.shape[1] == 0:
         return lengths.sum()
     mean = lengths.detach().mean(0).square()
-    return (lengths.var(0, correction=0) / mean.clamp_min(1e-4 * float(mean.mean()) + 1e-12)).mean()
+    return (lengths.var(0, correction=0) / torch.maximum(mean, 1e-4 * mean.mean() + 1e-12)).mean()

@@ -50,7 +50,8 @@ class ModelConfig:
         silhouette_strides: Image pixels per pixel of the silhouettes that are compared.
         silhouette_sigma: Softness of their border, in pixels of each.
         descriptor_channels: Length of the descriptor by which a keypoint is found again.
-        backend: Backend of the 3D operations: "auto" or one of those that `bkind3d_kernels.info` lists.
+        backend: Backend of the 3D operations: "auto" or one of those that `bkind3d_kernels.info` lists. With "cuda" the
+            volume network's soft-argmax, which has no CUDA kernels, takes "auto".
     """
 
     keypoints: int = 15

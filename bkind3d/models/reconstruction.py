@@ -63,7 +63,8 @@ class ReconstructionDecoder(nn.Module):
         """
         x = None
         for level, block, maps in zip(self.levels, self.blocks, drawn, strict=True):
-            parts = [features[level], maps]
+            # All parts in one layout, or the joined tensor and its gradient are copied to that of the convolution.
+            parts = [features[level], maps.contiguous(memory_format=torch.channels_last)]
             if x is not None:
                 parts.append(upsample_to(x, (maps.shape[-2], maps.shape[-1])))
             x = block(torch.cat(parts, dim=1))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
-from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor, nn
 
 from bkind3d_kernels.geometry import all_pairs
@@ -13,18 +13,38 @@ TREE_MOMENTUM = 0.95  # share of the old lengths kept when a batch is observed
 STIFFNESS = 10.0  # how much dearer an edge is whose length varies
 
 
+def keypoints_of(pairs: Tensor) -> int:
+    """Number J of keypoints that have J (J − 1) / 2 pairs (E, 2)."""
+    return (1 + math.isqrt(1 + 8 * len(pairs))) // 2
+
+
 def spanning_tree(costs: Tensor, pairs: Tensor) -> Tensor:
-    """Which edges make the tree that joins all ends at the least cost, (E,) bool.
+    """Which edges make the tree that joins all ends at the least cost, (E,) bool (Prim 1957).
+
+    It stays on the device: the host never waits for the costs.
 
     Args:
-        costs: (E,), above 0.
-        pairs: (E, 2).
+        costs: (E,), finite.
+        pairs: (E, 2), all pairs of keypoints.
     """
-    ends = pairs.cpu().numpy()
-    graph = np.zeros((ends.max() + 1, ends.max() + 1))
-    graph[tuple(ends.T)] = costs.cpu().numpy()
-    kept = minimum_spanning_tree(graph).toarray()[tuple(ends.T)] > 0
-    return torch.from_numpy(kept).to(costs.device)
+    count = keypoints_of(pairs)
+    cost = costs.new_full((count, count), math.inf)
+    edge = pairs.new_zeros((count, count))
+    for a, b in (pairs.unbind(1), pairs.flip(1).unbind(1)):
+        cost[a, b] = costs
+        edge[a, b] = torch.arange(len(pairs), device=pairs.device)
+    # Of each keypoint, its cheapest edge to the tree; infinite once it is in the tree, which begins with the first.
+    nearest, best = edge[0], cost[0]
+    joined = best.isinf()
+    tree = torch.zeros_like(costs, dtype=torch.bool)
+    for _ in range(count - 1):
+        new = torch.where(joined, math.inf, best).argmin(0, keepdim=True)
+        tree.scatter_(0, nearest.gather(0, new), True)
+        joined = joined.scatter(0, new, True)
+        to_new = cost.index_select(0, new)[0]
+        nearest = torch.where(to_new < best, edge.index_select(0, new)[0], nearest)
+        best = torch.minimum(to_new, best)
+    return tree
 
 
 class Skeleton(nn.Module):
@@ -72,10 +92,10 @@ class Skeleton(nn.Module):
         """Take in the lengths (2, E) of a batch, mean and mean square over its moments, and find the tree again."""
         if not len(self.pairs):
             return
-        kept = TREE_MOMENTUM if bool(self.observed.any()) else 0.0
-        self.observed.copy_(kept * self.observed + (1 - kept) * lengths)
+        moved = TREE_MOMENTUM * self.observed + (1 - TREE_MOMENTUM) * lengths
+        self.observed.copy_(torch.where(self.observed.any(), moved, lengths))
         mean, square = self.observed
-        mean = mean.clamp_min(1e-6 * float(mean.max()) + 1e-12)
+        mean = torch.maximum(mean, 1e-6 * mean.max() + 1e-12)
         variation = (square / mean.square() - 1).clamp_min(0)
         self.tree.copy_(spanning_tree(mean * (1 + STIFFNESS * variation), self.pairs))
 
@@ -84,6 +104,11 @@ class Skeleton(nn.Module):
         """Edge weights (E,), not negative."""
         apply = nn.functional.softplus if self.activation == "softplus" else nn.functional.relu
         return apply(self.parameter)
+
+    @property
+    def bones(self) -> Tensor:
+        """Places of the tree's J − 1 edges among all, ascending; those of the first where there is no tree yet."""
+        return self.tree.int().argsort(descending=True, stable=True)[: keypoints_of(self.pairs) - 1]
 
     @property
     def active(self) -> Tensor:

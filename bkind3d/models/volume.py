@@ -1,4 +1,4 @@
-"""The volume network ρ (V2V-PoseNet, Moon et al. 2018): aggregated features to one heatmap per keypoint."""
+"""The volume network ρ (V2V-PoseNet, Moon et al. 2018): aggregated features to what tells the keypoints apart."""
 
 from __future__ import annotations
 
@@ -55,6 +55,9 @@ class Upsample3d(nn.Module):
 class VolumeNetwork(nn.Module):
     """V2V: a 7³ stem, residual blocks, a 3D hourglass with skip connections, and a 1³ head; a volume of any shape.
 
+    The head is a linear map of a voxel's features to one logit per keypoint. It is applied inside the soft-argmax
+    (:func:`bkind3d_kernels.linear_soft_argmax3d`), which never stores the logits: `forward` ends before it.
+
     Pooling rounds up and upsampling is cut to size, so no side need be a power of two. The paper's network is
     ``channels = (16, 32, 64, 128, 128, 128, 128)``: the stem, then six levels (148 GMAC for one 64³ volume).
 
@@ -90,7 +93,7 @@ class VolumeNetwork(nn.Module):
         self.head = nn.Conv3d(fine, outputs, 1)
 
     def forward(self, volume: Tensor) -> Tensor:
-        """Aggregated volume (N, C, X, Y, Z) -> logits (N, J, X, Y, Z)."""
+        """Aggregated volume (N, C, X, Y, Z) -> features (N, channels[1], X, Y, Z), the inputs of the head."""
         x = self.front(volume)
         kept = []
         for skip, down in zip(self.skips, self.down, strict=True):
@@ -99,4 +102,4 @@ class VolumeNetwork(nn.Module):
         x = self.middle(x)
         for block, up, skip in zip(reversed(self.up_blocks), reversed(self.up), reversed(kept), strict=True):
             x = skip + up(block(x), skip)
-        return self.head(self.back(x))
+        return self.back(x)

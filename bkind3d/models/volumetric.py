@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bkind3d.models.discovery import DiscoveryModel, Lifted, box_center
 from bkind3d.models.volume import VolumeNetwork
-from bkind3d_kernels import SoftArgmax3d, Unproject, VoxelGrid
+from bkind3d_kernels import Unproject, VoxelGrid, linear_soft_argmax3d
 from bkind3d_kernels.geometry import rescale_projections
 
 SHIFT = 0.08  # of the box's sides: how far a turned volume is shifted at most
@@ -38,7 +38,7 @@ class VolumetricModel(DiscoveryModel):
             config.norm,
         )
         self.unproject = Unproject(aggregation=config.aggregation, unseen=config.unseen, backend=config.backend)
-        self.soft_argmax = SoftArgmax3d(temperature=1.0 / config.logit_gain, return_peak=True, backend=config.backend)
+        self.head_backend = "auto" if config.backend == "cuda" else config.backend  # it has no CUDA kernels
 
     def lift(self, maps: Tensor, projections: Tensor, size: tuple[int, int], grid: VoxelGrid) -> Lifted:
         """Aggregate the maps in the volume and find each keypoint there; arguments as `DiscoveryModel.lift`."""
@@ -50,7 +50,16 @@ class VolumetricModel(DiscoveryModel):
 
     def _locate(self, maps: Tensor, to_maps: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor]:
         """Positions (N, J, 3) and confidence (N, J) of the keypoints in one grid."""
-        return self.soft_argmax(self.volume(self.unproject(maps, to_maps, grid)), grid)
+        features, head = self.volume(self.unproject(maps, to_maps, grid)), self.volume.head
+        return linear_soft_argmax3d(
+            features,
+            head.weight.flatten(1),
+            head.bias,
+            grid,
+            temperature=1.0 / self.config.logit_gain,
+            return_peak=True,
+            backend=self.head_backend,
+        )
 
     def training_grid(
         self, grid: VoxelGrid, up: Sequence[float], moments: int, generator: torch.Generator

@@ -129,10 +129,14 @@ def chain(*places: tuple[float, float]) -> Tensor:
     return torch.tensor([places])
 
 
+KNOWN = torch.tensor(True)  # that there is a tree
+
+
 def draw(capsules: Capsules, pixels: Tensor, strides: tuple[int, ...] = (1,), sigma: float = 1.5) -> list[Tensor]:
     """The capsules of a chain of three keypoints, of a body 40 pixels large."""
-    drawn = torch.ones(2, dtype=torch.bool)
-    return capsules(pixels, drawn, CHAIN, torch.full((len(pixels),), 40.0), SIZE, strides, sigma, "auto")
+    return capsules(
+        pixels, torch.arange(2), KNOWN, CHAIN, torch.full((len(pixels),), 40.0), SIZE, strides, sigma, "auto"
+    )
 
 
 def test_capsules_against_a_loop() -> None:
@@ -141,7 +145,7 @@ def test_capsules_against_a_loop() -> None:
     capsules.parameter.data += 0.5 * torch.randn(10, generator=generator())
     pixels = torch.rand(2, 5, 2, generator=generator(1)) * torch.tensor([48.0, 36]) - 4
     drawn, scale = torch.rand(10, generator=generator(2)) < 0.5, torch.tensor([40.0, 25])
-    maps = capsules(pixels, drawn, pairs, scale, SIZE, strides, sigma, "auto")
+    maps = capsules(pixels, drawn.nonzero()[:, 0], KNOWN, pairs, scale, SIZE, strides, sigma, "auto")
     assert [level.shape for level in maps] == [(2, 9, 12), (2, 18, 24), (2, 36, 48)]
     assert 2 <= int(drawn.sum()) <= 8
     for level, stride in zip(maps, strides, strict=True):
@@ -208,8 +212,7 @@ def test_a_radius_grows_or_shrinks_to_the_body() -> None:
 
 def test_without_edges_nothing_is_drawn() -> None:
     capsules, pixels = Capsules(2, 0.1), torch.rand(3, 3, 2, requires_grad=True)
-    none = torch.zeros(2, dtype=torch.bool)
-    maps = capsules(pixels, none, CHAIN, torch.ones(3), SIZE, (4, 2), 1.2, "auto")
+    maps = capsules(pixels, torch.arange(2), ~KNOWN, CHAIN, torch.ones(3), SIZE, (4, 2), 1.2, "auto")
     assert [level.shape for level in maps] == [(3, 9, 12), (3, 18, 24)]
     assert not any(level.any() for level in maps)
     # Several processes wait for the gradient of every parameter.
@@ -219,11 +222,11 @@ def test_without_edges_nothing_is_drawn() -> None:
 
 
 def test_gradients_of_capsules() -> None:
-    capsules, drawn = Capsules(2, 0.1).double(), torch.ones(2, dtype=torch.bool)
+    capsules = Capsules(2, 0.1).double()
     scale, target = torch.tensor([13.0]).double(), torch.rand(1, 6, 8, generator=generator()).double()
 
     def loss(pixels: Tensor, parameter: Tensor) -> Tensor:
-        arguments = (pixels, drawn, CHAIN, scale, (12, 16), (2,), 1.4, "auto")
+        arguments = (pixels, torch.arange(2), KNOWN, CHAIN, scale, (12, 16), (2,), 1.4, "auto")
         return silhouette_loss(functional_call(capsules, {"parameter": parameter}, arguments), [target])
 
     pixels = torch.tensor([[[2.3, 3.1], [8.7, 7.9], [13.2, 4.4]]]).double()

@@ -203,8 +203,10 @@ def test_volumetric_lands_on_the_points() -> None:
     torch.manual_seed(0)
     fine = VoxelGrid.box((0.1, -0.1, 0.0), (1.0, 1.2, 0.6), (41, 49, 25))
     model = METHODS["volumetric"].model(replace(TINY, aggregation="mean", logit_gain=60.0), outputs=1)
-    model.volume = nn.Identity()  # type: ignore[assignment]
     maps = heatmaps(truth(), (48, 64), 1.0).exp()
+    model.volume = nn.Identity()  # type: ignore[assignment]
+    model.volume.head = nn.Conv3d(maps.shape[2], maps.shape[2], 1, bias=False)  # type: ignore[assignment]
+    nn.init.dirac_(model.volume.head.weight)
     maps = torch.nn.functional.avg_pool2d(maps.flatten(0, 1), 5, stride=1, padding=2).unflatten(0, (2, 3))
     maps = maps / maps.amax((-2, -1), keepdim=True)
     found = model.lift(maps, cameras().expand(2, -1, -1, -1), SIZE, fine)

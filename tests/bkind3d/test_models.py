@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 from tiny_model import TINY
+from torch import Tensor
 
 from bkind3d.config import ModelConfig
 from bkind3d.errors import InputError
@@ -18,7 +19,7 @@ from bkind3d.models.skeleton import Skeleton
 from bkind3d.models.vgg import CONVOLUTIONS, WIDTHS, VggFeatures
 from bkind3d.models.volume import VolumeNetwork
 from bkind3d.models.volumetric import SHIFT, VolumetricModel, turned
-from bkind3d_kernels import VoxelGrid
+from bkind3d_kernels import SoftArgmax3d, VoxelGrid
 
 
 def ring(views: int, size: int, radius: float = 3.0) -> torch.Tensor:
@@ -91,7 +92,7 @@ def test_keypoints_start_apart(model: VolumetricModel) -> None:
 @pytest.mark.parametrize("shape", [(16, 16, 16), (24, 24, 12), (13, 7, 5), (2, 3, 1)])
 def test_volume_network_takes_any_shape(shape: tuple[int, int, int]) -> None:
     network = VolumeNetwork(3, 5, (4, 4, 8, 8), 7, 3, "group")
-    assert network(torch.rand(1, 3, *shape)).shape == (1, 5, *shape)
+    assert network.head(network(torch.rand(1, 3, *shape))).shape == (1, 5, *shape)
 
 
 def test_volume_network_of_the_paper() -> None:
@@ -100,8 +101,30 @@ def test_volume_network_of_the_paper() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        network(torch.empty(1, 32, 64, 64, 64, device="meta"))
+        network.head(network(torch.empty(1, 32, 64, 64, 64, device="meta")))
     assert counter.get_total_flops() / 2e9 == pytest.approx(148, rel=0.05)
+
+
+def test_the_head_is_a_convolution_inside_the_soft_argmax() -> None:
+    """Positions and gradients are those of a convolution and a soft-argmax; no tensor of the logits' size is kept."""
+    torch.manual_seed(0)
+    model = VolumetricModel(replace(TINY, keypoints=5), outputs=1)
+    grid = VoxelGrid.cube((0.0, 0.0, 0.0), 2.0, 8)
+    maps, cameras = torch.rand(2, 3, TINY.channels, 8, 8), ring(3, 8).expand(2, -1, -1, -1)
+    kept: list[tuple[int, ...]] = []
+
+    def found(positions: Tensor, peak: Tensor) -> tuple[Tensor, ...]:
+        parameters = list(model.volume.parameters())
+        gradients = torch.autograd.grad(positions.square().sum() + peak.sum(), parameters, allow_unused=True)
+        return positions, peak, *(g for g, p in zip(gradients, parameters) if p is not model.volume.head.bias)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        fused = model._locate(maps, cameras, grid)
+    logits = model.volume.head(model.volume(model.unproject(maps, cameras, grid)))
+    assert tuple(logits.shape) not in kept
+    plain = SoftArgmax3d(temperature=1 / TINY.logit_gain, return_peak=True)(logits, grid)
+    for a, b in zip(found(*fused), found(*plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [18, 50])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bkind3d.checkpoints import LATER_BUFFERS, checkpoints
 from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, load_config, save_config
@@ -24,7 +26,7 @@ from bkind3d.data.window import look
 from bkind3d.errors import InputError
 from bkind3d.evaluation.evaluate import UNTRAINED, evaluate
 from bkind3d.evaluation.parts import OUTLINE_POINTS, RANDOM_POINTS
-from bkind3d.models.methods import PENALTIES
+from bkind3d.models.methods import PENALTIES, Method
 from bkind3d.models.views import GREY
 from bkind3d.poses import Poses
 from bkind3d.predict import predict
@@ -56,6 +58,47 @@ def config(rig: Path, tmp_path: Path) -> MakeConfig:
         )  # fmt: skip
 
     return make
+
+
+class HostReads(TorchDispatchMode):
+    """Lines of the packages at which the host reads a value: on a GPU it would wait there for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        masks = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in ("_local_scalar_dense", "nonzero", "masked_select") or masks:
+            frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+            if "/bkind3d" in frames[-2].filename:  # the last one is this method
+                self.lines.add(f"{Path(frames[-2].filename).name}: {frames[-2].line}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["volumetric", "triangulation", "depth", "keypoint3d"])
+def test_the_host_reads_nothing_in_a_step(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method
+) -> None:
+    """On a GPU values are not checked, which this takes over; the optimiser, torch's, counts its steps on the host."""
+    for module in ("geometry", "rasterize_edges"):
+        monkeypatch.setattr(sys.modules[f"bkind3d_kernels.{module}"], "checks_values", lambda tensor: False)
+    settings = config()
+    settings.method = method
+    trainer = Trainer(settings, tmp_path / "run", progress=False)
+    batches = trainer._batches()
+    trainer._train_step(*next(batches))
+    batch = next(batches)
+    with HostReads() as reads:
+        trainer._train_step(*batch)
+        assert not trainer._anywhere(False)
+    assert reads.lines == set()
+    with HostReads() as reads:
+        trainer.model.skeleton.pairs[trainer.model.skeleton.active]
+    assert len(reads.lines) == 1
 
 
 def states(run: Path) -> dict[str, torch.Tensor]:
