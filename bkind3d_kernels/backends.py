@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-OPERATIONS = ("unproject", "soft_argmax3d", "linear_soft_argmax3d", "rasterize_edges")
+OPERATIONS = ("unproject", "soft_argmax3d", "linear_soft_argmax3d", "rasterize_edges", "group_norm_act")
 ENVIRONMENT_VARIABLE = "BKIND3D_BACKEND"
 
 
