@@ -27,9 +27,10 @@ def run(
         activation: "relu" or "none".
     """
     grouped = x.to(weight.dtype).unflatten(1, (groups, -1)).flatten(2)  # (N, G, members of the group)
-    variance, mean = torch.var_mean(grouped, -1, correction=0, keepdim=True)
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
     shape = (1, -1, *[1] * (x.ndim - 2))
-    y = ((grouped - mean) * torch.rsqrt(variance + eps)).view(x.shape) * weight.view(shape) + bias.view(shape)
+    y = (centred * torch.rsqrt(variance + eps)).view(x.shape) * weight.view(shape) + bias.view(shape)
     if residual is not None:
         y = y + residual.to(y.dtype)
     if activation == "relu":

@@ -9,8 +9,8 @@
 // backward: x in its own type, mean and 1/sqrt(var + eps); the output where there are a residual and a ReLU, else the
 // mask is made from x again.
 //
-// Variance: a block of up to 128 rows is summed in T about its first row, so that nothing cancels when the mean is far
-// from zero; blocks are merged in double.
+// Variance: a block of up to 128 rows is summed in T about its own mean, in the first-level cache, so that nothing
+// cancels when the mean is far from zero or one value far from the others; blocks are merged in double.
 //
 // Floor, for E elements of b bytes. Forward: E b read and E b written, E b more read with a residual; E b more read
 // where a sample does not fit into the cache. Backward: 2 E b read, E b written; with residual and ReLU 3 E b read, 2 E
@@ -115,16 +115,17 @@ BKIND3D_FN void statistics_of_slab(const GroupNormActArgs& a, const S* x, int64 
   for_each_tile<wide, T>(a, slab, slab + 1, [&]<int Vectors, bool Part>(const Tile<Vectors, Part> tile) {
     const S* p = x + tile.at;
     const int64 step = a.row;
+    const vec<T> part = broadcast(T(1) / T(tile.rows));
     vec<T> shift[Vectors], sum[Vectors], square[Vectors];
-    for (int v = 0; v < Vectors; ++v) shift[v] = get<T>(tile, p + v * lanes<T>), sum[v] = square[v] = vec<T>{};
-    for (int64 row = 1; row < tile.rows; ++row) {
-      p += step;
+    for (int v = 0; v < Vectors; ++v) shift[v] = sum[v] = square[v] = vec<T>{};
+    for (int64 row = 0; row < tile.rows; ++row)
+      for (int v = 0; v < Vectors; ++v) shift[v] += get<T>(tile, p + row * step + v * lanes<T>) * part;
+    for (int64 row = 0; row < tile.rows; ++row)
       for (int v = 0; v < Vectors; ++v) {
-        const vec<T> distance = load(p + v * lanes<T>) - shift[v];
+        const vec<T> distance = get<T>(tile, p + row * step + v * lanes<T>) - shift[v];
         sum[v] += distance;
         square[v] += distance * distance;
       }
-    }
     T sums[3][Vectors * lanes<T>];
     for (int v = 0; v < Vectors; ++v) {
       store(sums[0] + v * lanes<T>, shift[v]);
