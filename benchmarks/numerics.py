@@ -164,16 +164,16 @@ def scenes() -> Iterator[Scene]:
         options = "sizes " + " ".join(f"{h}x{w}" for h, w in sizes)
         yield Scene("rasterize_edges", options, given, draw, ("keypoints", "weights"))
 
-    for shape, groups in (((3, 20, 13, 9), 5), ((2, 24, 7, 8, 5), 8)):
+    for size, groups in (((3, 20, 13, 9), 5), ((2, 24, 7, 8, 5), 8)):
         for more, activation in ((False, "relu"), (True, "relu"), (True, "none")):
 
             def normalise(backend: str, groups: int = groups, activation: str = activation, **inputs: Tensor) -> Any:
                 more = {"residual": inputs.get("residual"), "activation": activation, "backend": backend}
                 return group_norm_act(inputs["x"], groups, inputs["weight"], inputs["bias"], **more)
 
-            given = {"x": normal(*shape) + 0.5, "weight": 1 + 0.3 * normal(shape[1]), "bias": 0.3 * normal(shape[1])}
-            given |= {"residual": normal(*shape)} if more else {}
-            options = f"{len(shape) - 2}D, {activation}" + (", residual" if more else "")
+            given = {"x": normal(*size) + 0.5, "weight": 1 + 0.3 * normal(size[1]), "bias": 0.3 * normal(size[1])}
+            given |= {"residual": normal(*size)} if more else {}
+            options = f"{len(size) - 2}D, {activation}" + (", residual" if more else "")
             yield Scene("group_norm_act", options, given, normalise, ("x", "residual"))
 
 
