@@ -236,7 +236,7 @@ def _every_second(tensor: Tensor) -> Tensor:
 
 def _transposed(tensor: Tensor) -> Tensor:
     """The same values, the last two dimensions swapped in memory."""
-    return tensor.mT.contiguous().mT
+    return _every_second(tensor) if tensor.ndim < 2 else tensor.mT.contiguous().mT
 
 
 def empty_batch(subject: Subject) -> None:

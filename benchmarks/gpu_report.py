@@ -56,9 +56,10 @@ def volumes(path: Path) -> list[str]:
 
 
 def times(folder: Path) -> list[str]:
-    """A line for each workload and competitor; sweeps are left out where there is anything else."""
+    """A line for each workload and competitor; sweeps are left out where an operation has anything else."""
     everything = read(folder / "results.csv")
-    rows = [row for row in everything if row["sweep"] == "0"] or everything
+    main = {row["op"] for row in everything if row["sweep"] == "0"}
+    rows = [row for row in everything if row["sweep"] == "0" or row["op"] not in main]
     if not rows:
         return []
     copy = json.loads((folder / "machine.json").read_text())["rates"]["copy"]

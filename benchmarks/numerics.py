@@ -21,7 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bkind3d_kernels import VoxelGrid, explain, linear_soft_argmax3d, rasterize_edges, soft_argmax3d, unproject
+from bkind3d_kernels import (
+    VoxelGrid,
+    explain,
+    group_norm_act,
+    linear_soft_argmax3d,
+    rasterize_edges,
+    soft_argmax3d,
+    unproject,
+)
 from bkind3d_kernels.backends import BACKENDS, OPERATIONS
 
 from . import parts
@@ -35,6 +43,7 @@ COLUMNS = ("device", "op", "options", "backend", "dtype", "quantity", "error", "
 TOLERANCES = {torch.float64: (1e-11, 1e-9), torch.float32: (5e-5, 1e-3)}
 LEAST = 1e-3  # half precision: below this nothing is said
 GEOMETRY = ("projections", "affine", "keypoints")
+ROUNDED = ("unproject", "group_norm_act")  # their outputs, and so the gradients of these, have the measured dtype
 
 
 @dataclass
@@ -77,7 +86,7 @@ class Scene:
         if not exact:
             cotangents = [c.to(o) for c, o in zip(cotangents, outputs)]
         else:
-            rounding = [dtype if self.op == "unproject" else geometry] * len(outputs)
+            rounding = [dtype if self.op in ROUNDED else geometry] * len(outputs)
             cotangents = [c.to(d).double().to(o.device) for c, d, o in zip(cotangents, rounding, outputs)]
         gradients = torch.autograd.grad(outputs, list(inputs.values()), cotangents)
         values = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
@@ -154,6 +163,18 @@ def scenes() -> Iterator[Scene]:
         given = {"keypoints": keypoints, "weights": weights}
         options = "sizes " + " ".join(f"{h}x{w}" for h, w in sizes)
         yield Scene("rasterize_edges", options, given, draw, ("keypoints", "weights"))
+
+    for size, groups in (((3, 20, 13, 9), 5), ((2, 24, 7, 8, 5), 8)):
+        for more, activation in ((False, "relu"), (True, "relu"), (True, "none")):
+
+            def normalise(backend: str, groups: int = groups, activation: str = activation, **inputs: Tensor) -> Any:
+                more = {"residual": inputs.get("residual"), "activation": activation, "backend": backend}
+                return group_norm_act(inputs["x"], groups, inputs["weight"], inputs["bias"], **more)
+
+            given = {"x": normal(*size) + 0.5, "weight": 1 + 0.3 * normal(size[1]), "bias": 0.3 * normal(size[1])}
+            given |= {"residual": normal(*size)} if more else {}
+            options = f"{len(size) - 2}D, {activation}" + (", residual" if more else "")
+            yield Scene("group_norm_act", options, given, normalise, ("x", "residual"))
 
 
 def rows(

@@ -15,7 +15,7 @@ COLOURS = {
     "kornia": "#999933",
 }  # fmt: skip
 AXES = {
-    "N": "samples", "M": "views", "C": "channels", "J": "keypoints", "map": "map, pixels a side",
+    "N": "samples", "M": "views", "C": "channels", "J": "keypoints", "groups": "groups", "map": "map, pixels a side",
     "volume": "volume, voxels a side", "sizes": "map, pixels a side",
 }  # fmt: skip
 TITLES = {"forward": "forward, no gradient", "both": "training step: forward and backward"}

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from bkind3d_kernels import triton_ops
-from bkind3d_kernels.backends import OPERATIONS
+from bkind3d_kernels.backends import operations_of
 
+OPERATIONS = operations_of("triton")
 ARCHITECTURES = (80, 90, 100)
 # Of one multiprocessor; its 64 Ki registers, 64 warps and 32 programs are the same for all three.
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}

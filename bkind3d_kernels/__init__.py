@@ -1,7 +1,8 @@
 """Fast torch operations for lifting many camera views into 3D keypoints.
 
-Four operations, each a function and a module, and the grid that places voxels in the world:
-:func:`unproject`, :func:`soft_argmax3d`, :func:`linear_soft_argmax3d`, :func:`rasterize_edges` and :class:`VoxelGrid`.
+Five operations, each a function and a module, and the grid that places voxels in the world:
+:func:`unproject`, :func:`soft_argmax3d`, :func:`linear_soft_argmax3d`, :func:`rasterize_edges`, :func:`group_norm_act`
+and :class:`VoxelGrid`.
 """
 
 from importlib import metadata
@@ -9,6 +10,7 @@ from importlib import metadata
 from . import backends, geometry
 from .backends import BackendUnavailable, explain, resolve
 from .geometry import VoxelGrid
+from .group_norm_act import GroupNormAct, group_norm_act
 from .linear_soft_argmax3d import LinearSoftArgmax3d, linear_soft_argmax3d
 from .rasterize_edges import EdgeRasterizer, rasterize_edges
 from .soft_argmax3d import SoftArgmax3d, soft_argmax3d
@@ -17,6 +19,7 @@ from .unproject import Unproject, unproject
 __all__ = [
     "BackendUnavailable",
     "EdgeRasterizer",
+    "GroupNormAct",
     "LinearSoftArgmax3d",
     "SoftArgmax3d",
     "Unproject",
@@ -25,6 +28,7 @@ __all__ = [
     "backends",
     "explain",
     "geometry",
+    "group_norm_act",
     "linear_soft_argmax3d",
     "rasterize_edges",
     "resolve",

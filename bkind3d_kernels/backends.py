@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-OPERATIONS = ("unproject", "soft_argmax3d", "linear_soft_argmax3d", "rasterize_edges")
+OPERATIONS = ("unproject", "soft_argmax3d", "linear_soft_argmax3d", "rasterize_edges", "group_norm_act")
 ENVIRONMENT_VARIABLE = "BKIND3D_BACKEND"
 
 
@@ -50,6 +50,12 @@ class Availability(NamedTuple):
     backend: str
     available: bool
     reason: str
+
+
+def operations_of(backend: str) -> tuple[str, ...]:
+    """The operations that have a module in the folder of ``backend``, whether or not it can run here."""
+    package = f"{__package__}.{BACKENDS[backend].folder}"
+    return tuple(op for op in OPERATIONS if importlib.util.find_spec(f"{package}.{op}") is not None)
 
 
 def _find(op: str, backend: str) -> ModuleType | str:

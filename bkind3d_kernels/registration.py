@@ -56,6 +56,15 @@ SCHEMAS = {
         "(Tensor[] grad_maps, Tensor keypoints, Tensor weights, Tensor edges, Tensor winners, int[] sizes, "
         "float[] sigmas, bool deterministic) -> (Tensor grad_keypoints, Tensor grad_weights)"
     ),
+    "group_norm_act": (
+        "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int groups, float eps, str activation) -> (Tensor y, "
+        "Tensor mean, Tensor rstd)"
+    ),
+    "group_norm_act_backward": (
+        "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? output, Tensor mean, Tensor rstd, str activation, "
+        "bool needs_x, bool needs_weight, bool needs_residual) -> (Tensor grad_x, Tensor grad_weight, "
+        "Tensor grad_bias, Tensor grad_residual)"
+    ),
 }
 
 
@@ -369,6 +378,83 @@ def _rasterize_edges_autograd(namespace: str) -> Any:
     return backward
 
 
+# ---- group_norm_act ----
+
+
+def _channels_last(like: Tensor) -> Tensor:
+    last = torch.channels_last if like.ndim == 4 else torch.channels_last_3d
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=last)
+
+
+def _group_norm_act_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (weight.new_empty((x.shape[0], groups)) for _ in range(2))
+    return _channels_last(x), mean, rstd
+
+
+def _group_norm_act_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    output: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        _channels_last(x) if needs_x else x.new_empty((0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        _channels_last(x) if needs_residual else x.new_empty((0,)),
+    )
+
+
+def _group_norm_act_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, residual, _, _, ctx.activation = inputs
+    y, mean, rstd = output
+    # Which elements a ReLU lets through is seen from x again, unless a residual was added to it.
+    kept = y if residual is not None and ctx.activation != "none" else None
+    ctx.save_for_backward(x, weight, bias, kept, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _group_norm_act_autograd(namespace: str) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        if grad is None:
+            return (None,) * 7
+        x, weight, bias, output, mean, rstd = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        plain = ctx.activation == "none"  # the gradient of the residual is then that of the output
+        grad_x, grad_weight, grad_bias, grad_residual = _operator(namespace, "group_norm_act_backward")(
+            grad,
+            x,
+            weight,
+            bias,
+            output,
+            mean,
+            rstd,
+            ctx.activation,
+            needs_x,
+            needs_weight or needs_bias,
+            needs_residual and not plain,
+        )
+        return (
+            grad_x if needs_x else None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            (grad if plain else grad_residual) if needs_residual else None,
+            *[None] * 3,
+        )
+
+    return backward
+
+
 _OPERATORS: dict[str, tuple[Any, Any, Any, Any]] = {
     "unproject": (_unproject_fake, _unproject_backward_fake, _unproject_setup, _unproject_autograd),
     "soft_argmax3d": (
@@ -388,5 +474,11 @@ _OPERATORS: dict[str, tuple[Any, Any, Any, Any]] = {
         _rasterize_edges_backward_fake,
         _rasterize_edges_setup,
         _rasterize_edges_autograd,
+    ),
+    "group_norm_act": (
+        _group_norm_act_fake,
+        _group_norm_act_backward_fake,
+        _group_norm_act_setup,
+        _group_norm_act_autograd,
     ),
 }

@@ -33,6 +33,14 @@ STABLE_TORCH_LIBRARY(bkind3d, m) {
       "rasterize_edges_backward(Tensor[] grad_maps, Tensor keypoints, Tensor weights, Tensor edges, Tensor winners, "
       "int[] sizes, float[] sigmas, bool deterministic) -> (Tensor grad_keypoints, Tensor grad_weights)");
 
+  m.def(
+      "group_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int groups, float eps, str activation) "
+      "-> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "group_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? output, Tensor mean, "
+      "Tensor rstd, str activation, bool needs_x, bool needs_weight, bool needs_residual) -> (Tensor grad_x, "
+      "Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+
   m.def("set_rasterize_edges_culling(bool on) -> ()");  // for tests: off, every edge visits every pixel
 
   m.def("cpu_instruction_set() -> str");

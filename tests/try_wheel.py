@@ -25,6 +25,7 @@ def results(name: str) -> dict[str, list[torch.Tensor]]:
     camera = torch.tensor([[20.0, 0, 7.5, 0], [0, 20.0, 7.5, 0], [0, 0, 1, 0]])
     features, volume, logits = some(1, 3, 5, 16, 16), some(1, 5, 9, 9, 9), some(1, 2, 9, 9, 9)
     weight, bias, keypoints, edges = some(2, 5), some(2), some(1, 3, 2), some(3)
+    scale, shift, other = some(5), some(5), some(1, 5, 9, 9, 9)
     calls = {
         "unproject": (k.unproject(features, camera.expand(1, 3, 3, 4), grid, backend=name), [features]),
         "soft_argmax3d": (k.soft_argmax3d(logits, grid, backend=name), [logits]),
@@ -35,6 +36,10 @@ def results(name: str) -> dict[str, list[torch.Tensor]]:
         "rasterize_edges": (
             k.rasterize_edges(8 + 4 * keypoints, edges.exp(), (16, 16), 1.5, backend=name),
             [keypoints, edges],
+        ),
+        "group_norm_act": (
+            k.group_norm_act(volume, 5, scale, shift, residual=other, backend=name),
+            [volume, scale, shift, other],
         ),
     }
     return {

@@ -31,7 +31,7 @@ def families(op: str) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The argument ``backend`` is each that runs the operation of the test's file, or all of the operations.
+    """The argument ``backend`` is each that runs the operation of the test's file, or all that it has.
 
     The argument ``operators`` is each family of operators that has the operation of the file test_<stem>_operators.py.
     """
@@ -39,8 +39,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "operators" in metafunc.fixturenames:
         metafunc.parametrize("operators", families(stem.removesuffix("_operators")), indirect=True)
     if "backend" in metafunc.fixturenames:
-        ops = [stem] if stem in backends.OPERATIONS else backends.OPERATIONS
-        found = [name for name in backends.BACKENDS if all(name in runnable(op) for op in ops)]
+        found = []
+        for name in backends.BACKENDS:
+            ops = [stem] if stem in backends.OPERATIONS else backends.operations_of(name)
+            if all(name in runnable(op) for op in ops):
+                found.append(name)
         if emulation.MISSING is None and (stem in emulation.OPERATIONS or stem not in backends.OPERATIONS):
             found.append(EMULATED)
         metafunc.parametrize("backend", found, indirect=True)

@@ -77,6 +77,19 @@ def rasterize_edges(keypoints, weights, edges, size, sigma):
     return maps
 
 
+def group_norm_act(x, groups, weight, bias, eps, residual, relu):
+    """The variance is half the mean squared difference of all pairs; no mean is taken off first."""
+    y = np.zeros(x.shape)
+    members = x.shape[1] // groups
+    for n, g in product(range(len(x)), range(groups)):
+        values = x[n, g * members : (g + 1) * members].ravel()
+        variance = (np.subtract.outer(values, values) ** 2).mean() / 2
+        for c in range(g * members, (g + 1) * members):
+            y[n, c] = weight[c] * (x[n, c] - values.mean()) / np.sqrt(variance + eps) + bias[c]
+    y = y if residual is None else y + residual
+    return np.where(y > 0, y, 0) if relu else y
+
+
 def segment_distance(p, a, b):
     """Distance of p to the segment a–b: to an end beyond it, else twice the triangle's area over its base."""
     ab, ap, bp = b - a, p - a, p - b

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 import bkind3d_kernels
+from bkind3d_kernels import backends
 
 MODULES = [
     m.name
     for m in pkgutil.walk_packages(bkind3d_kernels.__path__, "bkind3d_kernels.")
     if not m.name.endswith(("._cpu", "._cuda"))  # libraries of torch, no modules of Python
 ]
-WITH_EXAMPLES = {"geometry", "backends", "unproject", "soft_argmax3d", "linear_soft_argmax3d", "rasterize_edges"}
+WITH_EXAMPLES = {"geometry", "backends", *backends.OPERATIONS}
 DOCS = Path(bkind3d_kernels.__file__).parents[1] / "docs"
 
 

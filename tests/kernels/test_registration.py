@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 
 from bkind3d_kernels import (
     VoxelGrid,
+    group_norm_act,
     library,
     linear_soft_argmax3d,
     rasterize_edges,
@@ -27,6 +28,10 @@ CALLS = {
         lambda x: linear_soft_argmax3d(x, torch.ones(1, 2), None, GRID, backend="cpp"),
     ),
     "rasterize_edges": (torch.rand(1, 3, 2), lambda x: rasterize_edges(x, torch.ones(3), (4, 4), 1.0, backend="cpp")),
+    "group_norm_act": (
+        torch.randn(1, 4, 3, 3),
+        lambda x: group_norm_act(x, 2, torch.ones(4), torch.zeros(4), backend="cpp"),
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bkind3d_kernels import (
     EdgeRasterizer,
+    GroupNormAct,
     LinearSoftArgmax3d,
     SoftArgmax3d,
     Unproject,
@@ -28,6 +29,8 @@ class Chain(nn.Module):
         super().__init__()
         self.unproject = Unproject(aggregation=aggregation, unseen=unseen, return_counts=True, backend=backend)
         self.soft_argmax = SoftArgmax3d(temperature=0.2, return_peak=True, return_covariance=True, backend=backend)
+        self.normalise = GroupNormAct(2, 4, backend=backend if backend in ("cpp", "reference") else "auto")
+        self.normalise.requires_grad_(False)
         linear = "auto" if backend == "cuda" else backend  # it has no CUDA kernels
         self.linear_soft_argmax = LinearSoftArgmax3d(4, 2, backend=linear).requires_grad_(False)
         self.linear_soft_argmax.weight.copy_(torch.linspace(-3, 3, 8).view(2, 4))
@@ -35,6 +38,7 @@ class Chain(nn.Module):
 
     def forward(self, features: Tensor, projections: Tensor, grid: VoxelGrid, weights: Tensor) -> tuple[Tensor, ...]:
         volume, counts = self.unproject(features, projections, grid)
+        volume = self.normalise(volume, volume)
         coordinates, peak, covariance = self.soft_argmax(volume, grid)
         located = self.linear_soft_argmax(volume, grid)
         pixels, depth = project_points(rescale_projections(projections[:, 0], SIZE, (4, 5)), coordinates)

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 FOLDER = ROOT / "build" / "tests" / "native"
 COMPILER = next((c for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-STEMS = ("unproject", "soft_argmax3d", "rasterize_edges")
+STEMS = ("unproject", "soft_argmax3d", "rasterize_edges", "group_norm_act")
 FLAGS = [
     "-std=c++20",
     "-O2",

@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bkind3d_kernels import VoxelGrid, library, linear_soft_argmax3d, rasterize_edges, soft_argmax3d, unproject
+from bkind3d_kernels import (
+    VoxelGrid,
+    group_norm_act,
+    library,
+    linear_soft_argmax3d,
+    rasterize_edges,
+    soft_argmax3d,
+    unproject,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 AGGREGATIONS = ("softmax", "mean", "sum", "max", "weighted")
@@ -132,6 +140,21 @@ def rasterize_edges_cases() -> Iterator[Callable[[], None]]:
     yield lambda: backward(rasterize_edges(points, weights, (9, 11), 1.0, backend="cpp"))
 
 
+def group_norm_act_cases() -> Iterator[Callable[[], None]]:
+    shapes = ((1, 1, 1, 1), (2, 32, 5, 7), (1, 6, 35, 34), (2, 45, 3, 4, 5), (1, 24, 20, 21, 22))
+    options = itertools.product(shapes, DTYPES, (False, True), ("relu", "none"))
+    for number, (shape, dtype, more, activation) in enumerate(options):
+        x = list(layouts(randn(*shape).to(dtype)))[number % 3].requires_grad_(number % 5 != 4)
+        other = list(layouts(randn(*shape).to(dtype)))[number // 2 % 3].requires_grad_() if more else None
+        weight, bias = (randn(shape[1]).requires_grad_() for _ in range(2))
+        groups = 3 if shape[1] % 3 == 0 else 1
+
+        def case(x=x, other=other, weight=weight, bias=bias, groups=groups, activation=activation) -> None:
+            backward(group_norm_act(x, groups, weight, bias, residual=other, activation=activation, backend="cpp"))
+
+        yield case
+
+
 def sets() -> list[str]:
     best = library.INSTRUCTION_SETS.index(str(library.instruction_set()))
     return list(library.INSTRUCTION_SETS[: best + 1])
@@ -141,7 +164,13 @@ def main() -> None:
     assert Path(library.FOLDER).is_relative_to(sys.argv[1]), f"{library.FOLDER} is not the build under test"
     assert library.reason("_cpu") is None, library.reason("_cpu")
     count = 0
-    for make in (unproject_cases, soft_argmax3d_cases, linear_soft_argmax3d_cases, rasterize_edges_cases):
+    for make in (
+        unproject_cases,
+        soft_argmax3d_cases,
+        linear_soft_argmax3d_cases,
+        rasterize_edges_cases,
+        group_norm_act_cases,
+    ):
         cases = list(make())
         for name, threads in itertools.product(sets(), (1, 3)):
             torch.set_num_threads(threads)
