@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from bkind3d_kernels import backends
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -169,7 +171,7 @@ def test_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
         command, env=environment(PYTHONPATH=str(tmp_path), PATH="/nowhere"), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": cpp agrees with the reference\n") == 4
+    assert done.stdout.count(": cpp agrees with the reference\n") == len(backends.OPERATIONS)
 
 
 def test_changelog_knows_the_version(source: Path) -> None:
