@@ -26,6 +26,7 @@ constexpr int64_t block_rows = 128;          // at most, summed in the type of t
 constexpr int64_t block_elements = 4 << 10;  // about: they stay in the first-level cache
 constexpr int64_t slab_elements = 32 << 10;  // about
 constexpr int64_t small_work = 32 << 10;     // elements: fewer are not worth a second thread
+constexpr int64_t stream_bytes = 8 << 20;    // a map larger than this is written past the caches
 
 MemoryFormat last_of(const Tensor& x) {
   return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
@@ -100,6 +101,13 @@ Call prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t 
   return call;
 }
 
+// Whether the loops write a map past the caches: whole registers alone, to multiples of their size.
+bool past_caches(const Call& call, const void* map) {
+  const int64_t bytes = call.args.voxels * call.args.channels * bytes_of(call.storage);
+  const bool aligned = reinterpret_cast<uintptr_t>(map) % 64 == 0 && bytes % 64 == 0;
+  return aligned && bytes_of(call.storage) >= 4 && call.samples * bytes > stream_bytes;
+}
+
 // Two passes over each sample, and merge(n) between them. The second may be null.
 template <class Merge>
 void in_two_passes(const Call& call, GroupNormActTask first, const Merge& merge, GroupNormActTask second) {
@@ -156,6 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(Tensor x, Tensor weight, Tenso
   call.partial.resize(call.samples * a.slabs * 2 * groups);
   a.residual = added ? added->const_data_ptr() : nullptr;
   a.y = y.mutable_data_ptr();
+  a.stream = past_caches(call, a.y);
   a.mean = mean.const_data_ptr();
   a.rstd = rstd.const_data_ptr();
   a.partial = call.partial.data();
@@ -239,6 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(Tensor grad, 
   a.mean = means.const_data_ptr();
   a.rstd = rstds.const_data_ptr();
   a.grad_x = needs_x ? grad_x.mutable_data_ptr() : nullptr;
+  a.stream = needs_x && past_caches(call, a.grad_x);
   a.grad_residual = needs_residual ? grad_residual.mutable_data_ptr() : nullptr;
   const GroupNormActLoops& loops = group_norm_act_loops();
   by_arithmetic(is_double(call.storage), [&](auto number) {

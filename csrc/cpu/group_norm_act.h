@@ -15,6 +15,7 @@ struct GroupNormActArgs {
   const void *slope, *offset;                // backward: GroupGradient, T (N, groups)
   long long voxels, channels, groups;
   bool relu;
+  bool stream;  // y, or the gradient of x, past the caches: it is larger than they are
 
   // A row is a few voxels one after the other whose elements fill whole vectors; a sample's last row may be a part of
   // one. A block is a few rows, summed in T; a slab many rows. From sizes alone, so that results do not depend on the

@@ -12,6 +12,9 @@
 // Variance: a block of up to 128 rows is summed in T about its own mean, in the first-level cache, so that nothing
 // cancels when the mean is far from zero or one value far from the others; blocks are merged in double.
 //
+// y and the gradient of x go past the caches in float32 and float64 where they are larger than 8 MB: a store into a
+// cache reads the line first.
+//
 // Floor, for E elements of b bytes. Forward: E b read and E b written, E b more read with a residual; E b more read
 // where a sample does not fit into the cache. Backward: 2 E b read, E b written; with residual and ReLU 3 E b read, 2 E
 // b written; where a sample does not fit, 2 E b more read (of the residual's gradient and x, where there is one). About
@@ -20,6 +23,7 @@
 // After simd.h, whose vectors its templates look for.
 #include "../common/group_norm_act.h"
 #include "group_norm_act.h"
+#include "stream.h"
 
 namespace bkind3d {
 namespace BKIND3D_ISA {
@@ -43,9 +47,10 @@ BKIND3D_FN vec<T> get(const Tile<Vectors, Part>& tile, const S* p) {
   return load(p);
 }
 
-template <int Vectors, bool Part, class S, class V>
+template <bool Stream = false, int Vectors, bool Part, class S, class V>
 BKIND3D_FN void put(const Tile<Vectors, Part>& tile, S* p, V v) {
   if constexpr (Part) return store_first(p, v, tile.count);
+  if constexpr (Stream && sizeof(S) == sizeof(v[0])) return store_past_caches(p, v);
   store(p, v);
 }
 
@@ -160,7 +165,7 @@ void statistics(const GroupNormActArgs& a, int64 n, int64 begin, int64 end, void
     statistics_of_slab<T>(a, x, slab, memory, a.partial + (n * a.slabs + slab) * 2 * a.groups);
 }
 
-template <bool Residual, bool Relu, class T, class S>
+template <bool Residual, bool Relu, bool Stream, class T, class S>
 BKIND3D_FN void apply_to(const GroupNormActArgs& a, int64 n, int64 begin, int64 end, const Constants<T>& k) {
   const int64 sample = n * a.voxels * a.channels;
   for_each_tile<wide, T>(a, begin, end, [&]<int Vectors, bool Part>(const Tile<Vectors, Part> tile) {
@@ -176,17 +181,26 @@ BKIND3D_FN void apply_to(const GroupNormActArgs& a, int64 n, int64 begin, int64 
       for (int v = 0; v < Vectors; ++v) {
         vec<T> value = normalised(get<T>(tile, x + v * lanes<T>), mean[v], scale[v], bias[v]);
         if constexpr (Residual) value += get<T>(tile, residual + v * lanes<T>);
-        put(tile, y + v * lanes<T>, Relu ? rectified(value) : value);
+        put<Stream>(tile, y + v * lanes<T>, Relu ? rectified(value) : value);
       }
   });
+}
+
+// f<value>()
+template <class F>
+BKIND3D_FN void with_flag(bool value, F f) {
+  value ? f.template operator()<true>() : f.template operator()<false>();
 }
 
 template <class T, class S>
 void apply(const GroupNormActArgs& a, int64 n, int64 begin, int64 end, void* memory) {
   const Constants<T> k = constants_of<T>(a, n, memory);
-  if (a.residual)
-    return a.relu ? apply_to<true, true, T, S>(a, n, begin, end, k) : apply_to<true, false, T, S>(a, n, begin, end, k);
-  a.relu ? apply_to<false, true, T, S>(a, n, begin, end, k) : apply_to<false, false, T, S>(a, n, begin, end, k);
+  with_flag(a.residual, [&]<bool Residual>() {
+    with_flag(a.relu, [&]<bool Relu>() {
+      with_flag(a.stream, [&]<bool Stream>() { apply_to<Residual, Relu, Stream, T, S>(a, n, begin, end, k); });
+    });
+  });
+  if (a.stream) finish_copies();
 }
 
 // ---- backward ----
@@ -258,7 +272,7 @@ void sums(const GroupNormActArgs& a, int64 n, int64 begin, int64 end, void* memo
   });
 }
 
-template <Mask mask, class T, class S>
+template <Mask mask, bool Stream, class T, class S>
 BKIND3D_FN void differentiate(const GroupNormActArgs& a, int64 n, int64 begin, int64 end, const S* let_through,
                               const Constants<T>& k) {
   const int64 sample = n * a.voxels * a.channels;
@@ -281,7 +295,7 @@ BKIND3D_FN void differentiate(const GroupNormActArgs& a, int64 n, int64 begin, i
         vec<T> h = get<T>(tile, grad + i);
         if constexpr (mask == Mask::output) h = passed(h, get<T>(tile, output + i));
         if constexpr (mask == Mask::again) h = passed(h, normalised(value, mean[v], scale[v], bias[v]));
-        put(tile, target + i, input_gradient(h, value, mean[v], scale[v], group[v]));
+        put<Stream>(tile, target + i, input_gradient(h, value, mean[v], scale[v], group[v]));
       }
     }
   });
@@ -290,9 +304,12 @@ BKIND3D_FN void differentiate(const GroupNormActArgs& a, int64 n, int64 begin, i
 template <class T, class S>
 void gradient(const GroupNormActArgs& a, int64 n, int64 begin, int64 end, void* memory) {
   const Constants<T> k = constants_of<T>(a, n, memory);
-  // The residual's gradient, where it was written, is what has been let through.
-  if (a.grad_residual) return differentiate<Mask::none, T>(a, n, begin, end, (const S*)a.grad_residual, k);
-  with_mask(mask_of(a), [&]<Mask mask>() { differentiate<mask, T>(a, n, begin, end, (const S*)a.grad, k); });
+  with_flag(a.stream, [&]<bool Stream>() {
+    // The residual's gradient, where it was written, is what has been let through.
+    if (a.grad_residual) return differentiate<Mask::none, Stream, T>(a, n, begin, end, (const S*)a.grad_residual, k);
+    with_mask(mask_of(a), [&]<Mask mask>() { differentiate<mask, Stream, T>(a, n, begin, end, (const S*)a.grad, k); });
+  });
+  if (a.stream) finish_copies();
 }
 
 }  // namespace

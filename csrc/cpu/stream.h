@@ -33,6 +33,20 @@ BKIND3D_FN void copy_past_caches(char* target, const char* source, int64 bytes) 
 #endif
 }
 
+// A whole register past the caches, to an address that is a multiple of its size.
+template <class T>
+BKIND3D_FN void store_past_caches(T* p, vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps((float*)p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps((float*)p, (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps((float*)p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+
 // Streaming stores are weakly ordered: they are done before another thread is told of them.
 BKIND3D_FN void finish_copies() {
 #if defined(__SSE2__)

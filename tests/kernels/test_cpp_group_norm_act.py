@@ -49,6 +49,15 @@ def test_few_and_many_channels(isa: str, channels: int, groups: int, dtype: torc
         cases.check_error(OPERATORS, inputs(2, channels, 11, 13, residual=residual, dtype=dtype), groups, "none")
 
 
+@pytest.mark.parametrize("shape", [(2, 16, 71, 60, 32), (1, 8, 601, 603), (3, 5, 701, 401)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_maps_larger_than_the_caches(isa: str, shape: tuple[int, ...], residual: bool) -> None:
+    """More than 8 MB, written past the caches where samples begin at whole cache lines."""
+    values = inputs(*shape, residual=residual)
+    assert values[0].numel() * 4 > 8 << 20
+    cases.check_error(OPERATORS, values, 1, "none")
+
+
 def test_statistics_of_many_slabs(isa: str) -> None:
     """A mean that drifts along the sample: what the slabs give differs."""
     x, weight, bias, _ = inputs(1, 16, 40, 41, 42, residual=False)
