@@ -44,22 +44,22 @@ COLUMNS = (
     "commit",
     "settings",
 )
-# Stage, and what of the trainer it is: the first name of each that the run's method has.
+# Stage, and what of the trainer it is; a method has some of them.
 STAGES = {
-    "look": ("_seen",),
-    "encoder": ("model.encoder.forward",),
-    "maps": ("model.geometry.forward",),
-    "unproject": ("model.unproject.forward",),
-    "volume network": ("model.volume.forward",),
-    "lift": ("model.lift",),
-    "draw": ("model.draw",),
-    "decoder": ("model.reconstruction.forward",),
-    "body": ("model.body.forward",),
-    "target": ("model.target",),
-    "loss": ("objective.forward",),
-    "backward": ("accelerator.backward",),
-    "clip": ("accelerator.clip_grad_norm_",),
-    "optimiser": ("optimizer.step",),
+    "look": "_seen",
+    "encoder": "model.encoder.forward",
+    "maps": "model.geometry.forward",
+    "unproject": "model.unproject.forward",
+    "volume network": "model.volume.forward",
+    "lift": "model.lift",
+    "draw": "model.draw",
+    "decoder": "model.reconstruction.forward",
+    "body": "model.body.forward",
+    "target": "model.target",
+    "loss": "objective.forward",
+    "backward": "accelerator.backward",
+    "clip": "accelerator.clip_grad_norm_",
+    "optimiser": "optimizer.step",
 }
 
 
@@ -75,9 +75,8 @@ class Stages:
         weights = trainer.model.parameters()
         self.weights = {parameter.untyped_storage().data_ptr() for parameter in weights}
         self.kept: set[int] = set()
-        for stage, names in STAGES.items():
-            for name in names:
-                self._wrap(trainer, name, stage)
+        for stage, name in STAGES.items():
+            self._wrap(trainer, name, stage)
 
     def _wrap(self, trainer: Any, name: str, stage: str) -> None:
         *path, last = name.split(".")

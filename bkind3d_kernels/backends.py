@@ -55,12 +55,14 @@ class Availability(NamedTuple):
 def operations_of(backend: str) -> tuple[str, ...]:
     """The operations that have a module in the folder of ``backend``, whether or not it can run here."""
     package = f"{__package__}.{BACKENDS[backend].folder}"
+    if importlib.util.find_spec(package) is None:
+        return ()
     return tuple(op for op in OPERATIONS if importlib.util.find_spec(f"{package}.{op}") is not None)
 
 
 def _find(op: str, backend: str) -> ModuleType | str:
     package = f"{__package__}.{BACKENDS[backend].folder}"
-    if importlib.util.find_spec(package) is None or importlib.util.find_spec(f"{package}.{op}") is None:
+    if op not in operations_of(backend):
         return f"this operation has no {BACKENDS[backend].description}"
     missing = getattr(importlib.import_module(package), "MISSING", None)
     return missing or importlib.import_module(f"{package}.{op}")

@@ -286,15 +286,15 @@ def _gather(
 
 
 @triton.jit
-def _reciprocal(x):
-    """1 / x, and 0 of 0."""
-    return tl.where(x == 0, 0.0, _inverse(tl.where(x == 0, 1.0, x)))
-
-
-@triton.jit
 def _divisor(x):
     """x, and 1 in place of 0. To divide by, where the reciprocal of a subnormal number would be infinite."""
     return tl.where(x == 0, 1.0, x)
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x, and 0 of 0."""
+    return tl.where(x == 0, 0.0, _inverse(_divisor(x)))
 
 
 @triton.jit

@@ -14,13 +14,6 @@ from bkind3d.cli import VERBS, main
 from bkind3d.config import load_config
 
 
-@pytest.fixture
-def own_rig(rig: Path, tmp_path: Path) -> Path:
-    """A copy of the project that a test may break."""
-    shutil.copytree(rig.parent, tmp_path / "rig", ignore=shutil.ignore_patterns("cache"))
-    return tmp_path / "rig" / "project.yaml"
-
-
 def test_the_whole_way(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
     main(["check", str(rig), "--gap", "4", "--voxels", "8", "--out", str(tmp_path / "check")])

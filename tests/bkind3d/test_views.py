@@ -1,6 +1,5 @@
 """What the networks get to see: the body alone, in windows that follow it, with the cameras of the windows."""
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,15 +142,13 @@ def test_a_world_that_is_moved() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_box_around_the_body_where_there_is_nothing_to_train_on(rig: Path, tmp_path: Path) -> None:
+def test_a_box_around_the_body_where_there_is_nothing_to_train_on(own_rig: Path) -> None:
     """The body is measured in the test recordings, and the box is as large as its size says, not as the volume."""
-    shutil.copytree(rig.parent, tmp_path / "rig", ignore=shutil.ignore_patterns("cache"))
-    project = tmp_path / "rig" / "project.yaml"
-    content = yaml.safe_load(project.read_text())
-    trained = open_inputs(Config(project, data=DataConfig(height=48, width=48, window=24)), progress=False)
+    content = yaml.safe_load(own_rig.read_text())
+    trained = open_inputs(Config(own_rig, data=DataConfig(height=48, width=48, window=24)), progress=False)
     content["recordings"] = [recording for recording in content["recordings"] if recording["split"] == "test"]
-    project.write_text(yaml.safe_dump(content))
-    inputs = open_inputs(Config(project, data=DataConfig(height=48, width=48, window=24, box=1.5)), progress=False)
+    own_rig.write_text(yaml.safe_dump(content))
+    inputs = open_inputs(Config(own_rig, data=DataConfig(height=48, width=48, window=24, box=1.5)), progress=False)
     assert inputs.body_size == pytest.approx(trained.body_size, rel=0.5)
     sides = inputs.grid.affine[0].diagonal() * (torch.tensor(inputs.grid.shape) - 1)
     torch.testing.assert_close(sides, torch.full((3,), 1.5 * inputs.body_size))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from native import emulation
+from switches import INSTRUCTION_SETS
 
 from bkind3d_kernels import backends, library, triton_ops
 
@@ -68,6 +69,13 @@ def operators(request: pytest.FixtureRequest) -> Any:
     if request.param == EMULATED:
         emulation.load()
     return getattr(torch.ops, NAMESPACES[request.param])
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of an instruction set, with which the C++ kernels run as long as the test does."""
+    with library.use_instruction_set(request.param):
+        yield request.param
 
 
 @pytest.fixture

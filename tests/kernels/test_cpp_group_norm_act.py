@@ -1,6 +1,5 @@
 """The C++ kernel of group_norm_act: rows, slabs and threads, with each instruction set."""
 
-from collections.abc import Iterator
 from math import prod
 
 import pytest
@@ -15,12 +14,6 @@ from bkind3d_kernels import library
 
 pytestmark = pytest.mark.skipif(library.reason("_cpu") is not None, reason=str(library.reason("_cpu")))
 OPERATORS = torch.ops.bkind3d
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with library.use_instruction_set(request.param):
-        yield request.param
 
 
 @settings(max_examples=80, deadline=None)

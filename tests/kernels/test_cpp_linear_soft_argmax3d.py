@@ -1,7 +1,5 @@
 """The C++ kernel of linear_soft_argmax3d: slabs, blocks, caches and threads, with each instruction set."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from cases.linear_soft_argmax3d import backward, compare, double, exact_gradients, forward, inputs
@@ -15,12 +13,6 @@ from bkind3d_kernels import library
 
 pytestmark = pytest.mark.skipif(library.reason("_cpu") is not None, reason=str(library.reason("_cpu")))
 OPERATORS = torch.ops.bkind3d
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with library.use_instruction_set(request.param):
-        yield request.param
 
 
 @settings(max_examples=60, deadline=None)

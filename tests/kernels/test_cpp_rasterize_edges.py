@@ -18,12 +18,6 @@ pytestmark = pytest.mark.skipif(library.reason("_cpu") is not None, reason=str(l
 OPERATORS = torch.ops.bkind3d
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with library.use_instruction_set(request.param):
-        yield request.param
-
-
 @contextmanager
 def no_culling() -> Iterator[None]:
     OPERATORS.set_rasterize_edges_culling(False)

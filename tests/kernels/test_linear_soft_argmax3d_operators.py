@@ -6,7 +6,17 @@ import pytest
 import torch
 from cases import linear_soft_argmax3d as cases
 from cases.linear_soft_argmax3d import CPP, TRITON, Inputs, backward, compare, forward, inputs
-from cases.soft_argmax3d import DTYPES, broad_logits, check_flat, in_each_instruction_set, last, random_grads, turned
+from cases.soft_argmax3d import (
+    BACKWARD_NAMES,
+    DTYPES,
+    broad_logits,
+    check_flat,
+    in_each_instruction_set,
+    last,
+    of_another_size,
+    random_grads,
+    turned,
+)
 from torch import Tensor
 
 # ---- against the reference in float64 ----
@@ -192,15 +202,9 @@ def test_bad_inputs_are_refused(operators: Any, changes: dict[int, Tensor], mess
         backward(operators, random_grads(outputs[0]), given, 1.0, outputs)
 
 
-@pytest.mark.parametrize(
-    "name", ["grad_mean", "grad_peak", "grad_covariance", "mean", "covariance", "maximum", "total", "argmax"]
-)
+@pytest.mark.parametrize("name", BACKWARD_NAMES)
 def test_gradients_and_outputs_of_another_size_are_refused(operators: Any, name: str) -> None:
-    mean, peak, covariance, maximum, total, argmax = forward(operators, GOOD)
-    given = {"grad_mean": mean, "grad_peak": peak, "grad_covariance": covariance}
-    given |= {"mean": mean, "covariance": covariance, "maximum": maximum, "total": total, "argmax": argmax}
-    size = given[name].numel()
-    given[name] = given[name][:, :1]
+    given, size = of_another_size(forward(operators, GOOD), name)
     message = rf"\b{name}( \(1, 1.*\))?: expected ({size} elements|\(N, J\) int64)"
     given |= {"features": GOOD[0], "weight": GOOD[1], "bias": GOOD[2], "temperature": 1.0}
     with pytest.raises((RuntimeError, ValueError), match=message):

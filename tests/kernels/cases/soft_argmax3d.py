@@ -351,3 +351,18 @@ def check_written(operators: Any, logits: Tensor, covariance: bool) -> None:
         assert (got.shape, got.dtype, got.stride()) == (declared.shape, declared.dtype, declared.stride())
         assert got.isfinite().all()
     assert ((outputs[5] >= 0) & (outputs[5] < logits.shape[2:].numel())).all()
+
+
+# ---- bad arguments of the backward operators ----
+
+BACKWARD_NAMES = ["grad_mean", "grad_peak", "grad_covariance", "mean", "covariance", "maximum", "total", "argmax"]
+
+
+def of_another_size(outputs: tuple[Tensor, ...], name: str) -> tuple[dict[str, Tensor], int]:
+    """What a backward operator takes of a forward one, by name; ``name`` without all but the first keypoint.
+
+    With the number of elements that it should have.
+    """
+    given = dict(zip(BACKWARD_NAMES, (*outputs[:3], outputs[0], *outputs[2:]), strict=True))
+    size = given[name].numel()
+    return given | {name: given[name][:, :1]}, size

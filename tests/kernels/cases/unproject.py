@@ -236,7 +236,9 @@ BAD = [
 ]
 # What one family alone refuses, or in words of its own.
 BAD_FOR = {
-    "bkind3d": [],
+    "bkind3d": [
+        ({"features": FEATURES[:, :, :1, :1, :1].expand(2, 3, 1, 1, 2**25)}, "features: one map of .* is too large")
+    ],
     "bkind3d_emulated": [({"shape": [2**11, 2**11, 2**9]}, "shape: too many voxels")],
     "bkind3d_triton": [
         ({"shape": [2**11, 2**11, 2**9]}, "shape: expected fewer than 2.31 voxels"),
