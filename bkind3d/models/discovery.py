@@ -13,7 +13,7 @@ from bkind3d.models.body import Body, BodyTerms, OnBody
 from bkind3d.models.config import ModelConfig
 from bkind3d.models.encoder import build_encoder
 from bkind3d.models.geometry import GeometryDecoder
-from bkind3d.models.layers import channels_last
+from bkind3d.models.layers import channels_last, use_backend
 from bkind3d.models.points import draw_points
 from bkind3d.models.reconstruction import ReconstructionDecoder
 from bkind3d.models.skeleton import Skeleton
@@ -110,6 +110,7 @@ class DiscoveryModel(nn.Module, ABC):
         self.body = BodyTerms(config, len(self.skeleton.pairs), channels) if foreground else None
         # Channels-last is what `unproject` reads and writes; convolutions are up to twice as fast in it as well.
         channels_last(self)
+        use_backend(self, config.backend)
 
     @property
     @abstractmethod

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from bkind3d.errors import InputError
-from bkind3d.models.layers import ConvNorm2d, norm2d
+from bkind3d.models.layers import ConvNorm2d
 from bkind3d.models.weights import read_state_dict
 
 
@@ -45,9 +45,9 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.bn1 = norm2d("batch", width)
+        self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = norm2d("batch", width)
+        self.bn2 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
@@ -66,11 +66,11 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.bn1 = norm2d("batch", width)
+        self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = norm2d("batch", width)
+        self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
-        self.bn3 = norm2d("batch", width * self.expansion)
+        self.bn3 = nn.BatchNorm2d(width * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
@@ -96,7 +96,7 @@ class ResNetEncoder(nn.Module):
         block: type[BasicBlock] | type[Bottleneck]
         block, counts = (BasicBlock, (2, 2, 2, 2)) if depth == 18 else (Bottleneck, (3, 4, 6, 3))
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = norm2d("batch", 64)
+        self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self._inputs = 64
@@ -113,9 +113,7 @@ class ResNetEncoder(nn.Module):
         outputs = width * block.expansion
         downsample = None
         if stride != 1 or self._inputs != outputs:
-            downsample = nn.Sequential(
-                nn.Conv2d(self._inputs, outputs, 1, stride, bias=False), norm2d("batch", outputs)
-            )
+            downsample = nn.Sequential(nn.Conv2d(self._inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
         blocks = [block(self._inputs, width, stride, downsample)]
         blocks += [block(outputs, width, 1, None) for _ in range(count - 1)]
         self._inputs = outputs

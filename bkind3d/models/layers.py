@@ -7,15 +7,64 @@ import math
 import torch
 from torch import Tensor, nn
 
-
-def norm2d(kind: str, channels: int) -> nn.Module:
-    """Return a 2D normalisation layer: "group" (groups of at least four channels) or "batch"."""
-    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(groups(channels), channels)
+from bkind3d_kernels import GroupNormAct
 
 
-def norm3d(kind: str, channels: int) -> nn.Module:
-    """Return a 3D normalisation layer: "group" (groups of at least four channels) or "batch"."""
-    return nn.BatchNorm3d(channels) if kind == "batch" else nn.GroupNorm(groups(channels), channels)
+class BatchNormAct2d(nn.BatchNorm2d):
+    """Batch normalisation, the addition of a residual and a ReLU, called as :class:`bkind3d_kernels.GroupNormAct` is.
+
+    Args:
+        channels: C.
+        activation: "relu" or "none".
+    """
+
+    def __init__(self, channels: int, activation: str) -> None:
+        super().__init__(channels)
+        self.activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The normalised map, in the shape of x."""
+        return _act(super().forward(x), residual, self.activation)
+
+
+class BatchNormAct3d(nn.BatchNorm3d):
+    """As :class:`BatchNormAct2d`, of volumes."""
+
+    def __init__(self, channels: int, activation: str) -> None:
+        super().__init__(channels)
+        self.activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The normalised volume, in the shape of x."""
+        return _act(super().forward(x), residual, self.activation)
+
+
+def _act(x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    x = x if residual is None else x + residual
+    return x.relu_() if activation == "relu" else x
+
+
+def norm_act2d(kind: str, channels: int, activation: str = "relu") -> nn.Module:
+    """Return a normalisation of maps: "group" (groups of at least four channels) or "batch"; called with a residual it
+    adds that before the activation, "relu" or "none".
+    """
+    if kind == "batch":
+        return BatchNormAct2d(channels, activation)
+    return GroupNormAct(groups(channels), channels, activation=activation)
+
+
+def norm_act3d(kind: str, channels: int, activation: str = "relu") -> nn.Module:
+    """As :func:`norm_act2d`, of volumes."""
+    if kind == "batch":
+        return BatchNormAct3d(channels, activation)
+    return GroupNormAct(groups(channels), channels, activation=activation)
+
+
+def use_backend(module: nn.Module, backend: str) -> None:
+    """Let all group normalisations of a module run with a backend of the operations."""
+    for part in module.modules():
+        if isinstance(part, GroupNormAct):
+            part.backend = backend
 
 
 def groups(channels: int) -> int:
@@ -29,8 +78,7 @@ class ConvNorm2d(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, norm: str, stride: int = 1) -> None:
         super().__init__(
             nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
-            norm2d(norm, outputs),
-            nn.ReLU(inplace=True),
+            norm_act2d(norm, outputs),
         )
 
 

@@ -63,8 +63,10 @@ class ReconstructionDecoder(nn.Module):
         """
         x = None
         for level, block, maps in zip(self.levels, self.blocks, drawn, strict=True):
-            # All parts in one layout, or the joined tensor and its gradient are copied to that of the convolution.
-            parts = [features[level], maps.contiguous(memory_format=torch.channels_last)]
+            # All parts in one layout and dtype, or the joined tensor and its gradient are copied to what the
+            # convolution takes.
+            feature = features[level]
+            parts = [feature, maps.to(feature.dtype, memory_format=torch.channels_last)]
             if x is not None:
                 parts.append(upsample_to(x, (maps.shape[-2], maps.shape[-1])))
             x = block(torch.cat(parts, dim=1))

@@ -7,16 +7,14 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from bkind3d.models.layers import norm3d
+from bkind3d.models.layers import norm_act3d
 
 
 class ConvNorm3d(nn.Sequential):
     """Convolution, normalisation, ReLU on a volume; the size stays."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, norm: str) -> None:
-        super().__init__(
-            nn.Conv3d(inputs, outputs, kernel, padding=kernel // 2), norm3d(norm, outputs), nn.ReLU(inplace=True)
-        )
+        super().__init__(nn.Conv3d(inputs, outputs, kernel, padding=kernel // 2), norm_act3d(norm, outputs))
 
 
 class Residual3d(nn.Module):
@@ -25,16 +23,18 @@ class Residual3d(nn.Module):
     def __init__(self, inputs: int, outputs: int, norm: str) -> None:
         super().__init__()
         self.branch = nn.Sequential(
-            ConvNorm3d(inputs, outputs, 3, norm), nn.Conv3d(outputs, outputs, 3, padding=1), norm3d(norm, outputs)
+            ConvNorm3d(inputs, outputs, 3, norm), nn.Conv3d(outputs, outputs, 3, padding=1), norm_act3d(norm, outputs)
         )
         self.skip = (
-            nn.Identity() if inputs == outputs else nn.Sequential(nn.Conv3d(inputs, outputs, 1), norm3d(norm, outputs))
+            nn.Identity()
+            if inputs == outputs
+            else nn.Sequential(nn.Conv3d(inputs, outputs, 1), norm_act3d(norm, outputs, "none"))
         )
-        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, X, Y, Z) -> (N, C_out, X, Y, Z)."""
-        return self.relu(self.branch(x) + self.skip(x))
+        first, second, norm = self.branch
+        return norm(second(first(x)), self.skip(x))
 
 
 class Upsample3d(nn.Module):
@@ -43,13 +43,12 @@ class Upsample3d(nn.Module):
     def __init__(self, inputs: int, outputs: int, norm: str) -> None:
         super().__init__()
         self.conv = nn.ConvTranspose3d(inputs, outputs, 2, stride=2)
-        self.norm = norm3d(norm, outputs)
-        self.relu = nn.ReLU(inplace=True)
+        self.norm = norm_act3d(norm, outputs)
 
     def forward(self, x: Tensor, like: Tensor) -> Tensor:
         """(N, C_in, X', Y', Z') with X' = ⌈X / 2⌉ -> (N, C_out, X, Y, Z), the size of `like`."""
         nx, ny, nz = like.shape[-3:]
-        return self.relu(self.norm(self.conv(x)[..., :nx, :ny, :nz]))
+        return self.norm(self.conv(x)[..., :nx, :ny, :nz])
 
 
 class VolumeNetwork(nn.Module):
