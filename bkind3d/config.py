@@ -90,6 +90,7 @@ class LossConfig:
         separation_sigma: σ_s of the separation loss, in sizes of the body, or of the volume's longest side where the
             foreground is not known (there 0.05 is about right).
         regularise_after: Epochs e after which length and separation losses join; may be a fraction.
+        equivariance_share: Share of the frames of a step that `equivariance` looks at a second time; less is faster.
         length_momentum: Share of the old value kept when the running average of an edge's length is updated.
         containment: Weight of the distance of projected keypoints to the foreground, in sizes of the body. Like the
             next three it counts where `data.foreground` is set; see docs/methods.md.
@@ -109,6 +110,7 @@ class LossConfig:
     separation: float = 0.01
     separation_sigma: float = 0.1
     regularise_after: float = 2.0
+    equivariance_share: float = 1.0
     length_momentum: float = 0.99
     containment: float = 3.0
     silhouette: float = 8.0
@@ -131,6 +133,9 @@ class TrainConfig:
         final_lr: Share of the learning rate left at the last step, reached along a cosine; 1 keeps it constant.
         clip: Largest norm of the gradient.
         precision: "no" (fp32), or on a GPU "bf16" or "fp16" autocast.
+        checkpointing: What the backward pass computes again, so that it need not be kept: "none", the "volume" network,
+            or that and the reconstruction decoder, "all". It takes about a third of the forward and backward time more
+            there. Needs `model.norm group`: batch normalisation would count each batch twice.
         seed: Seed of weights, order of pairs and everything else that is random.
         log_every: Steps between rows of metrics.csv.
         sample_every: Steps between sample pictures and keypoint health.
@@ -150,6 +155,7 @@ class TrainConfig:
     final_lr: float = 0.1
     clip: float = 5.0
     precision: Literal["no", "bf16", "fp16"] = "no"
+    checkpointing: Literal["none", "volume", "all"] = "none"
     seed: int = 0
     log_every: int = 10
     sample_every: int = 200
@@ -238,6 +244,12 @@ def validate(config: Config) -> None:
         ("loss.blocks", loss.blocks, 1 <= loss.blocks <= 5, "1 to 5"),
         ("loss.pixel_scales", loss.pixel_scales, loss.pixel_scales >= 0, "0 or more"),
         ("loss.separation_sigma", loss.separation_sigma, loss.separation_sigma > 0, "a number above 0"),
+        (
+            "loss.equivariance_share",
+            loss.equivariance_share,
+            0 < loss.equivariance_share <= 1,
+            "a number above 0 and up to 1",
+        ),
         ("loss.length_momentum", loss.length_momentum, 0 <= loss.length_momentum < 1, "0 or more and below 1"),
         ("model.capsule_radius", model.capsule_radius, model.capsule_radius > 0, "a number above 0"),
         ("model.silhouette_strides", model.silhouette_strides, _positive(model.silhouette_strides, 1), "one or more"),
@@ -247,6 +259,12 @@ def validate(config: Config) -> None:
         ("train.lr", train.lr, train.lr > 0, "a number above 0"),
         ("train.clip", train.clip, train.clip > 0, "a number above 0"),
         ("train.seed", train.seed, 0 <= train.seed < 2**31, "0 to 2147483647"),
+        (
+            "train.checkpointing",
+            train.checkpointing,
+            train.checkpointing == "none" or model.norm == "group",
+            "none, or model.norm group",
+        ),
         ("train.workers", train.workers, train.workers >= 0, "0 or more"),
         ("train.threads", train.threads, train.threads >= 0, "0 or more"),
     ]

@@ -25,6 +25,7 @@ from bkind3d.errors import InputError
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.models.methods import METHODS
 from bkind3d.models.views import as_floats, foreground_only
+from bkind3d.models.volumetric import VolumetricModel
 from bkind3d_kernels import VoxelGrid
 
 # Everything that a run writes; nothing else in its folder is ever deleted.
@@ -110,12 +111,16 @@ def follows_body(config: Config) -> bool:
 def build_model(config: Config) -> DiscoveryModel:
     """Build the networks from the run's seed: the same settings always give the same untrained network."""
     torch.manual_seed(config.train.seed)
-    return METHODS[config.method].model(
+    model = METHODS[config.method].model(
         config.model,
         outputs=1 if config.loss.target_channels == "grey" else 3,
         foreground=config.data.foreground,
         follows=follows_body(config),
     )
+    model.use_checkpointing(config.train.checkpointing)
+    if isinstance(model, VolumetricModel):
+        model.equivariance_share = config.loss.equivariance_share
+    return model
 
 
 def available_device() -> torch.device:

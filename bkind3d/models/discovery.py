@@ -13,12 +13,13 @@ from bkind3d.models.body import Body, BodyTerms, OnBody
 from bkind3d.models.config import ModelConfig
 from bkind3d.models.encoder import build_encoder
 from bkind3d.models.geometry import GeometryDecoder
-from bkind3d.models.layers import channels_last, use_backend
+from bkind3d.models.layers import channels_last, leading, use_backend
 from bkind3d.models.points import draw_points
 from bkind3d.models.reconstruction import ReconstructionDecoder
 from bkind3d.models.skeleton import Skeleton
 from bkind3d.models.targets import difference_target
 from bkind3d.models.views import body_middle, centred
+from bkind3d.models.volume import VolumeNetwork
 from bkind3d_kernels import VoxelGrid, rasterize_edges
 from bkind3d_kernels.geometry import project_points, rescale_points
 
@@ -111,6 +112,16 @@ class DiscoveryModel(nn.Module, ABC):
         # Channels-last is what `unproject` reads and writes; convolutions are up to twice as fast in it as well.
         channels_last(self)
         use_backend(self, config.backend)
+
+    def use_checkpointing(self, parts: str) -> None:
+        """Let the backward pass compute stages again: of "none", of the "volume" network, or the decoder's too, "all".
+
+        A method without a volume network has nothing there to compute again.
+        """
+        self.reconstruction.checkpointing = parts == "all"
+        for part in self.children():
+            if isinstance(part, VolumeNetwork):
+                part.checkpointing = parts != "none"
 
     @property
     @abstractmethod
@@ -245,7 +256,7 @@ class DiscoveryModel(nn.Module, ABC):
             level.unflatten(0, (2, n * m)).transpose(0, 1).flatten(1, 2)
             for level in self.draw(found.positions, projections, size, grid)
         ]
-        appearance = [level[: n * m] for level in found.features]
+        appearance = [leading(level, n * m) for level in found.features]
         difference = self.reconstruction(appearance, drawn, size)
         on_body = None
         if self.body is not None and body is not None:

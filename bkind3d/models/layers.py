@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bkind3d_kernels import GroupNormAct
 
@@ -82,6 +85,21 @@ class ConvNorm2d(nn.Sequential):
         )
 
 
+class PointwiseConv3d(nn.Conv3d):
+    """Convolution 1³ as a matrix product of the voxels' features, (N, C_in, X, Y, Z) -> (N, C_out, X, Y, Z).
+
+    Channels-last in memory, where it is just that. On one CPU thread torch copies a few volumes to another layout and
+    back for such a convolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The volume that each voxel's features are mapped to."""
+        return nn.functional.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
 def channels_last(module: nn.Module) -> None:
     """Store all convolutions of a module channels-last; their inputs and outputs then follow."""
     for parameter in module.parameters():
@@ -89,6 +107,30 @@ def channels_last(module: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         elif parameter.ndim == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+class _Leading(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
+        ctx.shape, ctx.strides = x.shape, x.stride()
+        return x[:count]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        whole = gradient.new_empty_strided(ctx.shape, ctx.strides)
+        whole[: len(gradient)] = gradient
+        whole[len(gradient) :] = 0
+        return whole, None
+
+
+def leading(x: Tensor, count: int) -> Tensor:
+    """x[:count], a view. Its gradient has the strides of x: that of a slice would be contiguous, and copied back."""
+    return _Leading.apply(x, count)
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call a function of which nothing but its inputs is kept for the backward pass, which calls it again."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def upsample_to(x: Tensor, size: tuple[int, int]) -> Tensor:

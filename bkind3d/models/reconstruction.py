@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bkind3d.errors import InputError
-from bkind3d.models.layers import ConvNorm2d, upsample_to
+from bkind3d.models.layers import ConvNorm2d, recomputed, upsample_to
 
 
 class ReconstructionDecoder(nn.Module):
@@ -22,7 +22,12 @@ class ReconstructionDecoder(nn.Module):
         maps: Channels of the maps of both times together: 2 for edges, 2 J for points.
         outputs: Channels of the reconstruction (3: RGB, 1: grey).
         norm: "group" or "batch".
+
+    Attributes:
+        checkpointing: Whether the backward pass computes each level again, of which only the inputs are kept.
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -61,14 +66,22 @@ class ReconstructionDecoder(nn.Module):
         Returns:
             Reconstruction (N, outputs, H, W), unbounded.
         """
-        x = None
+        before: list[Tensor] = []
         for level, block, maps in zip(self.levels, self.blocks, drawn, strict=True):
-            # All parts in one layout and dtype, or the joined tensor and its gradient are copied to what the
-            # convolution takes.
-            feature = features[level]
-            parts = [feature, maps.to(feature.dtype, memory_format=torch.channels_last)]
-            if x is not None:
-                parts.append(upsample_to(x, (maps.shape[-2], maps.shape[-1])))
-            x = block(torch.cat(parts, dim=1))
-        assert x is not None
-        return upsample_to(self.head(x), size)
+            inputs = features[level], maps, *before
+            before = [recomputed(_join(block), *inputs) if self.checkpointing else _join(block)(*inputs)]
+        return upsample_to(self.head(before[0]), size)
+
+
+def _join(block: nn.Module) -> Callable[..., Tensor]:
+    """A level: appearance, drawn maps and what the level before gave, if there is one, through its block."""
+
+    def level(feature: Tensor, maps: Tensor, before: Tensor | None = None) -> Tensor:
+        # All parts in one layout and dtype, or the joined tensor and its gradient are copied to what the convolution
+        # takes.
+        parts = [feature, maps.to(feature.dtype, memory_format=torch.channels_last)]
+        if before is not None:
+            parts.append(upsample_to(before, (maps.shape[-2], maps.shape[-1])))
+        return block(torch.cat(parts, dim=1))
+
+    return level

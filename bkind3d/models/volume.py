@@ -7,14 +7,20 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from bkind3d.models.layers import norm_act3d
+from bkind3d.models.layers import PointwiseConv3d, norm_act3d, recomputed
 
 
 class ConvNorm3d(nn.Sequential):
     """Convolution, normalisation, ReLU on a volume; the size stays."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, norm: str) -> None:
-        super().__init__(nn.Conv3d(inputs, outputs, kernel, padding=kernel // 2), norm_act3d(norm, outputs))
+        super().__init__(_convolution(inputs, outputs, kernel), norm_act3d(norm, outputs))
+
+
+def _convolution(inputs: int, outputs: int, kernel: int) -> nn.Module:
+    if kernel == 1:
+        return PointwiseConv3d(inputs, outputs)
+    return nn.Conv3d(inputs, outputs, kernel, padding=kernel // 2)
 
 
 class Residual3d(nn.Module):
@@ -28,13 +34,14 @@ class Residual3d(nn.Module):
         self.skip = (
             nn.Identity()
             if inputs == outputs
-            else nn.Sequential(nn.Conv3d(inputs, outputs, 1), norm_act3d(norm, outputs, "none"))
+            else nn.Sequential(PointwiseConv3d(inputs, outputs), norm_act3d(norm, outputs, "none"))
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, X, Y, Z) -> (N, C_out, X, Y, Z)."""
         first, second, norm = self.branch
-        return norm(second(first(x)), self.skip(x))
+        branch = second(first(x))
+        return norm(branch, self.skip(x).to(branch.dtype))  # under autocast x may not have it yet
 
 
 class Upsample3d(nn.Module):
@@ -67,7 +74,12 @@ class VolumeNetwork(nn.Module):
         stem_kernel: Side of the stem's kernel, odd (V2V: 7).
         blocks: Residual blocks between the stem and the hourglass (V2V: 3).
         norm: "group" or "batch".
+
+    Attributes:
+        checkpointing: Whether the backward pass computes each stage again, of which only the inputs are kept.
     """
+
+    checkpointing = False
 
     def __init__(
         self, inputs: int, outputs: int, channels: Sequence[int], stem_kernel: int, blocks: int, norm: str
@@ -93,12 +105,22 @@ class VolumeNetwork(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """Aggregated volume (N, C, X, Y, Z) -> features (N, channels[1], X, Y, Z), the inputs of the head."""
-        x = self.front(volume)
+        run = recomputed if self.checkpointing else _called
+        x = volume
+        for stage in self.front:
+            x = run(stage, x)
         kept = []
         for skip, down in zip(self.skips, self.down, strict=True):
-            kept.append(skip(x))
-            x = down(self.pool(x))
-        x = self.middle(x)
-        for block, up, skip in zip(reversed(self.up_blocks), reversed(self.up), reversed(kept), strict=True):
-            x = skip + up(block(x), skip)
-        return self.back(x)
+            kept.append(run(skip, x))
+            # The indices of the largest voxels have 64 bits: less is kept if they are found again.
+            x = run(down, recomputed(self.pool, x))
+        x = run(self.middle, x)
+        for block, up, above in zip(reversed(self.up_blocks), reversed(self.up), reversed(kept), strict=True):
+            x = above + run(up, run(block, x), above)
+        for stage in self.back:
+            x = run(stage, x)
+        return x
+
+
+def _called(stage: nn.Module, *inputs: Tensor) -> Tensor:
+    return stage(*inputs)

@@ -10,6 +10,7 @@ from kornia.geometry.conversions import axis_angle_to_rotation_matrix
 from torch import Tensor
 
 from bkind3d.models.discovery import DiscoveryModel, Lifted, box_center
+from bkind3d.models.layers import leading
 from bkind3d.models.volume import VolumeNetwork
 from bkind3d_kernels import Unproject, VoxelGrid, linear_soft_argmax3d
 from bkind3d_kernels.geometry import rescale_projections
@@ -19,7 +20,13 @@ STILL = 0.01  # of the box's longest side: a keypoint that moves less than this 
 
 
 class VolumetricModel(DiscoveryModel):
-    """Maps of all views, unprojected into one volume, and a 3D soft-argmax in it; arguments as `DiscoveryModel`."""
+    """Maps of all views, unprojected into one volume, and a 3D soft-argmax in it; arguments as `DiscoveryModel`.
+
+    Attributes:
+        equivariance_share: Share of the frames t that are looked at a second time, in another grid.
+    """
+
+    equivariance_share = 1.0
 
     @property
     def map_channels(self) -> int:
@@ -82,8 +89,8 @@ class VolumetricModel(DiscoveryModel):
             {2 \langle \| u_j(n, \theta_n) - \bar u_j \|^2 \rangle_{n \leq 2N} + (s / 100)^2}
 
         Relative to how far each keypoint moves, since a bare distance is smallest for keypoints that stand still.
-        Frames t, the first half of the moments, are looked at again in the grids of other moments: the box is the same,
-        the turn is not.
+        Frames t, the first half of the moments, or a share of them, are looked at again in the grids of other moments:
+        the box is the same, the turn is not.
 
         Args:
             positions: (2N, J, 3), found in `grid`.
@@ -94,10 +101,10 @@ class VolumetricModel(DiscoveryModel):
         Returns:
             Scalar: 0 where all looks agree, about 1 where they have nothing in common.
         """
-        half = len(maps) // 2
-        other = VoxelGrid(grid.affine.roll(1, 0)[:half], grid.shape)
-        again, _ = self._locate(maps[:half], to_maps[:half], other)
-        error = (again - positions[:half]).square().sum(-1).mean(0)
+        looks = math.ceil(self.equivariance_share * (len(maps) // 2))
+        other = VoxelGrid(grid.affine.roll(1, 0)[:looks], grid.shape)
+        again, _ = self._locate(leading(maps, looks), to_maps[:looks], other)
+        error = (again - positions[:looks]).square().sum(-1).mean(0)
         spread = (positions - positions.mean(0)).square().sum(-1).mean(0)
         return (error / (2 * spread + (STILL * grid.side) ** 2)).mean()
 

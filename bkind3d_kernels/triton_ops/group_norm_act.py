@@ -2,8 +2,8 @@
 
 Forward: ``_statistics`` leaves of each tile the mean of every channel and the sum of squared distances from it, so that
 nothing cancels; ``_moments`` merges those of a group, in float64 and in a fixed order; ``_apply`` normalises. Backward:
-``_sums`` leaves two sums of every channel of a tile and writes the residual's gradient on its way; ``_slopes`` adds them
-up and finds what the elements of a group have in common, ``_parameters`` the gradients of weight and bias,
+``_sums`` leaves two sums of every channel of a tile and writes the residual's gradient on its way; ``_slopes`` adds
+them up and finds what the elements of a group have in common, ``_parameters`` the gradients of weight and bias,
 ``_gradient`` that of x. No atomics: the same bits every time. Other memory layouts are copied once. Saved for backward:
 x, mean and 1/sqrt(var + eps); the output where there are a residual and a ReLU.
 
