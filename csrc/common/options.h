@@ -49,6 +49,12 @@ inline bool parse_exclude(const std::string& name) {
   return name == "exclude";
 }
 
+// Of the option `activation`: whether there is one.
+inline bool parse_relu(const std::string& name) {
+  STD_TORCH_CHECK(name == "relu" || name == "none", "activation '", name, "': expected relu or none");
+  return name == "relu";
+}
+
 inline bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape) {
   const auto sizes = tensor.sizes();
   return std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());

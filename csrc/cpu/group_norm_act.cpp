@@ -52,9 +52,9 @@ Tensor parameter(const char* name, const Tensor& tensor, int64_t channels, Scala
 // A map in the shape and dtype of x, channels-last.
 Tensor map_like(const char* name, const Tensor& tensor, const Tensor& x) {
   const auto sizes = x.sizes();
-  STD_TORCH_CHECK(tensor.dim() == x.dim() && has_shape(tensor, std::vector<int64_t>(sizes.begin(), sizes.end())) &&
-                      tensor.scalar_type() == x.scalar_type(),
-                  name, ": expected the shape and dtype of x");
+  STD_TORCH_CHECK(
+      has_shape(tensor, std::vector<int64_t>(sizes.begin(), sizes.end())) && tensor.scalar_type() == x.scalar_type(),
+      name, ": expected the shape and dtype of x");
   return torch::stable::contiguous(tensor, last_of(x));
 }
 
@@ -64,11 +64,6 @@ Tensor empty_map(const Tensor& x) {
                                      x.device(), std::nullopt, last_of(x));
   advise_huge_pages(made.mutable_data_ptr(), made.numel() * bytes_of(storage_of("x", x)));
   return made;
-}
-
-bool parse_relu(const std::string& name) {
-  STD_TORCH_CHECK(name == "relu" || name == "none", "activation '", name, "': expected relu or none");
-  return name == "relu";
 }
 
 Call prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, const std::string& activation) {
@@ -225,8 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(Tensor grad, 
   Call call = prepare(x, weight, bias, mean.size(1), activation);
   GroupNormActArgs& a = call.args;
   for (const auto& [name, tensor] : {std::pair("mean", &mean), std::pair("rstd", &rstd)})
-    STD_TORCH_CHECK(has_shape(*tensor, {call.samples, a.groups}) && tensor->dim() == 2 &&
-                        tensor->scalar_type() == call.weight.scalar_type(),
+    STD_TORCH_CHECK(has_shape(*tensor, {call.samples, a.groups}) && tensor->scalar_type() == call.weight.scalar_type(),
                     name, ": expected (N, G) in the dtype of the weight");
   STD_TORCH_CHECK(output || !a.relu || !needs_residual, "output: expected where a residual was added before a ReLU");
   const Tensor gradient = map_like("grad", grad, x), means = torch::stable::contiguous(mean),

@@ -45,28 +45,46 @@ struct alignas(Width * sizeof(S)) Pack {
   S values[Width];
 };
 
+#if !defined(BKIND3D_EMULATED)
+// One instruction of `load`, which takes a pointer to bits.
+template <class P, class Load>
+__device__ __forceinline__ P load_bits(const P* p, Load load) {
+  P pack;
+  if constexpr (sizeof(P) == 16) {
+    const uint4 bits = load(reinterpret_cast<const uint4*>(p));
+    __builtin_memcpy(&pack, &bits, 16);
+  } else if constexpr (sizeof(P) == 8) {
+    const uint2 bits = load(reinterpret_cast<const uint2*>(p));
+    __builtin_memcpy(&pack, &bits, 8);
+  } else if constexpr (sizeof(P) == 4) {
+    const unsigned bits = load(reinterpret_cast<const unsigned*>(p));
+    __builtin_memcpy(&pack, &bits, 4);
+  } else {
+    static_assert(sizeof(P) == 2);
+    const unsigned short bits = load(reinterpret_cast<const unsigned short*>(p));
+    __builtin_memcpy(&pack, &bits, 2);
+  }
+  return pack;
+}
+#endif
+
 // Read once, never written meanwhile: past the first-level cache, and first to be replaced in the second.
 template <class P>
 __device__ __forceinline__ P load_once(const P* p) {
 #if defined(BKIND3D_EMULATED)
   return *p;
 #else
-  P pack;
-  if constexpr (sizeof(P) == 16) {
-    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(p));
-    __builtin_memcpy(&pack, &bits, 16);
-  } else if constexpr (sizeof(P) == 8) {
-    const uint2 bits = __ldcs(reinterpret_cast<const uint2*>(p));
-    __builtin_memcpy(&pack, &bits, 8);
-  } else if constexpr (sizeof(P) == 4) {
-    const unsigned bits = __ldcs(reinterpret_cast<const unsigned*>(p));
-    __builtin_memcpy(&pack, &bits, 4);
-  } else {
-    static_assert(sizeof(P) == 2);
-    const unsigned short bits = __ldcs(reinterpret_cast<const unsigned short*>(p));
-    __builtin_memcpy(&pack, &bits, 2);
-  }
-  return pack;
+  return load_bits(p, [](const auto* bits) { return __ldcs(bits); });
+#endif
+}
+
+// Read again soon, by this kernel or the next, and never written meanwhile.
+template <class P>
+__device__ __forceinline__ P load_kept(const P* p) {
+#if defined(BKIND3D_EMULATED)
+  return *p;
+#else
+  return load_bits(p, [](const auto* bits) { return __ldg(bits); });
 #endif
 }
 

@@ -47,7 +47,6 @@ def test_an_operation_without_kernels_of_a_backend_says_so() -> None:
     assert (line.backend, line.available) == ("cuda", False)
     assert line.reason == "this operation has no CUDA kernels for CUDA tensors"
     reasons = {line.backend: line.reason for line in backends.explain("group_norm_act", device="cuda")}
-    assert reasons["cuda"] == "this operation has no CUDA kernels for CUDA tensors"
     assert reasons["triton"] == "this operation has no Triton kernels for CUDA tensors"
 
 

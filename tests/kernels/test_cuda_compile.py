@@ -32,6 +32,15 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
+    "group_norm_act": {
+        r"(statistics|apply|group)_kernel<\w+, [124]>": Budget(256, 3),
+        r"(statistics|apply|group)_kernel<\w+, 8>": Budget(256, 2),
+        r"(sums|gradient|group_backward)_kernel<\(Mask\)\d, \w+, [124]>": Budget(256, 3),
+        r"(sums|gradient|group_backward)_kernel<\(Mask\)\d, \w+, 8>": Budget(256, 2),
+        "finish_statistics_kernel": Budget(128, 16),
+        "finish_sums_kernel": Budget(128, 16),
+        "parameters_kernel": Budget(128, 16),
+    },
     "rasterize_edges": {
         "prepare_kernel": Budget(128, 8),
         "forward_kernel<float": Budget(128, 5),  # 8 where there is more shared memory
@@ -167,7 +176,7 @@ ctypes.CDLL(sys.argv[1])
 for name in ("_cpu", "_cuda"):
     torch.ops.load_library(f"{sys.argv[2]}/{name}.so")
 print(torch.ops.bkind3d.cuda_architectures())
-for op in ("unproject", "soft_argmax3d", "rasterize_edges"):
+for op in ("unproject", "soft_argmax3d", "rasterize_edges", "group_norm_act"):
     for name in (op, f"{op}_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bkind3d::{name}", "CUDA")
 """

@@ -116,7 +116,18 @@ def _rasterize_edges(keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: A
     return torch.ops.bkind3d_emulated.rasterize_edges(keypoints, weights, edges, flat, sigmas)[0]
 
 
-_RUN = {"unproject": _unproject, "soft_argmax3d": _soft_argmax3d, "rasterize_edges": _rasterize_edges}
+def _group_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, activation: str
+) -> Tensor:
+    return torch.ops.bkind3d_emulated.group_norm_act(x, weight, bias, residual, groups, eps, activation)[0]
+
+
+_RUN = {
+    "unproject": _unproject,
+    "soft_argmax3d": _soft_argmax3d,
+    "rasterize_edges": _rasterize_edges,
+    "group_norm_act": _group_norm_act,
+}
 
 
 def backend(op: str) -> Any:

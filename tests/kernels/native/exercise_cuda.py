@@ -71,10 +71,28 @@ def unproject_cases() -> Iterator[Callable[[], None]]:
         yield case
 
 
+def group_norm_act_cases() -> Iterator[Callable[[], None]]:
+    """Groups that a block holds and slabs, packs of 16 bytes and of one element, each way to mask a gradient."""
+    shapes = ((1, 1, 1, 1), 1), ((2, 8, 3, 5), 2), ((1, 6, 2, 3, 4), 3), ((1, 32, 24, 22), 1), ((1, 33, 16, 16), 1)
+    ways = ("relu", False), ("relu", True), ("none", True)
+    for number, ((shape, groups), dtype) in enumerate(itertools.product(shapes, DTYPES)):
+        activation, more = ways[number % 3]
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        x = randn(*shape).to(dtype).requires_grad_()
+        other = randn(*shape).to(dtype).requires_grad_() if more else None
+        weight, bias = (randn(shape[1]).to(real).requires_grad_() for _ in range(2))
+
+        def case(given=(x, weight, bias, other, groups, 1e-5, activation)) -> None:
+            backward(torch.ops.bkind3d_emulated.group_norm_act(*given)[0])
+
+        yield case
+
+
 CASES = {
     "unproject": unproject_cases,
     "soft_argmax3d": soft_argmax3d_cases,
     "rasterize_edges": rasterize_edges_cases,
+    "group_norm_act": group_norm_act_cases,
 }
 
 
