@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import FEATURE_DTYPES, check_choice, check_positive
+from ..checks import FEATURE_DTYPES, check_positive
 from ..registration import refuse_tangents
 from . import INTERPRETED, NAMESPACE, Variant, define, double_bits, on_device, unavailable
 
@@ -411,7 +411,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, activation: str
         raise ValueError("x: expected no empty dimension but N")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError("groups: expected a divisor of the channels")
-    check_choice("activation", activation, ("relu", "none"))
+    if activation not in ("relu", "none"):
+        raise ValueError(f"activation '{activation}': expected relu or none")
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.shape != (x.shape[1],) or tensor.dtype != arithmetic or tensor.device != x.device:
@@ -463,11 +464,13 @@ def _backward(
     needs_weight: bool,
     needs_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    for name, tensor in (("mean", mean), ("rstd", rstd)):
-        if tensor.ndim != 2 or tensor.shape != (len(x), mean.shape[1]) or tensor.dtype != weight.dtype:
-            raise ValueError(f"{name}: expected (N, G) in the dtype of the weight")
+    if mean.ndim != 2:
+        raise ValueError("mean: expected (N, G) in the dtype of the weight")
     groups, relu = mean.shape[1], activation == "relu"
     _check(x, weight, bias, groups, activation)
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        if tensor.shape != (len(x), groups) or tensor.dtype != weight.dtype or tensor.device != x.device:
+            raise ValueError(f"{name}: expected (N, G) in the dtype of the weight, on the device of x")
     if output is None and relu and needs_residual:
         raise ValueError("output: expected where a residual was added before a ReLU")
     grad, output = _like("grad", grad, x), None if output is None else _like("output", output, x)

@@ -145,8 +145,6 @@ REASONS = {
     "SelectBackward0": "maps of one channel without it",
     "_LeadingBackward": "zeros for the frames t + gap",
     "ConvolutionBackward0": "the gradient of maps or a joined tensor's part; weights of a few kilobytes",
-    "AddmmBackward0": "the bias of a matrix product",
-    "linear": "the bias of a matrix product",
     "ViewBackward0": "drawn maps, one channel, by time and view",
     "PowBackward0": "a factor of one element",
     "AmaxBackward0": "health of heatmaps",

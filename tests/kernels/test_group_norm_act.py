@@ -64,7 +64,7 @@ def test_agrees_with_the_oracle(n, groups, members, shape, residual, activation,
 def test_gradcheck(shape: tuple[int, ...], activation: str, residual: bool, backend: str) -> None:
     inputs = [t.requires_grad_() for t in scene(shape=shape)[: 4 if residual else 3]]
     function = partial(run, activation=activation, backend=backend)
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=backend == "triton")
     if backend == "reference":
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 

@@ -95,7 +95,7 @@ def test_a_relu_lets_nothing_through_at_zero(operators: Any) -> None:
 @pytest.mark.parametrize("residual", [False, True])
 @in_each_instruction_set
 def test_any_strides(operators: Any, dtype: torch.dtype, residual: bool) -> None:
-    for shape, groups in cases.SIZES:
+    for shape, groups in cases.SMALL_SIZES:
         cases.check_strides(operators, inputs(*shape, residual=residual, dtype=dtype), groups, "relu")
 
 
@@ -153,11 +153,12 @@ def test_no_output_is_an_input(operators: Any) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @in_each_instruction_set
 def test_gradcheck(operators: Any, activation: str, residual: bool) -> None:
-    given = inputs(2, 6, 2, 3, residual=residual, dtype=torch.float64)
+    interpreted = operators.name == "bkind3d_triton"  # every element is tried once
+    given = inputs(*((1, 6, 1, 3) if interpreted else (2, 6, 2, 3)), residual=residual, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in given if t is not None]
+    fast = interpreted and not (residual and activation == "relu")
     assert torch.autograd.gradcheck(
-        lambda *x: forward(operators, (*x, None)[:4], 3, activation)[0],
-        leaves,
+        lambda *x: forward(operators, (*x, None)[:4], 3, activation)[0], leaves, fast_mode=fast
     )
 
 

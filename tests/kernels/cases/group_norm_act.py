@@ -32,6 +32,7 @@ SIZES = [
     ((2, 6, 1, 1), 2),
     ((0, 8, 3, 3), 2),
 ]
+SMALL_SIZES = [(shape, groups) for shape, groups in SIZES if torch.Size(shape).numel() < 10000]
 
 
 # ---- inputs ----
