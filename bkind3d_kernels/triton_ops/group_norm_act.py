@@ -43,9 +43,9 @@ class Tile(NamedTuple):
 
 
 def device_tile(channels: int, elements: int) -> Tile:
-    """On a GPU: whole rows, or a part of very wide ones."""
+    """On a GPU: whole rows, or a part of very wide ones; half as many where elements are addressed one by one."""
     width = min(triton.next_power_of_2(channels), WIDEST)
-    return Tile(elements // width, width)
+    return Tile(elements // (width if channels % 16 == 0 else 2 * width), width)
 
 
 # ---- kernels ----
@@ -527,7 +527,7 @@ CASES = (
     ("bf16", 16, False, False, False, 4, 4),
     ("fp16", 128, True, True, True, 4, 4),
     ("fp64", 32, True, True, False, 3, 3),
-    ("fp32", 45, False, True, False, 3, 2),
+    ("fp32", 45, False, True, False, 4, 4),
 )
 INTEGERS = ("voxels", "channels", "of_group", "tiles", "blocks", "samples", "rows")
 MAPS = ("x", "y", "residual", "output", "grad", "grad_x", "grad_residual")
