@@ -61,8 +61,10 @@ class ReconstructionLoss(nn.Module):
             targets = self._views(target.flatten(0, 1).float())
             if self.training:
                 energy = self.mean(torch.stack([view.square().mean() for view in targets])).clamp_min(1e-12)
-                self.scales.copy_(torch.where(self.known, 0.99 * self.scales + 0.01 * energy, energy))
-                self.known.fill_(True)
+                finite = energy.isfinite().all()  # a step that is not leaves no trace
+                moved = torch.where(self.known, 0.99 * self.scales + 0.01 * energy, energy)
+                self.scales.copy_(torch.where(finite, moved, self.scales))
+                self.known.logical_or_(finite)
         views = self._views(reconstruction.flatten(0, 1).float())
         errors = [(a - b).square().mean() for a, b in zip(views, targets, strict=True)]
         return (torch.stack(errors) / self.scales).sum()

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import signal
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -194,6 +195,7 @@ class Trainer:
         self.accelerator.register_save_state_pre_hook(self._save_weights)
         self.accelerator.register_load_state_pre_hook(self._load_weights)
         self.grid = self.inputs.grid.to(self.accelerator.device)
+        self.losses: list[tuple[int, Tensor]] = []  # of the steps since the last row of metrics.csv
         self.recent: deque[dict[str, Tensor]] = deque(maxlen=max(1, HEALTH_FRAMES // (2 * config.train.batch)))
         self.step, self.saved = 0, -1
         self.seconds = 0.0
@@ -264,10 +266,35 @@ class Trainer:
         self.optimizer.zero_grad()
         self.accelerator.backward(terms["loss"])
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.train.clip)
+        self._keep_weights_finite(norm)
         self.optimizer.step()
         self.recent.append(observed(found))
+        self.losses.append((self.step, terms["loss"].detach()))
         self.step += 1
         return {**{name: term.detach() for name, term in terms.items()}, "grad_norm": norm}
+
+    def _keep_weights_finite(self, norm: Tensor) -> None:
+        """Let a step whose gradient is not finite change nothing but by momentum, without asking the device."""
+        for parameter in self.wrapped.parameters():
+            if parameter.grad is not None:
+                parameter.grad = torch.where(norm.isfinite(), parameter.grad, 0.0)
+
+    def _pairs_of(self, step: int) -> str:
+        """Recordings and frames of the pairs that this process saw in a step, counted from 0."""
+        epoch, place = divmod(step, len(self.loader))
+        sampler = EpochSampler(len(self.pairs), self.config.train.seed)
+        sampler.set_epoch(epoch)
+        size = self.config.train.batch
+        first = (place * self.accelerator.num_processes + self.accelerator.process_index) * size
+        names = []
+        for item in list(sampler)[first : first + size]:
+            part = bisect_right(self.pairs.cumulative_sizes, item)
+            pairs = self.pairs.datasets[part]
+            assert isinstance(pairs, PairDataset)
+            where, *rows = pairs.locate(item - (self.pairs.cumulative_sizes[part - 1] if part else 0))
+            recording = pairs.recordings[where]
+            names.append(f"{recording.name} {' and '.join(str(recording.clock[row]) for row in rows)}")
+        return ", ".join(names)
 
     def _seen(
         self, images: Tensor, masks: Tensor | None = None, distances: Tensor | None = None
@@ -293,8 +320,7 @@ class Trainer:
 
     def _log(self, row: dict[str, Tensor], bar: Any) -> None:
         values = dict.fromkeys(PENALTIES, 0.0) | {name: float(value) for name, value in row.items()}
-        if not math.isfinite(values["loss"]):
-            raise InputError(self._diverged())
+        self._look_at_losses(bar)
         active = int(self.model.skeleton.active.sum())
         bar.set_postfix(loss=f"{values['loss']:.4f}", edges=active)
         if not self.accelerator.is_main_process:
@@ -303,6 +329,21 @@ class Trainer:
         values |= {"step": self.step, "epoch": self.epoch, "active_edges": active, "lr": lr, "seconds": self.seconds}
         append_metrics(self.run, values)
         self.accelerator.log(values, step=self.step)
+
+    def _look_at_losses(self, bar: Any) -> None:
+        """Name the pairs of steps whose loss was not finite.
+
+        Raises:
+            InputError: That of every step since the last look.
+        """
+        steps = [step for step, _ in self.losses]
+        finite = torch.stack([loss for _, loss in self.losses]).isfinite().tolist()
+        self.losses.clear()
+        bad = [step for step, good in zip(steps, finite, strict=True) if not good]
+        for step in bad:
+            bar.write(f"step {step + 1}: the loss is not finite, the weights stay; frames: {self._pairs_of(step)}")
+        if len(bad) == len(steps):
+            raise InputError(f"{self._diverged()}; frames of the last step: {self._pairs_of(bad[-1])}")
 
     @torch.no_grad()
     def _sample(self, bar: Any) -> None:

@@ -93,7 +93,8 @@ class Skeleton(nn.Module):
         if not len(self.pairs):
             return
         moved = TREE_MOMENTUM * self.observed + (1 - TREE_MOMENTUM) * lengths
-        self.observed.copy_(torch.where(self.observed.any(), moved, lengths))
+        moved = torch.where(self.observed.any(), moved, lengths)
+        self.observed.copy_(torch.where(lengths.isfinite().all(), moved, self.observed))
         mean, square = self.observed
         mean = torch.maximum(mean, 1e-6 * mean.max() + 1e-12)
         variation = (square / mean.square() - 1).clamp_min(0)
@@ -128,7 +129,8 @@ class Skeleton(nn.Module):
             lengths: (N, E).
             momentum: Share of the old value that is kept.
         """
-        batch, active = lengths.mean(0).float(), self.active
+        batch = lengths.mean(0).float()
+        active = self.active & batch.isfinite()
         moved = torch.where(self.known, momentum * self.average + (1 - momentum) * batch, batch)
         self.average.copy_(torch.where(active, moved, self.average))
         self.known.logical_or_(active)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,6 +231,43 @@ def test_bf16_step(config: MakeConfig, tmp_path: Path, monkeypatch: pytest.Monke
     assert train(config(steps=2, precision="bf16"), run, progress=False)
     AcceleratorState._reset_state(True)
     assert all(np.isfinite(float(row["loss"])) for row in rows(run))
+
+
+def test_a_step_that_is_not_finite_is_named_and_leaves_no_trace(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 4's pictures are no numbers: its pairs are named, and everything that is learned stays finite."""
+    seen = Trainer._seen
+
+    def broken(trainer: Trainer, images: torch.Tensor, *rest: torch.Tensor) -> Any:
+        images, body = seen(trainer, images, *rest)
+        return (images * torch.nan if trainer.step == 3 else images), body
+
+    monkeypatch.setattr(Trainer, "_seen", broken)
+    run = tmp_path / "run"
+    assert train(config(steps=6, log_every=2, sample_every=5, batch=2), run)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    assert re.fullmatch(r"step 4: the loss is not finite, the weights stay; frames: (train \d+ and \d+(, )?){2}", line)
+    assert [row["step"] for row in rows(run)] == ["2", "4", "6"]
+    assert all(value.isfinite().all() for value in states(run).values() if value.is_floating_point())
+
+
+def test_frames_that_are_named_are_those_that_were_seen(config: MakeConfig, tmp_path: Path) -> None:
+    trainer = Trainer(config(foreground=False), tmp_path / "run", progress=False)
+    first, _ = next(trainer._batches())
+    named = re.findall(r"train (\d+) and (\d+)", trainer._pairs_of(0))
+    frames = trainer.inputs.cache.recordings["train"].frames
+    for images, rows_of_pair in zip(first, named, strict=True):
+        for image, row in zip(images, rows_of_pair, strict=True):
+            assert np.array_equal(image.permute(0, 2, 3, 1).numpy(), frames[int(row)])
+
+
+def test_nothing_but_steps_that_are_not_finite_is_an_error(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_seen", lambda trainer, images, *rest: (images * torch.nan, None))
+    with pytest.raises(InputError, match=r"not finite at step 1; .*frames of the last step: train \d+ and \d+"):
+        train(config(foreground=False), tmp_path / "run", progress=False)
 
 
 def test_resume_for_longer(config: MakeConfig, tmp_path: Path) -> None:
