@@ -15,6 +15,7 @@ from bkind3d.errors import InputError
 from bkind3d.models.body import BODY_TERMS
 from bkind3d.models.config import ModelConfig
 from bkind3d.models.methods import METHOD_PENALTIES, METHODS, NAMES, PENALTIES, Method
+from bkind3d_kernels.backends import BACKENDS
 
 Settings = TypeVar("Settings")
 
@@ -228,6 +229,7 @@ def validate(config: Config) -> None:
             "an odd number",
         ),
         ("model.volume_blocks", model.volume_blocks, model.volume_blocks >= 1, "1 or more"),
+        ("model.backend", model.backend, model.backend in ("auto", *BACKENDS), f"auto, {', '.join(BACKENDS)}"),
         ("model.logit_gain", model.logit_gain, model.logit_gain > 0, "a number above 0"),
         ("model.heatmap_gain", model.heatmap_gain, model.heatmap_gain > 0, "a number above 0"),
         ("model.bottleneck", model.bottleneck, model.bottleneck in ("edges", "points"), "edges or points"),

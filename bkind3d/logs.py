@@ -98,7 +98,8 @@ def write_environment(path: Path, config: Config, device: torch.device) -> dict[
             if config.loss.network == "none"
             else f"{config.loss.network}, weights: {config.loss.network_weights}"
         ),
-        "backends": {name: resolve(name, config.model.backend, device=device) for name in OPERATIONS},
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "backends": {name: resolve(name, config.model.backend_of(name), device=device) for name in OPERATIONS},
     }
     write_json(path / "env.json", environment)
     return environment

@@ -160,6 +160,7 @@ class Trainer:
     def __init__(self, config: Config, run: Path, *, progress: bool = True) -> None:
         self.config, self.run, self.progress = config, run, progress
         require_precision(config.train.precision)
+        torch.backends.cudnn.benchmark = True  # every step has the same sizes
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.accelerator = Accelerator(

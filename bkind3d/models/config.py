@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from bkind3d_kernels.backends import operations_of
+
 
 @dataclass
 class ModelConfig:
@@ -50,8 +52,8 @@ class ModelConfig:
         silhouette_strides: Image pixels per pixel of the silhouettes that are compared.
         silhouette_sigma: Softness of their border, in pixels of each.
         descriptor_channels: Length of the descriptor by which a keypoint is found again.
-        backend: Backend of the 3D operations: "auto" or one of those that `bkind3d_kernels.info` lists. With "cuda" the
-            volume network's soft-argmax, which has no CUDA kernels, takes "auto".
+        backend: Backend of the operations: "auto" or one of those that `bkind3d_kernels.info` lists. An operation that
+            has no kernels there, as the volume network's soft-argmax with "cuda", takes "auto".
     """
 
     keypoints: int = 15
@@ -83,3 +85,7 @@ class ModelConfig:
     silhouette_sigma: float = 1.2
     descriptor_channels: int = 16
     backend: str = "auto"
+
+    def backend_of(self, op: str) -> str:
+        """The backend to ask for: "auto" for an operation that has no kernels in the one that was named."""
+        return self.backend if self.backend == "auto" or op in operations_of(self.backend) else "auto"

@@ -111,7 +111,7 @@ class DiscoveryModel(nn.Module, ABC):
         self.body = BodyTerms(config, len(self.skeleton.pairs), channels) if foreground else None
         # Channels-last is what `unproject` reads and writes; convolutions are up to twice as fast in it as well.
         channels_last(self)
-        use_backend(self, config.backend)
+        use_backend(self, config.backend_of("group_norm_act"))
 
     def use_checkpointing(self, parts: str) -> None:
         """Let the backward pass compute stages again: of "none", of the "volume" network, or the decoder's too, "all".

@@ -45,7 +45,6 @@ class VolumetricModel(DiscoveryModel):
             config.norm,
         )
         self.unproject = Unproject(aggregation=config.aggregation, unseen=config.unseen, backend=config.backend)
-        self.head_backend = "auto" if config.backend == "cuda" else config.backend  # it has no CUDA kernels
 
     def lift(self, maps: Tensor, projections: Tensor, size: tuple[int, int], grid: VoxelGrid) -> Lifted:
         """Aggregate the maps in the volume and find each keypoint there; arguments as `DiscoveryModel.lift`."""
@@ -65,7 +64,7 @@ class VolumetricModel(DiscoveryModel):
             grid,
             temperature=1.0 / self.config.logit_gain,
             return_peak=True,
-            backend=self.head_backend,
+            backend=self.config.backend_of("linear_soft_argmax3d"),
         )
 
     def training_grid(

@@ -37,6 +37,12 @@ def ring(views: int, size: int, radius: float = 3.0) -> torch.Tensor:
     return torch.stack(rows)[None]
 
 
+def test_an_operation_without_kernels_in_a_backend_takes_another() -> None:
+    config = ModelConfig(backend="cuda")
+    assert [config.backend_of(op) for op in ("unproject", "linear_soft_argmax3d")] == ["cuda", "auto"]
+    assert ModelConfig(backend="reference").backend_of("linear_soft_argmax3d") == "reference"
+
+
 @pytest.fixture
 def model() -> VolumetricModel:
     torch.manual_seed(0)

@@ -208,6 +208,10 @@ def test_settings_that_cannot_be() -> None:
             {"train": TrainConfig(checkpointing="volume"), "model": ModelConfig(norm="batch")},
             r"train\.checkpointing: expected none, or model\.norm group",
         ),
+        (
+            {"model": ModelConfig(backend="bogus")},
+            r"model\.backend: expected auto, cuda, cpp, triton, reference, got bogus",
+        ),
         ({"loss": LossConfig(equivariance_share=0.0)}, r"loss\.equivariance_share: expected a number above 0"),
     ):
         with pytest.raises(InputError, match=message):

@@ -287,6 +287,7 @@ def test_run_folder(config: MakeConfig, tmp_path: Path, foreground: bool) -> Non
     environment = json.loads((run / "env.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["backends"]["unproject"]
+    assert environment["cudnn_benchmark"] is True
     skeleton = json.loads((run / "skeleton.json").read_text())
     assert skeleton["keypoints"] == ["kp00", "kp01", "kp02", "kp03"]
     assert len(skeleton["all_weights"]) == 6
