@@ -163,6 +163,7 @@ def sets() -> list[str]:
 def main() -> None:
     assert Path(library.FOLDER).is_relative_to(sys.argv[1]), f"{library.FOLDER} is not the build under test"
     assert library.reason("_cpu") is None, library.reason("_cpu")
+    threads_of_calls = [int(threads) for threads in sys.argv[2:]]
     count = 0
     for make in (
         unproject_cases,
@@ -172,7 +173,7 @@ def main() -> None:
         group_norm_act_cases,
     ):
         cases = list(make())
-        for name, threads in itertools.product(sets(), (1, 3)):
+        for name, threads in itertools.product(sets(), threads_of_calls):
             torch.set_num_threads(threads)
             with library.use_instruction_set(name):
                 for case in cases:
@@ -181,7 +182,7 @@ def main() -> None:
                 torch.use_deterministic_algorithms(True)
                 cases[0]()
                 torch.use_deterministic_algorithms(False)
-    print(f"{count} calls forward and backward, instruction sets {', '.join(sets())}, 1 and 3 threads")
+    print(f"{count} calls forward and backward, instruction sets {', '.join(sets())}, threads {threads_of_calls}")
 
 
 if __name__ == "__main__":

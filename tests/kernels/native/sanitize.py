@@ -28,6 +28,7 @@ FLAGS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS",
     "thread": "-fsanitize=thread",
 }
+THREADS = {"address": ("1", "3"), "thread": ("3",)}  # of the calls; one thread alone has no races
 OPTIONS = {
     # Python and torch leave memory behind when they end.
     "address": {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
@@ -79,8 +80,8 @@ def fixed_addresses() -> list[str]:
     return []
 
 
-def run(name: str, environment: dict[str, str], script: str, argument: Path) -> None:
-    command = [*fixed_addresses(), sys.executable, str(HERE / script), str(argument)]
+def run(name: str, environment: dict[str, str], script: str, *arguments: str) -> None:
+    command = [*fixed_addresses(), sys.executable, str(HERE / script), *arguments]
     if code := subprocess.run(command, cwd=ROOT, env=environment).returncode:
         sys.exit(f"sanitizer {name}: {script} failed with exit status {code}")
 
@@ -91,8 +92,8 @@ def main() -> None:
         target = build(name)
         environment = os.environ | OPTIONS[name] | {"PYTHONPATH": str(target), "LD_PRELOAD": ":".join(preloaded(name))}
         print(f"sanitizer {name}:", flush=True)
-        run(name, environment, "exercise.py", target)
-        run(name, environment, "exercise_cuda.py", emulation.build("emulation.so", name))
+        run(name, environment, "exercise.py", str(target), *THREADS[name])
+        run(name, environment, "exercise_cuda.py", str(emulation.build("emulation.so", name)))
 
 
 if __name__ == "__main__":
