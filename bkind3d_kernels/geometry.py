@@ -253,4 +253,11 @@ def all_pairs(count: int, device: torch.device | str = "cpu") -> Tensor:
     """
     if count < 0:
         raise ValueError(f"count {count}: expected at least 0")
-    return torch.triu_indices(count, count, offset=1, device=device).T.contiguous()
+    if not torch.compiler.is_compiling():
+        return torch.triu_indices(count, count, offset=1, device=device).T.contiguous()
+    # A traced count may stand for any number, which triu_indices does not take.
+    number = torch.arange(count, device=device)
+    first = number * (2 * count - number - 1) // 2  # the first pair of each keypoint
+    pair = torch.arange(count * (count - 1) // 2, device=device)
+    i = torch.searchsorted(first[: count - 1], pair, right=True) - 1
+    return torch.stack([i, pair - first[i] + i + 1], dim=1)

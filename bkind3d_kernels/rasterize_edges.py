@@ -62,10 +62,10 @@ def rasterize_edges(
     """
     sizes, sigmas, single = _sizes(size, sigma)
     check_tensor("keypoints", keypoints, "(N, K, 2)")
-    if keypoints.shape[2] != 2 or keypoints.dtype not in GEOMETRY_DTYPES:
-        raise ValueError(
-            f"keypoints {describe(keypoints)}: expected (N, K, 2) float32 or float64, got {keypoints.dtype}"
-        )
+    if keypoints.shape[2] != 2:
+        raise ValueError(f"keypoints {describe(keypoints)}: expected (N, K, 2)")
+    if keypoints.dtype not in GEOMETRY_DTYPES:
+        raise ValueError(f"keypoints {describe(keypoints)}: expected float32 or float64, got {keypoints.dtype}")
     if edges is None:
         edges = all_pairs(keypoints.shape[1], keypoints.device)  # made there: a copy would end a CUDA graph's capture
     else:
@@ -98,8 +98,10 @@ def _sizes(size: Any, sigma: Any) -> tuple[list[Size], list[float], bool]:
 
 def _check_edges(edges: Any, keypoints: int) -> None:
     check_tensor("edges", edges, "(E, 2)")
-    if edges.shape[1] != 2 or edges.dtype != torch.int64:
-        raise ValueError(f"edges {describe(edges)}: expected (E, 2) int64, got {edges.dtype}")
+    if edges.shape[1] != 2:
+        raise ValueError(f"edges {describe(edges)}: expected (E, 2)")
+    if edges.dtype != torch.int64:
+        raise ValueError(f"edges {describe(edges)}: expected int64, got {edges.dtype}")
     if checks_values(edges) and not 0 <= int(edges.min()) <= int(edges.max()) < keypoints:
         raise ValueError(
             f"edges {describe(edges)}: expected keypoint indices 0 to {keypoints - 1}, "
@@ -111,11 +113,15 @@ def _check_weights(weights: Any, keypoints: Tensor, count: int) -> None:
     n = keypoints.shape[0]
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights: expected a tensor (E,) or (N, E), got {describe(weights)}")
-    if weights.shape not in ((count,), (n, count)) or not weights.is_floating_point():
+    # Size by size: traced sizes are compared one with another, not in tuples.
+    fits = weights.ndim in (1, 2) and weights.shape[-1] == count and (weights.ndim == 1 or weights.shape[0] == n)
+    if not fits:
         raise ValueError(
-            f"weights {describe(weights)}: expected ({count},) or ({n}, {count}) floating for {count} edges of "
-            f"{keypoints.shape[1]} keypoints, got {weights.dtype}"
+            f"weights {describe(weights)}: expected ({count},) or ({n}, {count}) for {count} edges of "
+            f"{keypoints.shape[1]} keypoints"
         )
+    if not weights.is_floating_point():
+        raise ValueError(f"weights {describe(weights)}: expected a floating dtype, got {weights.dtype}")
     check_device("weights", weights, "keypoints", keypoints)
 
 

@@ -107,15 +107,17 @@ def _check(
     n, m, c = features.shape[:3]
     if m > MAX_VIEWS:
         raise ValueError(f"features {describe(features)}: expected at most {MAX_VIEWS} views")
-    check_geometry("projections", projections, f"({n}, {m}, 3, 4)")
+    check_geometry("projections", projections, "(N, M, 3, 4)")
     if projections.shape != (n, m, 3, 4):
         raise ValueError(f"projections {describe(projections)}: expected ({n}, {m}, 3, 4)")
     check_device("projections", projections, "features", features)
     check_grid(grid, n, "features", features)
     if view_mask is not None:
         check_tensor("view_mask", view_mask, "(N, M)")
-        if view_mask.shape != (n, m) or view_mask.dtype != torch.bool:
-            raise ValueError(f"view_mask {describe(view_mask)}: expected ({n}, {m}) bool, got {view_mask.dtype}")
+        if view_mask.shape != (n, m):
+            raise ValueError(f"view_mask {describe(view_mask)}: expected ({n}, {m})")
+        if view_mask.dtype != torch.bool:
+            raise ValueError(f"view_mask {describe(view_mask)}: expected bool, got {view_mask.dtype}")
         check_device("view_mask", view_mask, "features", features)
     if (view_weights is None) == (aggregation == "weighted"):
         raise ValueError(
@@ -125,10 +127,11 @@ def _check(
     if view_weights is not None:
         if not isinstance(view_weights, Tensor):
             raise TypeError(f"view_weights: expected a tensor (N, M) or (N, M, C), got {describe(view_weights)}")
-        if view_weights.shape not in ((n, m), (n, m, c)) or not view_weights.is_floating_point():
+        if view_weights.shape not in ((n, m), (n, m, c)):
+            raise ValueError(f"view_weights {describe(view_weights)}: expected ({n}, {m}) or ({n}, {m}, {c})")
+        if not view_weights.is_floating_point():
             raise ValueError(
-                f"view_weights {describe(view_weights)}: expected ({n}, {m}) or ({n}, {m}, {c}) floating, "
-                f"got {view_weights.dtype}"
+                f"view_weights {describe(view_weights)}: expected a floating dtype, got {view_weights.dtype}"
             )
         check_device("view_weights", view_weights, "features", features)
 

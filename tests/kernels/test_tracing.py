@@ -1,10 +1,13 @@
 """torch.compile, torch.export, autocast and checkpointing, each through the whole chain from features to edge maps."""
 
+from typing import Any
+
 import pytest
 import scenes
 import torch
 from measure import gradients
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from bkind3d_kernels import (
@@ -14,8 +17,11 @@ from bkind3d_kernels import (
     SoftArgmax3d,
     Unproject,
     VoxelGrid,
+    group_norm_act,
+    linear_soft_argmax3d,
     rasterize_edges,
     soft_argmax3d,
+    unproject,
 )
 from bkind3d_kernels.geometry import project_points, rescale_projections
 
@@ -29,8 +35,7 @@ class Chain(nn.Module):
         super().__init__()
         self.unproject = Unproject(aggregation=aggregation, unseen=unseen, return_counts=True, backend=backend)
         self.soft_argmax = SoftArgmax3d(temperature=0.2, return_peak=True, return_covariance=True, backend=backend)
-        self.normalise = GroupNormAct(2, 4, backend=backend if backend in ("cpp", "reference") else "auto")
-        self.normalise.requires_grad_(False)
+        self.normalise = GroupNormAct(2, 4, backend=backend).requires_grad_(False)
         linear = "auto" if backend == "cuda" else backend  # it has no CUDA kernels
         self.linear_soft_argmax = LinearSoftArgmax3d(4, 2, backend=linear).requires_grad_(False)
         self.linear_soft_argmax.weight.copy_(torch.linspace(-3, 3, 8).view(2, 4))
@@ -178,3 +183,48 @@ def test_non_reentrant_checkpointing(backend: str) -> None:
 
     for a, b in zip(differentiated(recomputed, *inputs()), differentiated(model, *inputs())):
         assert torch.equal(a, b)
+
+
+# ---- sizes that change ----
+
+AFFINE = VoxelGrid.cube((0.0, 0.0, 2.0), 1.0, 3).affine
+# Of each operation: sizes that differ from each other, tensors of such sizes, and a call.
+RESIZED: dict[str, tuple[dict[str, int], Any, Any]] = {
+    "unproject": (
+        {"N": 11, "M": 10, "C": 5, "H": 7, "W": 8},
+        lambda N, M, C, H, W: (torch.randn(N, M, C, H, W), torch.randn(N, M, 3, 4), AFFINE),
+        lambda features, projections, affine: unproject(features, projections, VoxelGrid(affine, (4, 6, 9))),
+    ),
+    "soft_argmax3d": (
+        {"N": 11, "J": 10, "X": 5, "Y": 7, "Z": 8},
+        lambda N, J, X, Y, Z: (torch.randn(N, J, X, Y, Z), AFFINE),
+        lambda logits, affine: soft_argmax3d(logits, VoxelGrid(affine, tuple(logits.shape[2:]))),
+    ),
+    "linear_soft_argmax3d": (
+        {"N": 11, "C": 6, "J": 10, "X": 5, "Y": 7, "Z": 8},
+        lambda N, C, J, X, Y, Z: (torch.randn(N, C, X, Y, Z), torch.randn(J, C), AFFINE),
+        lambda h, weight, affine: linear_soft_argmax3d(h, weight, None, VoxelGrid(affine, tuple(h.shape[2:]))),
+    ),
+    "rasterize_edges": (
+        {"N": 11, "J": 5},
+        lambda N, J: (torch.randn(N, J, 2), torch.rand(J * (J - 1) // 2)),
+        lambda keypoints, weights: rasterize_edges(keypoints, weights, (8, 9), 1.5),
+    ),
+    "group_norm_act": (
+        {"N": 11, "C": 6, "H": 7, "W": 8},
+        lambda N, C, H, W: (torch.randn(N, C, H, W), torch.randn(C), torch.randn(C)),
+        lambda x, weight, bias: group_norm_act(x, 1, weight, bias),
+    ),
+}
+
+
+@pytest.mark.parametrize(("op", "size"), [(op, size) for op, (sizes, *_) in RESIZED.items() for size in sizes])
+def test_a_size_that_changes_is_compiled_once_more_at_most(op: str, size: str) -> None:
+    sizes, make, call = RESIZED[op]
+    for dynamic, graphs in ((None, 2), (True, 1)):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=dynamic)
+        for more in (0, 13, 14, 15):
+            compiled(*make(**(sizes | {size: sizes[size] + more})))
+        assert counter.frame_count == graphs
