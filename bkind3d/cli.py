@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -16,7 +17,7 @@ from bkind3d.config import Config
 from bkind3d.data import load_project
 from bkind3d.data.h36m import h36m_project
 from bkind3d.data.rat7m import rat7m_project
-from bkind3d.errors import InputError
+from bkind3d.errors import InputError, Terminated
 from bkind3d.evaluation.actions import actions
 from bkind3d.evaluation.evaluate import evaluate
 from bkind3d.experiments.demo import demo
@@ -27,7 +28,7 @@ from bkind3d.report.render import render
 from bkind3d.train import resume, train
 from bkind3d_kernels import BackendUnavailable
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143  # 128 + the number of the signal
 
 
 def run_check(
@@ -78,10 +79,16 @@ def run_train(config: Namespace) -> None:
         resume(config.out, steps=config.steps) if config.resume else train(settings, config.out, force=config.force)
     )
     if finished:
-        print(f"done: {config.out}; next: bkind3d predict {config.out}")
+        say(f"done: {config.out}; next: bkind3d predict {config.out}")
     else:
-        print(f"stopped and saved; go on with: bkind3d train --resume --out {config.out}")
+        say(f"stopped and saved; go on with: bkind3d train --resume --out {config.out}")
         sys.exit(INTERRUPTED)
+
+
+def say(message: str, file: TextIO | None = None) -> None:
+    """Print what is the same in all processes of a training in the first one alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=file)
 
 
 def run_import(config: Namespace) -> None:
@@ -235,6 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse("out of memory: lower --batch")
     except OSError as error:
         refuse(f"{error.filename or 'output'}: {error.strerror or error}")
+    except Terminated as ending:
+        say(f"bkind3d: {ending}", file=sys.stderr)
+        sys.exit(TERMINATED)
     except KeyboardInterrupt:
         print("bkind3d: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
