@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from bkind3d.check import check_project
-from bkind3d.config import Config
+from bkind3d.config import Config, validate
 from bkind3d.data import load_project
 from bkind3d.data.h36m import h36m_project
 from bkind3d.data.rat7m import rat7m_project
@@ -25,6 +25,8 @@ from bkind3d.experiments.paper import paper
 from bkind3d.predict import predict
 from bkind3d.report import build_report
 from bkind3d.report.render import render
+from bkind3d.run import open_inputs
+from bkind3d.shards import share
 from bkind3d.train import resume, train
 from bkind3d_kernels import BackendUnavailable
 
@@ -97,16 +99,29 @@ def run_import(config: Namespace) -> None:
     print(f"{path}; next: bkind3d check {path} --out {path.parent / 'check'}")
 
 
-def run_predict(run: Path, recordings: list[str] | None = None, batch: int = 16, force: bool = False) -> None:
+def run_cache(config: Namespace) -> None:
+    """Build the frame cache of a training, or a share of it."""
+    settings = Config(**{name: config[name] for name in Config.__dataclass_fields__})
+    validate(settings)
+    names = share(load_project(settings.project).names(), config.shard)
+    if names:
+        open_inputs(settings, recordings=names)
+    print(f"{settings.cache_directory}: {', '.join(names) or 'nothing to build'}")
+
+
+def run_predict(
+    run: Path, recordings: list[str] | None = None, shard: str | None = None, batch: int = 16, force: bool = False
+) -> None:
     """Write the 3D keypoints of recordings to RUN/poses/<recording>.nc.
 
     Args:
         run: Run folder.
         recordings: Names of recordings; all of the project when left out.
+        shard: "i/n", counted from 1: every n-th of them from the i-th on, for processes side by side or a job array.
         batch: Moments per forward pass; lower it when memory is short.
         force: Replace poses that exist.
     """
-    for path in predict(run, recordings=recordings, batch=batch, force=force):
+    for path in predict(run, recordings=recordings, shard=shard, batch=batch, force=force):
         print(path)
 
 
@@ -189,6 +204,7 @@ def build_parser() -> ArgumentParser:
         add_flags(verb, flags)
         verbs.add_subcommand(name, verb, help=summary)
     verbs.add_subcommand("train", train_parser(), help="train a run, or go on with one")
+    verbs.add_subcommand("cache", cache_parser(), help="build the frame cache of a training, or a share of it")
     readers = ArgumentParser(description="Write a project file that names the files of a published data set.")
     verbs.add_subcommand("import", readers, help="a project from a published data set")
     add_readers(readers)
@@ -217,6 +233,16 @@ def train_parser() -> ArgumentParser:
     return parser
 
 
+def cache_parser() -> ArgumentParser:
+    """The parser of `bkind3d cache`: the settings of `bkind3d train`."""
+    parser = ArgumentParser(description="Build the frame cache of a training, or a share of it.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    shard = "i/n, counted from 1: every n-th recording from the i-th on, for processes side by side or a job array"
+    parser.add_argument("--shard", type=str | None, default=None, help=shard)
+    parser.add_class_arguments(Config)
+    return parser
+
+
 def refuse(message: str) -> NoReturn:
     """End with one line and exit code 2."""
     print(f"bkind3d: error: {message}", file=sys.stderr)
@@ -232,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = parser.instantiate(namespace)[verb]
         if verb == "train":
             run_train(settings)
+        elif verb == "cache":
+            run_cache(settings)
         elif verb == "import":
             run_import(settings)
         else:
