@@ -52,7 +52,7 @@ def latest_checkpoint(path: Path) -> tuple[int, Path]:
     return found[-1]
 
 
-def save_checkpoint(accelerator: Accelerator, run: Path, step: int, seconds: float, keep: int) -> None:
+def save_checkpoint(accelerator: Accelerator, run: Path, step: int, seconds: float, keep: int, *, pairs: int) -> None:
     """Save everything that a resumed run needs; a reader never sees half a checkpoint. Every process calls it.
 
     Args:
@@ -61,6 +61,7 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, seconds: flo
         step: Training step.
         seconds: That the training has taken.
         keep: Number of newest checkpoints kept.
+        pairs: Pairs of a step in all processes together.
 
     Raises:
         InputError: It cannot be written.
@@ -71,7 +72,7 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, seconds: flo
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_json(partial / STATE, {"step": step, "seconds": seconds})
+            write_json(partial / STATE, {"step": step, "seconds": seconds, "pairs": pairs})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for _, folder in checkpoints(run)[:-keep]:
@@ -107,6 +108,18 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> tuple[int, float,
     except (
         OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError
     ) as error:  # fmt: skip
+        raise InputError(corrupt(folder, error)) from error
+
+
+def pairs_per_step(folder: Path) -> int | None:
+    """Pairs of a step in all processes together, None in a checkpoint of an earlier version, which does not say.
+
+    Raises:
+        InputError: The checkpoint cannot be read.
+    """
+    try:
+        return json.loads((folder / STATE).read_text()).get("pairs")
+    except (OSError, ValueError) as error:
         raise InputError(corrupt(folder, error)) from error
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from bkind3d.check import check_project
-from bkind3d.config import Config
+from bkind3d.config import Config, validate
 from bkind3d.data import load_project
 from bkind3d.data.h36m import h36m_project
 from bkind3d.data.rat7m import rat7m_project
-from bkind3d.errors import InputError
+from bkind3d.errors import InputError, Terminated
 from bkind3d.evaluation.actions import actions
 from bkind3d.evaluation.evaluate import evaluate
 from bkind3d.experiments.demo import demo
@@ -24,10 +25,12 @@ from bkind3d.experiments.paper import paper
 from bkind3d.predict import predict
 from bkind3d.report import build_report
 from bkind3d.report.render import render
+from bkind3d.run import open_inputs
+from bkind3d.shards import share
 from bkind3d.train import resume, train
 from bkind3d_kernels import BackendUnavailable
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143  # 128 + the number of the signal
 
 
 def run_check(
@@ -78,10 +81,16 @@ def run_train(config: Namespace) -> None:
         resume(config.out, steps=config.steps) if config.resume else train(settings, config.out, force=config.force)
     )
     if finished:
-        print(f"done: {config.out}; next: bkind3d predict {config.out}")
+        say(f"done: {config.out}; next: bkind3d predict {config.out}")
     else:
-        print(f"stopped and saved; go on with: bkind3d train --resume --out {config.out}")
+        say(f"stopped and saved; go on with: bkind3d train --resume --out {config.out}")
         sys.exit(INTERRUPTED)
+
+
+def say(message: str, file: TextIO | None = None) -> None:
+    """Print what is the same in all processes of a training in the first one alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=file)
 
 
 def run_import(config: Namespace) -> None:
@@ -90,16 +99,29 @@ def run_import(config: Namespace) -> None:
     print(f"{path}; next: bkind3d check {path} --out {path.parent / 'check'}")
 
 
-def run_predict(run: Path, recordings: list[str] | None = None, batch: int = 16, force: bool = False) -> None:
+def run_cache(config: Namespace) -> None:
+    """Build the frame cache of a training, or a share of it."""
+    settings = Config(**{name: config[name] for name in Config.__dataclass_fields__})
+    validate(settings)
+    names = share(load_project(settings.project).names(), config.shard)
+    if names:
+        open_inputs(settings, recordings=names)
+    print(f"{settings.cache_directory}: {', '.join(names) or 'nothing to build'}")
+
+
+def run_predict(
+    run: Path, recordings: list[str] | None = None, shard: str | None = None, batch: int = 16, force: bool = False
+) -> None:
     """Write the 3D keypoints of recordings to RUN/poses/<recording>.nc.
 
     Args:
         run: Run folder.
         recordings: Names of recordings; all of the project when left out.
+        shard: "i/n", counted from 1: every n-th of them from the i-th on, for processes side by side or a job array.
         batch: Moments per forward pass; lower it when memory is short.
         force: Replace poses that exist.
     """
-    for path in predict(run, recordings=recordings, batch=batch, force=force):
+    for path in predict(run, recordings=recordings, shard=shard, batch=batch, force=force):
         print(path)
 
 
@@ -182,6 +204,7 @@ def build_parser() -> ArgumentParser:
         add_flags(verb, flags)
         verbs.add_subcommand(name, verb, help=summary)
     verbs.add_subcommand("train", train_parser(), help="train a run, or go on with one")
+    verbs.add_subcommand("cache", cache_parser(), help="build the frame cache of a training, or a share of it")
     readers = ArgumentParser(description="Write a project file that names the files of a published data set.")
     verbs.add_subcommand("import", readers, help="a project from a published data set")
     add_readers(readers)
@@ -210,6 +233,16 @@ def train_parser() -> ArgumentParser:
     return parser
 
 
+def cache_parser() -> ArgumentParser:
+    """The parser of `bkind3d cache`: the settings of `bkind3d train`."""
+    parser = ArgumentParser(description="Build the frame cache of a training, or a share of it.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    shard = "i/n, counted from 1: every n-th recording from the i-th on, for processes side by side or a job array"
+    parser.add_argument("--shard", type=str | None, default=None, help=shard)
+    parser.add_class_arguments(Config)
+    return parser
+
+
 def refuse(message: str) -> NoReturn:
     """End with one line and exit code 2."""
     print(f"bkind3d: error: {message}", file=sys.stderr)
@@ -225,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = parser.instantiate(namespace)[verb]
         if verb == "train":
             run_train(settings)
+        elif verb == "cache":
+            run_cache(settings)
         elif verb == "import":
             run_import(settings)
         else:
@@ -235,6 +270,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse("out of memory: lower --batch")
     except OSError as error:
         refuse(f"{error.filename or 'output'}: {error.strerror or error}")
+    except Terminated as ending:
+        say(f"bkind3d: {ending}", file=sys.stderr)
+        sys.exit(TERMINATED)
     except KeyboardInterrupt:
         print("bkind3d: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

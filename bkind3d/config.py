@@ -125,7 +125,7 @@ class TrainConfig:
 
     Args:
         steps: Number of optimiser steps.
-        batch: Pairs (t, t + gap) per step and process, each with all views.
+        batch: Pairs (t, t + gap) per step and process, each with all views; see docs/cluster.md.
         optimizer: "adamw", or "sgd" (momentum 0.9) as published.
         lr: Learning rate of the networks.
         edge_lr: Learning rate of the edge weights. Too high prunes the skeleton before the keypoints have settled.

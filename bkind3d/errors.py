@@ -1,10 +1,17 @@
-"""The one error that a user is meant to read, and other errors in the words that it takes from them."""
+"""The errors that a user is meant to read, and other errors in the words that they take from them."""
 
 
 class InputError(ValueError):
     """Bad input from the user, in one line: which file, camera or option, what was expected, and the mend.
 
     The command line prints it as ``bkind3d: error: <message>`` and exits with code 2, without a traceback.
+    """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended what was going on, in an orderly way: a scheduler wants the machine back.
+
+    The command line prints it as ``bkind3d: <message>`` and exits with code 143.
     """
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from bkind3d.data import load_project
 from bkind3d.errors import InputError
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.poses import Poses
 from bkind3d.run import Inputs, available_device, load_model, open_inputs, open_run, refuse_results
+from bkind3d.shards import share
 
 
 @torch.inference_mode()
@@ -61,13 +63,20 @@ def predict_recording(
 
 
 def predict(
-    run: Path, *, recordings: list[str] | None = None, batch: int = 16, force: bool = False, progress: bool = True
+    run: Path,
+    *,
+    recordings: list[str] | None = None,
+    shard: str | None = None,
+    batch: int = 16,
+    force: bool = False,
+    progress: bool = True,
 ) -> list[Path]:
     """Write the keypoints of recordings to `poses/<recording>.nc` in the run folder.
 
     Args:
         run: Run folder of `bkind3d train`.
         recordings: Names of recordings; all of the project when left out.
+        shard: "i/n", counted from 1: every n-th of them from the i-th on, for processes side by side; none may be left.
         batch: Moments per forward pass; lower it when memory is short.
         force: Replace poses that exist.
         progress: Whether to show a progress bar.
@@ -76,17 +85,19 @@ def predict(
         The files written.
 
     Raises:
-        InputError: No such run, recording or checkpoint, or poses that exist already.
+        InputError: No such run, recording or checkpoint, a bad shard, or poses that exist already.
     """
     config = open_run(run)
-    inputs = open_inputs(config, progress=progress)
-    known = inputs.project.names()
-    names = recordings or known
-    for name in names:
+    known = load_project(config.project).names()
+    for name in recordings or []:
         if name not in known:
             raise InputError(f'recordings: "{name}" is not in {config.project}; it has {", ".join(known)}')
+    names = share(recordings or known, shard)
+    if not names:
+        return []
     paths = [run / "poses" / f"{name}.nc" for name in names]
     refuse_results(*paths, force=force)
+    inputs = open_inputs(config, recordings=names, progress=progress)
     model, _ = load_model(run, config)
     model.to(available_device())
     for name, path in zip(names, paths, strict=True):

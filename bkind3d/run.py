@@ -78,14 +78,22 @@ class Inputs:
         return foreground_only(images, as_floats(torch.from_numpy(masks))), projections
 
 
-def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
+def open_inputs(config: Config, *, recordings: list[str] | None = None, progress: bool = True) -> Inputs:
     """Load the project and its frame cache, which is built first where it does not exist.
+
+    Args:
+        config: The run's settings.
+        recordings: Names of those that will be looked at; all of the project when left out. Others are cached only
+            where these need them: for the background, and for the size of the body.
+        progress: Whether to show progress bars.
 
     Raises:
         InputError: As `load_project`, `build_cache` and `body_size`.
     """
     project = load_project(config.project)
     volume = project.working_volume()
+    # Networks that are applied to other videos find the body there, where there is nothing to train on.
+    names = project.names("train", "both") or project.names()
     cache = build_cache(
         project,
         config.data.height,
@@ -93,12 +101,12 @@ def open_inputs(config: Config, *, progress: bool = True) -> Inputs:
         config.cache_directory,
         crop=config.data.crop,
         foreground=config.data.foreground,
+        recordings=None if recordings is None else [*recordings, *(names if config.data.foreground else [])],
         progress=progress,
     )
-    # Networks that are applied to other videos find the body there, where there is nothing to train on.
-    names = project.names("train", "both") or project.names()
-    seen = [cache.recordings[name] for name in names]
-    size = body_size(seen, volume.center) if config.data.foreground else None
+    size = None
+    if config.data.foreground:
+        size = body_size([cache.recordings[name] for name in names], volume.center)
     box = volume if size is None or not follows_body(config) else Volume(volume.center, (config.data.box * size,) * 3)
     return Inputs(project, volume, cache, box.grid(config.model.voxels), size, config.data.window)
 

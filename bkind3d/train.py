@@ -27,12 +27,13 @@ from bkind3d.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    pairs_per_step,
     save_checkpoint,
     save_networks,
 )
 from bkind3d.config import Config, TrainConfig, save_config, validate
 from bkind3d.data import FrameCache, PairDataset, gap_in_frames
-from bkind3d.errors import InputError
+from bkind3d.errors import InputError, Terminated
 from bkind3d.health import keypoint_health
 from bkind3d.logs import append_health, append_metrics, cut_logs, write_environment, write_skeleton
 from bkind3d.losses import Objective
@@ -42,9 +43,10 @@ from bkind3d.models.methods import PENALTIES
 from bkind3d.models.views import as_floats, foreground_only
 from bkind3d.pictures import sample_sheet
 from bkind3d.run import build_model, create_run, open_inputs, open_run, refuse_existing
-from bkind3d_kernels.geometry import project_points
+from bkind3d_kernels.geometry import VoxelGrid, project_points
 
 HEALTH_FRAMES = 400
+ENDING = (signal.SIGTERM, signal.SIGINT)  # the first counts where both came
 
 
 class EpochSampler(Sampler[int]):
@@ -123,29 +125,33 @@ def observed(found: Reconstruction) -> dict[str, Tensor]:
 
 
 class Interrupt:
-    """Whether Ctrl-C was pressed; the second press stops at once."""
+    """Which signal asks for an end: SIGINT (Ctrl-C), whose second press stops at once, or SIGTERM.
+
+    A scheduler's SIGTERM may come more than once, from the launcher as well: a second one changes nothing.
+    """
 
     def __init__(self) -> None:
-        self.pressed = False
+        self.signal: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGINT."""
-        if self.pressed:
+        """Handle a signal."""
+        if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        self.pressed = True
+        self.signal = number
 
     @contextmanager
     def watch(self) -> Iterator[Interrupt]:
         """Listen inside the block, where a handler may be set (the main thread)."""
         try:
-            before = signal.signal(signal.SIGINT, self)
+            before = {number: signal.signal(number, self) for number in ENDING}
         except ValueError:
             yield self
             return
         try:
             yield self
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class Trainer:
@@ -155,9 +161,13 @@ class Trainer:
         config: All settings.
         run: Run folder, already made.
         progress: Whether to show a progress bar.
+        pairs: Pairs of a step in all processes together, which share them evenly; `train.batch` for each when left out.
+
+    Raises:
+        InputError: Settings or inputs that cannot be used, or processes that cannot share the pairs evenly.
     """
 
-    def __init__(self, config: Config, run: Path, *, progress: bool = True) -> None:
+    def __init__(self, config: Config, run: Path, *, progress: bool = True, pairs: int | None = None) -> None:
         self.config, self.run, self.progress = config, run, progress
         require_precision(config.train.precision)
         torch.backends.cudnn.benchmark = True  # every step has the same sizes
@@ -170,6 +180,15 @@ class Trainer:
             # The order of pairs comes from EpochSampler; accelerate must not draw one of its own.
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
         )
+        processes = self.accelerator.num_processes
+        if pairs is not None and pairs % processes:
+            raise InputError(
+                f"{run}: a step of this run has {pairs} pairs, which {processes} processes cannot share evenly; choose "
+                f"a number of processes that divides {pairs}"
+            )
+        if pairs is not None:
+            config.train.batch = pairs // processes
+        self.pairs_per_step = config.train.batch * processes
         self.inputs = open_inputs(config, progress=progress and self.accelerator.is_main_process)
         names = self.inputs.project.names("train", "both")
         if not names:
@@ -190,7 +209,7 @@ class Trainer:
             self.model, build_optimizer(self.model, config.train), loader
         )
         if len(self.loader) == 0:
-            raise InputError(f"train.batch: {len(self.pairs)} pairs do not fill one batch of {config.train.batch}")
+            raise InputError(f"train.batch: {len(self.pairs)} pairs do not fill one batch of {self.pairs_per_step}")
         self.objective.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(self.objective)
         self.accelerator.register_save_state_pre_hook(self._save_weights)
@@ -208,7 +227,11 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def train(self) -> bool:
-        """Train to the last step; returns False if Ctrl-C ended it earlier. Either way the state is saved."""
+        """Train to the last step; returns False if Ctrl-C ended it earlier. Either way the state is saved.
+
+        Raises:
+            Terminated: SIGTERM ended it earlier, here or in another process; the state is saved.
+        """
         steps = self.config.train.steps
         bar = tqdm(
             total=steps, initial=self.step, unit="step", desc="train",
@@ -218,12 +241,13 @@ class Trainer:
         self.wrapped.train()
         self.objective.train()
         with Interrupt().watch() as interrupt, bar:
-            started = time.perf_counter() - self.seconds
+            started, asked = time.perf_counter() - self.seconds, None
             for batch in self._batches():
                 row = self._train_step(*batch)
                 self.seconds = time.perf_counter() - started
                 self._after_step(row, bar)
-                if self._anywhere(interrupt.pressed) or self.step >= steps:
+                asked = self._anywhere(interrupt.signal)
+                if asked is not None or self.step >= steps:
                     break
         if self.saved != self.step:
             self._save()
@@ -231,13 +255,17 @@ class Trainer:
         self.wrapped = self.model
         self.accelerator.free_memory()
         self.accelerator.end_training()
+        if asked == signal.SIGTERM and self.step < steps:
+            raise Terminated(f"terminated and saved; go on with: bkind3d train --resume --out {self.run}")
         return self.step >= steps
 
-    def _anywhere(self, flag: bool) -> bool:
-        """Whether the flag is set in any process: all must leave the loop at the same step."""
+    def _anywhere(self, asked: int | None) -> int | None:
+        """The signal that asks for an end in any process: all must leave the loop at the same step."""
         if self.accelerator.num_processes == 1:
-            return flag
-        return float(self._mean(torch.tensor(float(flag), device=self.accelerator.device))) > 0
+            return asked
+        flags = torch.tensor([float(asked == number) for number in ENDING], device=self.accelerator.device)
+        shares = self._mean(flags).tolist()
+        return next((number for number, share in zip(ENDING, shares, strict=True) if share > 0), None)
 
     def _batches(self) -> Iterator[tuple[Tensor, ...]]:
         """Batches of pairs, their projections and masks from the current step on, epoch after epoch."""
@@ -259,7 +287,8 @@ class Trainer:
         # From (seed, step) alone, like the order of pairs: a resumed run draws the same.
         generator = torch.Generator().manual_seed((self.config.train.seed << 32) + self.step)
         images, body = self._seen(images, *foreground)
-        grid = self.model.training_grid(self.grid, self.inputs.project.up, 2 * len(images), generator)
+        moments = 2 * self.pairs_per_step
+        grid = self._own(self.model.training_grid(self.grid, self.inputs.project.up, moments, generator))
         with self.accelerator.autocast():
             found: Reconstruction = self.wrapped(images, projections, grid, body)
         target = self.model.target(images, self.config.loss)
@@ -297,6 +326,13 @@ class Trainer:
             names.append(f"{recording.name} {' and '.join(str(recording.clock[row]) for row in rows)}")
         return ", ".join(names)
 
+    def _own(self, grid: VoxelGrid) -> VoxelGrid:
+        """Of the grids of all moments of a step, frames t first, those of this process's pairs."""
+        processes, place = self.accelerator.num_processes, self.accelerator.process_index
+        if processes == 1 or len(grid.affine) == 1:
+            return grid
+        return VoxelGrid(grid.affine.unflatten(0, (2, processes, -1))[:, place].flatten(0, 1), grid.shape)
+
     def _seen(
         self, images: Tensor, masks: Tensor | None = None, distances: Tensor | None = None
     ) -> tuple[Tensor, Body | None]:
@@ -311,13 +347,17 @@ class Trainer:
         bar.update()
         last = self.step == every.steps
         if self.step % every.log_every == 0 or last:
-            self._log(row, bar)
+            self._log(self._of_all_pairs(row), bar)
         if self.step % every.sample_every == 0 or last:
             self._sample(bar)
         if self.step % every.save_every == 0 or last:
             self._save()
 
     # -- what it writes ------------------------------------------------------------------------------------------------
+
+    def _of_all_pairs(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of a step, averaged over processes."""
+        return dict(zip(row, self._mean(torch.stack([value.float() for value in row.values()])), strict=True))
 
     def _log(self, row: dict[str, Tensor], bar: Any) -> None:
         values = dict.fromkeys(PENALTIES, 0.0) | {name: float(value) for name, value in row.items()}
@@ -404,7 +444,8 @@ class Trainer:
     def _save(self) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise InputError(self._diverged())
-        save_checkpoint(self.accelerator, self.run, self.step, self.seconds, self.config.train.keep)
+        keep = self.config.train.keep
+        save_checkpoint(self.accelerator, self.run, self.step, self.seconds, keep, pairs=self.pairs_per_step)
         if self.accelerator.is_main_process:
             write_skeleton(self.run, self.model)
         self.saved = self.step
@@ -417,7 +458,8 @@ class Trainer:
         """
         step, folder = latest_checkpoint(self.run)
         self.step, self.seconds, observed = load_checkpoint(self.accelerator, folder)
-        self.recent.extend(observed)
+        # What another number of processes observed is of batches of another size, and is left behind.
+        self.recent.extend(row for row in observed if len(row["positions"]) == 2 * self.config.train.batch)
         self.saved = self.step
         if self.accelerator.is_main_process:
             cut_logs(self.run, step)
@@ -437,7 +479,9 @@ def train(config: Config, run: Path, *, force: bool = False, progress: bool = Tr
         True if the last step was reached, False if Ctrl-C ended it earlier; the state is saved either way.
 
     Raises:
-        InputError: Settings, project, videos or folder that cannot be used, or not enough memory.
+        InputError: Settings, project, videos or folder that cannot be used, not enough memory, or another process of
+            the training has ended.
+        Terminated: SIGTERM ended it earlier; the state is saved.
     """
     validate(config)
     refuse_existing(run, force=force)
@@ -456,6 +500,8 @@ def train(config: Config, run: Path, *, force: bool = False, progress: bool = Tr
 def resume(run: Path, *, steps: int | None = None, progress: bool = True) -> bool:
     """Go on with a run from its newest checkpoint, exactly as if it had never stopped.
 
+    Another number of processes shares the same pairs of each step: `train.batch` changes with it.
+
     Args:
         run: Run folder.
         steps: New number of steps, to go on for longer; as configured when left out.
@@ -465,14 +511,15 @@ def resume(run: Path, *, steps: int | None = None, progress: bool = True) -> boo
         As `train`.
 
     Raises:
-        InputError: No such run, no checkpoint, or a corrupt one.
+        InputError: No such run, no checkpoint, or a corrupt one; otherwise as `train`.
+        Terminated: As `train`.
     """
     config = open_run(run)
-    latest_checkpoint(run)
+    pairs = pairs_per_step(latest_checkpoint(run)[1])
     if steps is not None:
         config.train.steps = steps
     validate(config)
-    trainer = Trainer(config, run, progress=progress)
+    trainer = Trainer(config, run, progress=progress, pairs=pairs)
     trainer.restore()
     if trainer.accelerator.is_main_process:
         save_config(config, run / "config.yaml")
@@ -486,3 +533,15 @@ def _guarded(trainer: Trainer) -> bool:
         raise InputError(
             "out of memory: lower train.batch, model.voxels, data.height and data.width, or set train.precision to bf16"
         ) from error
+    except RuntimeError as error:
+        if trainer.accelerator.num_processes > 1 and is_about_another_process(error):
+            raise InputError(
+                f"{trainer.run}: another process of the training has ended, and this one with it; go on from the last "
+                f"checkpoint with: bkind3d train --resume --out {trainer.run}"
+            ) from error
+        raise
+
+
+def is_about_another_process(error: RuntimeError) -> bool:
+    """Whether the processes of a training could not reach each other any more; gloo has no error of its own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,6 +74,7 @@ def build_cache(
     *,
     crop: str = "volume",
     foreground: bool = False,
+    recordings: Sequence[str] | None = None,
     progress: bool = True,
 ) -> FrameCache:
     """Read all recordings of a project into undistorted frames of (height, width), or reuse those already there.
@@ -87,7 +88,12 @@ def build_cache(
             whole image. What lies outside the image is black.
         foreground: also build the masks of the body: the project's own where a recording has them, or else from the
             static background (:mod:`bkind3d.data.foreground`).
+        recordings: names of those that are wanted, in the order in which they are built; all of the project when left
+            out. Of others only the frames are built, where the background comes from them too.
         progress: show progress bars.
+
+    Several processes may build in one folder, the same recordings or others: each file is built by one of them, and the
+    others find it built.
 
     Raises:
         InputError: a video is unusable, videos do not match each other or the calibration, the volume is not seen, the
@@ -99,27 +105,28 @@ def build_cache(
         raise InputError(f"crop: {crop!r} must be one of {', '.join(CROPS)}")
     if min(height, width) < 1:
         raise InputError(f"image size: {width}×{height} must be at least 1×1")
-    with _locked(directory) as ledger:
+    wanted = list(dict.fromkeys(project.names() if recordings is None else recordings))
+    with _looking(directory) as ledger:
         sources = _sources(project, crop, height, width, foreground, ledger)
         digests = _hash_files([path for source in sources.values() for path in source.paths], ledger, progress)
-        cached = {}
-        for recording in project.recordings:
-            source = sources[recording.name]
-            index = source.info.index
-            entry = CachedRecording(
-                name=recording.name,
-                split=recording.split,
-                fps=index.fps,
-                path=directory / f"{recording.name}-{_key(source, digests)}.npy",
-                shape=(len(index.clock), len(source.cameras), height, width, 3),
-                cameras=source.network,
-                clock=index.clock,
-            )
-            if not _is_complete(entry.path, entry.shape):
-                _build(entry, source, progress)
-            cached[recording.name] = entry
-        if foreground:
-            cached = _with_masks(cached, sources, digests, progress)
+    entries = {}
+    for recording in project.recordings:
+        source = sources[recording.name]
+        index = source.info.index
+        entries[recording.name] = CachedRecording(
+            name=recording.name,
+            split=recording.split,
+            fps=index.fps,
+            path=directory / f"{recording.name}-{_key(source, digests)}.npy",
+            shape=(len(index.clock), len(source.cameras), height, width, 3),
+            cameras=source.network,
+            clock=index.clock,
+        )
+    for name in wanted:
+        _require(entries[name], sources[name], progress)
+    cached = {name: entry for name, entry in entries.items() if name in wanted}
+    if foreground:
+        cached = _with_masks(cached, entries, sources, digests, progress)
     names = " ".join((entry.masks_path or entry.path).stem for entry in cached.values())
     return FrameCache(recordings=cached, key=hashlib.blake2b(names.encode(), digest_size=16).hexdigest())
 
@@ -146,10 +153,10 @@ def _sources(
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[Ledger]:
-    """Hold the folder for one process: of several that want the same cache one builds it, the others find it built.
+def _looking(directory: Path) -> Iterator[Ledger]:
+    """Hold the folder for one process while it looks at the videos: others then find in the ledger what they are.
 
-    Gives the folder's ledger, which is saved however the block ends.
+    What a killed process has left is removed. The ledger is saved however the block ends.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -160,14 +167,53 @@ def _locked(directory: Path) -> Iterator[Ledger]:
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in directory.glob("*.part"):  # of a process that was killed: who holds the lock is alone
-            leftover.unlink()
+        _remove_leftovers(directory)
         ledger = Ledger.of_cache(directory)
         try:
             yield ledger
         finally:
             with contextlib.suppress(OSError):  # a full disk costs another look at the files, nothing else
                 ledger.save()
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove scratch files that no process writes any more: those of a file that is locked are being written."""
+    leftovers = list(directory.glob("*.part"))  # before the locks: a file that is begun later is not among them
+    busy = []
+    for name in directory.glob(".*.lock"):
+        with name.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                busy.append(name.stem)
+                continue
+            name.unlink(missing_ok=True)
+    for leftover in leftovers:
+        if not leftover.name.startswith(tuple(busy)):
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold one file of the cache for the process that writes it; the lock lies beside the file while it is held."""
+    name = path.with_name(f".{path.stem}.lock")
+    while True:
+        with name.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_at(lock.fileno(), name):  # its last holder has removed it while this process waited
+                continue
+            try:
+                yield
+            finally:
+                name.unlink(missing_ok=True)
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _hidden(progress: bool) -> bool | None:
@@ -210,6 +256,14 @@ def _is_complete(path: Path, shape: tuple[int, ...]) -> bool:
     if not (path.with_suffix(".json").exists() and path.exists()):
         return False
     return path.stat().st_size > int(np.prod(shape, dtype=np.int64))  # the header comes on top
+
+
+def _require(entry: CachedRecording, source: _Source, progress: bool) -> None:
+    """Write the frames of one recording, where they are not there yet."""
+    if not _is_complete(entry.path, entry.shape):
+        with _alone(entry.path):
+            if not _is_complete(entry.path, entry.shape):  # another process may have written them meanwhile
+                _build(entry, source, progress)
 
 
 def _build(entry: CachedRecording, source: _Source, progress: bool) -> None:
@@ -297,13 +351,17 @@ def _write_pictures(
 
 
 def _with_masks(
-    cached: dict[str, CachedRecording], sources: dict[str, _Source], digests: dict[Path, str], progress: bool
+    cached: dict[str, CachedRecording],
+    entries: dict[str, CachedRecording],
+    sources: dict[str, _Source],
+    digests: dict[Path, str],
+    progress: bool,
 ) -> dict[str, CachedRecording]:
-    """The recordings with masks, which are built where they are not there yet."""
+    """Some of the recordings with masks, which are built where they are not there yet."""
     found = {}
     for name, entry in cached.items():
         source = sources[name]
-        pool = _pool(entry, cached, sources)
+        pool = _pool(entry, entries, sources)
         if source.masks is not None:
             made_from: list[Any] = [
                 [(first, digests[path]) for first, path in one.parts] for one in source.masks.values()
@@ -312,11 +370,20 @@ def _with_masks(
             made_from = [masking.VERSION, *(other.path.stem for other in pool)]
         key = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=8).hexdigest()
         entry = replace(entry, masks_path=entry.path.with_name(f"{entry.path.stem}.masks-{key}.npy"))
-        path, kept = entry.masks_file(), source.masks is not None
-        if not (_is_complete(path, entry.shape[:-1]) and (kept or path.with_suffix(".npz").exists())):
-            _build_masks(entry, source, pool, progress)
+        if not _has_masks(entry, source):
+            for other in [] if source.masks is not None else pool:
+                _require(other, sources[other.name], progress)
+            with _alone(entry.masks_file()):
+                if not _has_masks(entry, source):
+                    _build_masks(entry, source, pool, progress)
         found[name] = entry
     return found
+
+
+def _has_masks(entry: CachedRecording, source: _Source) -> bool:
+    """Whether the masks are there, and the background that they come from unless the project brings them."""
+    path = entry.masks_file()
+    return _is_complete(path, entry.shape[:-1]) and (source.masks is not None or path.with_suffix(".npz").exists())
 
 
 def _pool(

@@ -49,7 +49,7 @@ def test_settings_from_a_file(rig: Path, tmp_path: Path) -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "train"])
+@pytest.mark.parametrize("verb", [*VERBS, "train", "cache"])
 def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -96,7 +95,7 @@ def test_the_host_reads_nothing_in_a_step(
     batch = next(batches)
     with HostReads() as reads:
         trainer._train_step(*batch)
-        assert not trainer._anywhere(False)
+        assert trainer._anywhere(None) is None
     assert reads.lines == set()
     with HostReads() as reads:
         trainer.model.skeleton.pairs[trainer.model.skeleton.active]
@@ -196,31 +195,6 @@ def test_resume_drops_half_a_line(config: MakeConfig, tmp_path: Path) -> None:
     assert resume(run, steps=5, progress=False)
     assert rows(run)[:4] == expected
     assert len(rows(run)) == 5
-
-
-def test_two_processes(rig: Path, tmp_path: Path) -> None:
-    """Train with two processes, resume with two, read with one."""
-    run = tmp_path / "run"
-    settings = [
-        "--project", str(rig), "--data.height=32", "--data.width=32", "--data.gap=4", "--model.keypoints=4",
-        "--model.encoder=small", "--model.pyramid_channels=8", "--model.channels=4", "--model.voxels=8",
-        "--model.volume_channels=[4,4,8]", "--model.volume_stem=3", "--model.volume_blocks=1",
-        "--model.edge_strides=[8,4]", "--model.edge_sigmas=[1,1.5]", "--model.decoder_channels=[8,8]",
-        "--loss.network=none", "--loss.target_channels=grey", "--train.steps=3", "--train.batch=2",
-        "--train.log_every=1", "--train.save_every=2",
-    ]  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for arguments in (settings, ["--resume", "--steps", "5"]):
-        command = [*launch, "-m", "bkind3d.cli", "train", "--out", str(run), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        # gloo's threads can abort an interpreter that is done and on its way out; what was written is judged below.
-        late_abort = "terminate called without an active exception" in done.stderr
-        assert done.returncode == 0 or late_abort, done.stderr
-    assert [row["step"] for row in rows(run)] == ["1", "2", "3", "4", "5"]
-    assert [step for step, _ in checkpoints(run)] == [3, 4, 5]
-    assert not list(run.rglob("*.part*"))
-    assert predict(run, recordings=["test"], progress=False)
 
 
 def test_bf16_step(config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
