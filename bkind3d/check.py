@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from bkind3d.cameras import Cameras
 from bkind3d.check_foreground import ForegroundCheck, check_foreground
 from bkind3d.check_volume import draw_volume
+from bkind3d.config import Config, validate
 from bkind3d.data import (
     Project,
     Recording,
@@ -24,11 +25,8 @@ from bkind3d.data import (
     visible_views,
 )
 from bkind3d.errors import InputError
-
-# Numbers kept for the backward pass, per image pixel (ResNet-50, decoders, VGG-19) and per voxel (volume network): what
-# autograd saves of the paper's networks, counted. The small networks of the demo need a fifth.
-FLOATS_PER_PIXEL = 800
-FLOATS_PER_VOXEL = 1300
+from bkind3d.memory import Estimate, estimate
+from bkind3d.run import follows_body
 
 _SAME_PLACE = 1e-3  # of the distance to the volume: two cameras closer than this stand at one place
 _SHALLOW_ANGLE = 5.0  # degrees between the lines of sight, below which depth is hardly resolved
@@ -61,12 +59,11 @@ class CheckReport:
         volume: the working volume.
         voxels: shape (X, Y, Z) of the grid in it, or of the cube that follows the body.
         seen_by: share of voxels seen by exactly 0, 1, ... M of these cameras.
-        memory: estimated bytes for training.
-        memory_formula: how they were estimated.
         pictures: the volume drawn into a frame of each camera, and the masks of the body if they were looked at.
         warnings: what is allowed but suspicious.
         foreground: one row per camera, of the first recording; empty where masks were not looked at.
         window: side of the windows that follow the body, pixels; 0 where the networks see whole frames.
+        memory: what a training step takes; None where no settings of a run were given.
     """
 
     project: Project
@@ -76,12 +73,11 @@ class CheckReport:
     volume: Volume
     voxels: tuple[int, int, int]
     seen_by: list[float]
-    memory: int
-    memory_formula: str
     pictures: list[Path]
     warnings: list[str]
     foreground: list[ForegroundCheck] = field(default_factory=list)
     window: int = 0
+    memory: Estimate | None = None
 
     @property
     def seen_by_two(self) -> float:
@@ -118,8 +114,9 @@ class CheckReport:
         lines += [
             f"volume: center {list(self.volume.center)}, size {list(self.volume.size)} {units}{origin}",
             f"voxels: {shape}{follows} seen by {seen}, all {count} {self.seen_by[-1]:.1%}",
-            f"memory for training: about {self.memory / 1e9:.2g} GB = {self.memory_formula}",
         ]
+        if self.memory is not None:
+            lines.append(f"memory for training: about {self.memory.line()}")
         if self.foreground:
             rows = [["camera", "foreground", "empty", "overlap", "agrees"]]
             rows += [
@@ -140,7 +137,6 @@ def check_project(
     out: Path | None = None,
     height: int = 256,
     width: int = 256,
-    batch: int = 1,
     window: int = 0,
     foreground: bool = False,
 ) -> CheckReport:
@@ -151,9 +147,8 @@ def check_project(
         gap: distance of the two frames of a training pair, seconds ("0.4 s") or frames (12).
         voxels: samples along the volume's longest side.
         out: folder for the pictures, made when missing; None draws none.
-        height: of the network's images, for the memory estimate.
-        width: of the network's images, for the memory estimate.
-        batch: moments per training step, for the memory estimate.
+        height: of the network's images, for the masks.
+        width: of the network's images, likewise.
         window: side of the windows that follow the body, pixels, in place of whole images; the voxels are then those of
             a cube around it. 0 without.
         foreground: look at masks of the body too, on some moments of the first recording, which are decoded for it.
@@ -176,8 +171,7 @@ def check_project(
     first = next(iter(project.rigs().values()))
     views = visible_views(first, volume, voxels)
     cameras = _camera_rows(first, volume)
-    shape, seen = ((voxels,) * 3, (window, window)) if window else (volume.shape(voxels), (height, width))
-    memory, formula = training_memory(len(cameras), *seen, shape, batch)
+    shape = (voxels,) * 3 if window else volume.shape(voxels)
     pictures = [] if out is None else draw_volume(project, recordings, volume, Path(out))
     masks: list[ForegroundCheck] = []
     if foreground:
@@ -192,8 +186,6 @@ def check_project(
         volume=volume,
         voxels=shape,
         seen_by=[(views == count).double().mean().item() for count in range(len(cameras) + 1)],
-        memory=memory,
-        memory_formula=formula,
         pictures=pictures,
         warnings=_warnings(project, volume, gaps) + [failure for row in masks for failure in row.failures()],
         foreground=masks,
@@ -201,19 +193,30 @@ def check_project(
     )
 
 
-def training_memory(views: int, height: int, width: int, voxels: tuple[int, int, int], batch: int) -> tuple[int, str]:
-    """Bytes that training in float32 keeps for the backward pass, estimated, and the formula with its numbers.
+def check_run(project: Project, config: Config, out: Path | None = None) -> CheckReport:
+    """Check a project for a run with given settings, and how much memory a step of its training takes.
 
-    2 times · batch · (views · H · W · 800 + X · Y · Z · 1300) · 4 bytes, for the paper's networks: good to a factor of
-    two. Weights and optimiser state (below 1 GB) come on top.
+    Args:
+        project: the project; what the settings say of one is not read.
+        config: all settings. Of several gaps the last one is checked.
+        out: as for `check_project`.
+
+    Raises:
+        InputError: as `check_project`, or settings that cannot work.
     """
-    x, y, z = voxels
-    pixels, volume = views * height * width * FLOATS_PER_PIXEL, x * y * z * FLOATS_PER_VOXEL
-    formula = (
-        f"2 · batch {batch} · ({views} views · {height}·{width} px · {FLOATS_PER_PIXEL} + "
-        f"{x}·{y}·{z} voxels · {FLOATS_PER_VOXEL}) · 4 bytes, paper's networks"
+    validate(config)
+    data = config.data
+    report = check_project(
+        project,
+        gap=data.gaps[-1],
+        voxels=config.model.voxels,
+        out=out,
+        height=data.height,
+        width=data.width,
+        window=data.window if follows_body(config) else 0,
+        foreground=data.foreground,
     )
-    return 2 * batch * (pixels + volume) * 4, formula
+    return replace(report, memory=estimate(config, len(report.cameras), report.voxels))
 
 
 def _check_truth(recording: Recording, project: Project, info: RecordingInfo) -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from bkind3d.check import check_project
+from bkind3d.check import check_run
 from bkind3d.config import Config, validate
 from bkind3d.data import load_project
 from bkind3d.data.h36m import h36m_project
@@ -33,46 +33,19 @@ from bkind3d_kernels import BackendUnavailable
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the number of the signal
 
 
-def run_check(
-    project: Path,
-    gap: str | int = "0.4 s",
-    voxels: int = 64,
-    height: int = 256,
-    width: int = 256,
-    batch: int = 1,
-    window: int = 0,
-    out: Path | None = None,
-    foreground: bool = True,
-) -> None:
-    """Look at a project before training: files, frame counts, calibration, and what the cameras see of the volume.
+def run_check(config: Namespace) -> None:
+    """Look at a project before training: files, frame counts, calibration, what the cameras see, memory."""
+    check_run(load_project(config.file), settings_of(config), config.out).print()
 
-    Args:
-        project: Project file (YAML); see docs/rig.md.
-        gap: Distance between the two frames of a training pair, "0.4 s" or a number of frames.
-        voxels: Voxels along the longest side of the volume.
-        height: Height of the network's images, for the estimate of memory.
-        width: Width of the network's images, likewise.
-        batch: Pairs per training step, likewise.
-        window: Side in pixels of windows that follow the body (`data.window`), likewise; the voxels are then around it.
-        out: Folder for a picture per camera with the volume drawn in.
-        foreground: Look at the masks of the body too; some moments of the first recording are decoded for it.
-    """
-    check_project(
-        load_project(project),
-        gap=gap,
-        voxels=voxels,
-        out=out,
-        height=height,
-        width=width,
-        batch=batch,
-        window=window,
-        foreground=foreground,
-    ).print()
+
+def settings_of(config: Namespace) -> Config:
+    """The settings of a run among the arguments of a verb."""
+    return Config(**{name: config[name] for name in Config.__dataclass_fields__})
 
 
 def run_train(config: Namespace) -> None:
     """Train a run, or go on with one."""
-    settings = Config(**{name: config[name] for name in Config.__dataclass_fields__})
+    settings = settings_of(config)
     if config.steps is not None and not config.resume:
         raise InputError("--steps goes with --resume; a new run takes --train.steps")
     if config.resume and settings != Config():
@@ -168,7 +141,6 @@ def run_render(
 
 VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "demo": (demo, "the whole way on a simulated subject or a filmed man"),
-    "check": (run_check, "look at a project before training"),
     "predict": (run_predict, "3D keypoints of every frame"),
     "evaluate": (evaluate, "regress annotated joints from the keypoints"),
     "actions": (actions, "classify behaviour from the keypoints"),
@@ -203,6 +175,7 @@ def build_parser() -> ArgumentParser:
         verb.add_function_arguments(function, as_positional=True, skip={"progress", *flags})
         add_flags(verb, flags)
         verbs.add_subcommand(name, verb, help=summary)
+    verbs.add_subcommand("check", check_parser(), help="look at a project before training")
     verbs.add_subcommand("train", train_parser(), help="train a run, or go on with one")
     verbs.add_subcommand("cache", cache_parser(), help="build the frame cache of a training, or a share of it")
     readers = ArgumentParser(description="Write a project file that names the files of a published data set.")
@@ -220,6 +193,18 @@ def add_readers(parser: ArgumentParser) -> None:
         reader.add_function_arguments(function, as_positional=True, skip={"out"})
         reader.add_argument("--out", type=Path, required=True, help="folder for the project, made when missing")
         sets.add_subcommand(name, reader, help=summary)
+
+
+def check_parser() -> ArgumentParser:
+    """The parser of `bkind3d check`: a project, and every setting of the run that it is to be for."""
+    parser = ArgumentParser(description="Look at a project before training.")
+    parser.add_argument("file", metavar="PROJECT", type=Path, help="project file (YAML); see docs/rig.md")
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below, as for train")
+    parser.add_argument(
+        "--out", type=Path | None, default=None, help="folder for a picture per camera with the volume drawn in"
+    )
+    parser.add_class_arguments(Config)
+    return parser
 
 
 def train_parser() -> ArgumentParser:
@@ -256,7 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         verb = namespace.verb
         settings = parser.instantiate(namespace)[verb]
-        if verb == "train":
+        if verb == "check":
+            run_check(settings)
+        elif verb == "train":
             run_train(settings)
         elif verb == "cache":
             run_cache(settings)

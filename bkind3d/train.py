@@ -37,6 +37,7 @@ from bkind3d.errors import InputError, Terminated
 from bkind3d.health import keypoint_health
 from bkind3d.logs import append_health, append_metrics, cut_logs, write_environment, write_skeleton
 from bkind3d.losses import Objective
+from bkind3d.memory import estimate, gigabytes
 from bkind3d.models.body import Body
 from bkind3d.models.discovery import DiscoveryModel, Reconstruction
 from bkind3d.models.methods import PENALTIES
@@ -530,9 +531,8 @@ def _guarded(trainer: Trainer) -> bool:
     try:
         return trainer.train()
     except torch.OutOfMemoryError as error:
-        raise InputError(
-            "out of memory: lower train.batch, model.voxels, data.height and data.width, or set train.precision to bf16"
-        ) from error
+        views = len(trainer.inputs.project.cameras.names)
+        raise InputError(out_of_memory(trainer.config, views, trainer.grid.shape)) from error
     except RuntimeError as error:
         if trainer.accelerator.num_processes > 1 and is_about_another_process(error):
             raise InputError(
@@ -545,3 +545,13 @@ def _guarded(trainer: Trainer) -> bool:
 def is_about_another_process(error: RuntimeError) -> bool:
     """Whether the processes of a training could not reach each other any more; gloo has no error of its own."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def out_of_memory(config: Config, views: int, voxels: tuple[int, int, int]) -> str:
+    """What a step would have taken, and the setting that lowers it most; arguments as `training_memory`."""
+    found = estimate(config, views, voxels)
+    needed = f"out of memory: a training step takes about {gigabytes(found.bytes)}"
+    if not found.savings:
+        return f"{needed}, and no one setting lowers that"
+    best = found.savings[0]
+    return f"{needed}; {best.change} lowers that most, to {gigabytes(best.bytes)}"

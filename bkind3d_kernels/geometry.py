@@ -12,17 +12,22 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 GEOMETRY_DTYPES = (torch.float32, torch.float64)
 MIN_DEPTH = 1e-6  # world units: no division by a smaller depth, so that values and gradients stay finite
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` may be read to check them: only on the CPU, never while tracing.
+    """Whether the values of ``tensor`` may be read to check them: only on the CPU, and where there is one value each.
 
-    Reading a CUDA tensor would wait for the device at each call, and a traced tensor has no values.
+    Reading a CUDA tensor would wait for the device at each call. A traced or fake tensor has no values, and one inside
+    a transform of ``torch.func`` stands for many.
     """
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel() > 0
+    if torch.compiler.is_compiling():
+        return False
+    unread = isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not unread
 
 
 def check_geometry(name: str, tensor: Any, expected: str) -> None:

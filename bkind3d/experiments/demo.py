@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from bkind3d.check import check_project
+from bkind3d.check import check_run
 from bkind3d.data import Project, load_project
 from bkind3d.data.rat7m import rat7m_project
 from bkind3d.errors import InputError
@@ -78,11 +78,7 @@ def demo(
         project = through_rat7m(load_project(project), data)
     config = chosen.config(project, seed, steps)
     say("check", f"{project}")
-    check_project(
-        load_project(project), gap=config.data.gaps[-1], voxels=config.model.voxels, out=data / "check",
-        height=config.data.height, width=config.data.width, batch=config.train.batch, window=config.data.window,
-        foreground=config.data.foreground,
-    ).print()  # fmt: skip
+    check_run(load_project(project), config, data / "check").print()
     say("train", f"{config.train.steps} steps, no labels -> {out}")
     if not train(config, out, force=force, progress=progress):
         say("stopped", f"go on with: bkind3d train --resume --out {out}")

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from small_rig import DISTORTION, counted_frames, ring, write_project, write_video
 
-from bkind3d.check import check_project, training_memory
+from bkind3d.check import check_project
 from bkind3d.data import Project, Truth, Volume, load_project, save_truth
 from bkind3d.errors import InputError
 
@@ -35,7 +35,7 @@ def test_report(tmp_path: Path, capsys) -> None:
     assert (report.pictures, report.warnings) == ([], [])
     report.print()
     printed = capsys.readouterr().out
-    for text in ("project rig: 4 cameras", "take", "3 frames = 0.100 s", "64×48", "3.162 m", "9×9×5", "GB"):
+    for text in ("project rig: 4 cameras", "take", "3 frames = 0.100 s", "64×48", "3.162 m", "9×9×5"):
         assert text in printed
     assert "proposed" not in printed
 
@@ -46,12 +46,11 @@ def test_effective_gap_is_reported(tmp_path: Path) -> None:
 
 
 def test_windows_that_follow_the_body(tmp_path: Path) -> None:
-    """Memory is that of the window and of a cube of voxels around the body; what is seen is still of the volume."""
+    """The voxels are a cube around the body; what is seen is still of the volume."""
     project = open_project(tmp_path, recording={"split": "both"}, cameras=ring(4))
     whole, window = (check_project(project, gap="0.1 s", voxels=9, window=side) for side in (0, 24))
     assert (whole.voxels, window.voxels) == ((9, 9, 5), (9, 9, 9))
     assert window.seen_by == whole.seen_by
-    assert window.memory == training_memory(4, 24, 24, (9, 9, 9), 1)[0]
     assert any(
         line.startswith("voxels: 9×9×9 around the body; those of the volume are seen by 0") for line in window.lines()
     )
@@ -162,10 +161,3 @@ def test_warnings(tmp_path: Path) -> None:
     warnings = check_project(dataclasses.replace(project, cameras=twice)).warnings
     assert "camera 'cam2' stands where another one stands: together they give no depth" in warnings
     assert "all cameras look from within 5 degrees: depth is hardly resolved" in warnings
-
-
-def test_memory_estimate_is_its_formula() -> None:
-    memory, formula = training_memory(4, 256, 128, (64, 64, 32), 2)
-    assert memory == 2 * 2 * (4 * 256 * 128 * 800 + 64 * 64 * 32 * 1300) * 4
-    expression = formula.split(" bytes")[0].replace(" batch", "").replace(" views", "").replace(" px", "")
-    assert eval(expression.replace(" voxels", "").replace("·", "*")) == memory

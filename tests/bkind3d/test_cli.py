@@ -16,8 +16,10 @@ from bkind3d.config import load_config
 
 def test_the_whole_way(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
-    main(["check", str(rig), "--gap", "4", "--voxels", "8", "--out", str(tmp_path / "check")])
-    assert "cam0" in capsys.readouterr().out
+    main(["check", str(rig), *TINY, "--out", str(tmp_path / "check")])
+    table = capsys.readouterr().out
+    assert "cam0" in table
+    assert re.search(r"^memory for training: about [\d.]+ GB; .*[\d.]+ GB with train.batch 1", table, re.MULTILINE)
     for kind in ("volume", "foreground"):
         assert len(list((tmp_path / "check").glob(f"{kind}_*.png"))) == 4
     main(["train", "--project", str(rig), "--out", run, *TINY])
@@ -49,7 +51,7 @@ def test_settings_from_a_file(rig: Path, tmp_path: Path) -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "train", "cache"])
+@pytest.mark.parametrize("verb", [*VERBS, "cache", "check", "train"])
 def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])
@@ -144,7 +146,7 @@ def volume_behind(project: Path) -> None:
 def test_bad_project(damage, words: list[str], own_rig: Path, tmp_path: Path, capsys) -> None:
     damage(own_rig)
     for arguments in (
-        ["check", str(own_rig), "--gap", "4", "--voxels", "8"],
+        ["check", str(own_rig), *TINY],
         ["train", "--project", str(own_rig), "--out", str(tmp_path / "run"), *TINY],
     ):
         line = refused(arguments, capsys)
@@ -158,7 +160,7 @@ def test_bad_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_zero_gap(rig: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "gap" in refused(["check", str(rig), "--gap", "0"], capsys)
+    assert "gap" in refused(["check", str(rig), "--data.gap", "0"], capsys)
     arguments = ["train", "--project", str(rig), "--out", str(tmp_path / "run"), *TINY, "--data.gap=0 s"]
     assert "gap" in refused(arguments, capsys)
 

@@ -62,7 +62,7 @@ def test_rat7m_from_its_files_to_an_evaluation(tmp_path: Path, capsys) -> None:
     project, run = tmp_path / "out" / "project.yaml", tmp_path / "run"
     main(["import", "rat7m", str(tmp_path / "data"), "--every", "2", "--out", str(tmp_path / "out")])
     assert f"{project}; next: bkind3d check {project}" in capsys.readouterr().out
-    main(["check", str(project), "--gap", "0.66 s", "--voxels", "8", "--foreground", "false"])
+    main(["check", str(project), "--config", str(CONFIGS / "rat7m.yaml"), *SMALL, "--data.foreground=false"])
     printed = capsys.readouterr().out
     assert "20 frames = 0.667 s" in printed
     assert "2 calibrations" in printed
@@ -88,7 +88,7 @@ def test_h36m_from_the_command_line(tmp_path: Path, capsys) -> None:
     assert project.cameras.names == H36M_CAMERAS
     assert [row.name for row in project.recordings] == ["S1-Walking-1"]
     assert project.volume.size == (2500.0, 2500.0, 2500.0)
-    main(["check", str(out / "project.yaml"), "--voxels", "8"])
+    main(["check", str(out / "project.yaml"), *SMALL])
     assert f"{len(TRAIN_FRAMES)}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         main(["import", "h36m", str(tmp_path / "data"), "--out", str(out)])
