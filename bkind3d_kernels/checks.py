@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .geometry import VoxelGrid
 
+NUMBERS = (int, float, np.integer, np.floating)
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -53,7 +55,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_positive(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, NUMBERS) or not 0 < value < math.inf:
         raise ValueError(f"{name} {value!r}: expected a finite number above 0")
 
 

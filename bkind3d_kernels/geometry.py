@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 GEOMETRY_DTYPES = (torch.float32, torch.float64)
+INTEGERS = (int, np.integer)
 MIN_DEPTH = 1e-6  # world units: no division by a smaller depth, so that values and gradients stay finite
 
 
@@ -51,9 +53,14 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def _checked_shape(name: str, shape: Any) -> tuple[int, int, int]:
     shape = tuple(shape)
-    if len(shape) != 3 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
+    if len(shape) != 3 or any(isinstance(s, bool) or not isinstance(s, INTEGERS) or s < 1 for s in shape):
         raise ValueError(f"{name} {shape!r}: expected three integers (X, Y, Z) of at least 1")
-    return shape
+    return as_int(shape[0]), as_int(shape[1]), as_int(shape[2])
+
+
+def as_int(value: Any) -> int:
+    """NumPy's integers as Python's; a traced one stays what it is."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +191,8 @@ pytree.register_pytree_node(
     serialized_type_name="bkind3d_kernels.VoxelGrid",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+# torch.load then reads a saved one under weights_only=True, its default.
+torch.serialization.add_safe_globals([VoxelGrid])
 
 
 def project_points(projections: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .checks import FEATURE_DTYPES, check_choice, check_device, check_features, check_positive, describe
+from .geometry import INTEGERS, as_int
 
 ACTIVATIONS = ("relu", "none")
 DIMS = {4: "(N, C, H, W)", 5: "(N, C, X, Y, Z)"}
@@ -68,7 +69,7 @@ def group_norm_act(
     check_choice("activation", activation, ACTIVATIONS)
     run = backends.implementation("group_norm_act", backend, x.device, x.dtype)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return run(x, weight.to(dtype), bias.to(dtype), residual, num_groups, float(eps), activation)
+    return run(x, weight.to(dtype), bias.to(dtype), residual, as_int(num_groups), float(eps), activation)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
@@ -98,7 +99,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
 
 def check_groups(num_groups: Any, channels: int) -> None:
     """Raise unless ``num_groups`` is a positive integer that divides ``channels``."""
-    if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
+    if isinstance(num_groups, bool) or not isinstance(num_groups, INTEGERS) or num_groups < 1:
         raise ValueError(f"num_groups {num_groups!r}: expected an integer of at least 1")
     if channels % num_groups:
         raise ValueError(f"num_groups {num_groups}: expected a divisor of the {channels} channels")
@@ -138,18 +139,18 @@ class GroupNormAct(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(num_channels, bool) or not isinstance(num_channels, int) or num_channels < 1:
+        if isinstance(num_channels, bool) or not isinstance(num_channels, INTEGERS) or num_channels < 1:
             raise ValueError(f"num_channels {num_channels!r}: expected an integer of at least 1")
         check_groups(num_groups, num_channels)
         check_positive("eps", eps)
         check_choice("activation", activation, ACTIVATIONS)
         backends.check_name(backend)
-        self.num_groups, self.num_channels = num_groups, num_channels
-        self.eps = eps
+        self.num_groups, self.num_channels = as_int(num_groups), as_int(num_channels)
+        self.eps = float(eps)
         self.activation = activation
         self.backend = backend
-        self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(self.num_channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(self.num_channels, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .checks import FEATURE_DTYPES, check_device, check_features, check_grid, check_positive, describe
-from .geometry import VoxelGrid
+from .geometry import INTEGERS, VoxelGrid, as_int
 from .soft_argmax3d import in_world
 
 
@@ -134,14 +134,14 @@ class LinearSoftArgmax3d(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("joints", joints)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, INTEGERS) or value < 1:
                 raise ValueError(f"{name} {value!r}: expected an integer of at least 1")
         check_positive("temperature", temperature)
         backends.check_name(backend)
-        self.channels, self.joints = channels, joints
-        self.weight = nn.Parameter(torch.empty(joints, channels, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(joints, device=device, dtype=dtype)) if bias else None
-        self.temperature = temperature
+        self.channels, self.joints = as_int(channels), as_int(joints)
+        self.weight = nn.Parameter(torch.empty(self.joints, self.channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(self.joints, device=device, dtype=dtype)) if bias else None
+        self.temperature = float(temperature)
         self.return_peak = return_peak
         self.return_covariance = return_covariance
         self.backend = backend

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .checks import check_device, check_positive, check_tensor, describe
-from .geometry import GEOMETRY_DTYPES, all_pairs, checks_values
+from .geometry import GEOMETRY_DTYPES, INTEGERS, all_pairs, as_int, checks_values
 
 Size = tuple[int, int]
 
@@ -87,13 +87,13 @@ def _sizes(size: Any, sigma: Any) -> tuple[list[Size], list[float], bool]:
     sizes = [size] if single else list(size)
     sigmas = [sigma] if single else sigma
     for s in sizes:
-        if not isinstance(s, (tuple, list)) or len(s) != 2 or not all(isinstance(x, int) and x >= 1 for x in s):
+        if not isinstance(s, (tuple, list)) or len(s) != 2 or not all(isinstance(x, INTEGERS) and x >= 1 for x in s):
             raise ValueError(f"size {size!r}: {expected}")
     if not isinstance(sigmas, (tuple, list)) or len(sigmas) != len(sizes):
         raise ValueError(f"sigma {sigma!r}: expected a sequence of {len(sizes)} numbers, one for each size")
     for s in sigmas:
         check_positive("sigma", s)
-    return [(s[0], s[1]) for s in sizes], [float(s) for s in sigmas], single
+    return [(as_int(s[0]), as_int(s[1])) for s in sizes], [float(s) for s in sigmas], single
 
 
 def _check_edges(edges: Any, keypoints: int) -> None:

@@ -102,7 +102,7 @@ class SoftArgmax3d(nn.Module):
         super().__init__()
         check_positive("temperature", temperature)
         backends.check_name(backend)
-        self.temperature = temperature
+        self.temperature = float(temperature)
         self.return_peak = return_peak
         self.return_covariance = return_covariance
         self.backend = backend

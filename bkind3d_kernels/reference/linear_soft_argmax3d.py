@@ -42,7 +42,8 @@ def run(
 def _run(
     features: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, covariance: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    logits = torch.einsum("jc,ncxyz->njxyz", weight.double(), features.double()).to(weight.dtype)
+    exact = torch.float32 if features.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    logits = torch.einsum("jc,ncxyz->njxyz", weight.to(exact), features.to(exact)).to(weight.dtype)
     if bias is not None:
         logits = logits + bias.view(-1, 1, 1, 1)
     return soft_argmax3d.run(logits, temperature, covariance)

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -165,3 +166,11 @@ def test_bad_geometry_is_named(make, message: str) -> None:
 def test_wrong_types_are_named() -> None:
     with pytest.raises(TypeError, match=r"grid\.affine: expected a tensor"):
         VoxelGrid([[1.0]], (2, 2, 2))  # type: ignore[arg-type]
+
+
+def test_a_grid_is_loaded_without_code(tmp_path: Path) -> None:
+    grid = VoxelGrid.cube((0.1, 0.2, 0.3), 2.0, 4)
+    torch.save({"grid": grid}, tmp_path / "grid.pt")
+    loaded = torch.load(tmp_path / "grid.pt", weights_only=True)["grid"]
+    assert torch.equal(loaded.affine, grid.affine)
+    assert loaded.shape == (4, 4, 4)
