@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from tiny_model import TINY
 from torch import Tensor
@@ -36,11 +35,8 @@ def test_allocations_are_counted_once_and_until_they_are_let_go() -> None:
 
 
 def test_memory_goes_with_the_batch() -> None:
-    one, two, three = (
-        training_memory(replace(SETTINGS, train=TrainConfig(batch=batch)), 4, CUBE) for batch in (1, 2, 3)
-    )
-    assert three - two == pytest.approx(two - one, rel=0.03)
-    assert two > 1.8 * one
+    two, four = (training_memory(replace(SETTINGS, train=TrainConfig(batch=batch)), 4, CUBE) for batch in (2, 4))
+    assert 1.9 * two < four < 2 * two  # the weights are the same
 
 
 def test_the_setting_that_helps_most_is_named() -> None:
