@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .geometry import VoxelGrid
 
-NUMBERS = (int, float, np.integer, np.floating)
+NUMBERS: tuple[Any, ...] = (int, float, Real)  # NumPy's are the third
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

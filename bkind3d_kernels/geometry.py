@@ -7,16 +7,16 @@ pixel centres at integers, so an image of width W spans [-0.5, W - 0.5]; geometr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 GEOMETRY_DTYPES = (torch.float32, torch.float64)
-INTEGERS = (int, np.integer)
+INTEGERS: tuple[Any, ...] = (int, Integral)  # NumPy's are the second
 MIN_DEPTH = 1e-6  # world units: no division by a smaller depth, so that values and gradients stay finite
 
 
@@ -60,7 +60,7 @@ def _checked_shape(name: str, shape: Any) -> tuple[int, int, int]:
 
 def as_int(value: Any) -> int:
     """NumPy's integers as Python's; a traced one stays what it is."""
-    return int(value) if isinstance(value, np.integer) else value
+    return value if isinstance(value, int) else int(value)
 
 
 @dataclass(frozen=True, eq=False)
