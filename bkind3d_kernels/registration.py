@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 INT16_EDGES = 2**15  # up to here the winner's index is int16
@@ -92,7 +93,20 @@ def attach(namespace: str, ops: Collection[str] | None = None) -> None:
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """Raise if a tensor carries a forward-mode tangent: an operator without a formula for it would drop it silently."""
+    """Raise if a tensor carries a forward-mode tangent: an operator without a formula for it would drop it silently.
+
+    Raise inside torch.func.grad and its like too, and where torch.func.vmap cannot take the operator: their own
+    messages would name neither.
+    """
+    if not torch.compiler.is_compiling():
+        levels = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
+        if TransformType.Grad in levels:
+            raise RuntimeError(
+                f"{op}: the compiled kernels cannot be differentiated by torch.func (grad, vjp, jacrev); use "
+                "backend='reference' for that, or loss.backward()"
+            )
+        if TransformType.Vmap in levels and op == "rasterize_edges":
+            raise RuntimeError(f"{op}: torch.func.vmap does not take the compiled kernels; use backend='reference'")
     if forward_ad._current_level < 0:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):

@@ -22,7 +22,9 @@ def run(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, T
     """
     n, j, *shape = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scaled = logits.to(dtype).flatten(2) / temperature
+    scaled = logits.to(dtype).flatten(2)
+    # Relative to the largest, or a quotient of large logits would be infinite.
+    scaled = (scaled - scaled.detach().amax(-1, keepdim=True)) / temperature
     probability = scaled.softmax(-1)
     # Of the logits, not of the probability, where rounding makes ties; those go to the lowest index.
     peak = probability.gather(-1, scaled.argmax(-1, keepdim=True)).squeeze(-1)

@@ -169,3 +169,14 @@ def test_bad_input_is_named(changes: dict, message: str) -> None:
 def test_wrong_types_are_named(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}: expected a "):
         soft_argmax3d(**({"logits": LOGITS, "grid": GRID} | {name: None}))
+
+
+def test_huge_logits_at_a_low_temperature(backend: str) -> None:
+    """Their quotient is infinite, their differences are not."""
+    logits = torch.zeros(1, 2, 3, 4, 5)
+    logits[0, 0, 2, 1, 3] = 1e38
+    logits[0, 1] = -1e38
+    logits[0, 1, 0, 3, 4] = 3e37
+    grid = VoxelGrid(torch.eye(3, 4)[None], (3, 4, 5))
+    got = soft_argmax3d(logits, grid, temperature=1e-3, backend=backend)
+    torch.testing.assert_close(got, torch.tensor([[[2.0, 1.0, 3.0], [0.0, 3.0, 4.0]]]))

@@ -86,3 +86,23 @@ def test_values_are_read_where_there_are_some() -> None:
     assert seen == [False]
     with pytest.raises(ValueError, match="found NaN"):
         project_points(torch.full((3, 4), torch.nan), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+def test_compiled_kernels_name_the_reference_under_transforms(op: str, transform: Callable[..., Any]) -> None:
+    shapes, run = OPERATIONS[op]
+    first, *rest = (torch.rand(1, *shape) for shape in shapes)
+    rest = [torch.eye(3, 4).expand(t.shape) if t.shape[-2:] == (3, 4) else t for t in rest]
+    for backend in ("auto", "reference"):
+        derivative = transform(lambda x, b=backend: run(b, x, *rest).sum())
+        if backend == "reference":
+            assert derivative(first).shape == first.shape
+        else:
+            with pytest.raises(RuntimeError, match=rf"^{op}: .* use backend='reference' for that, or loss.backward"):
+                derivative(first)
+
+
+def test_drawing_names_the_reference_under_vmap() -> None:
+    with pytest.raises(RuntimeError, match=r"^rasterize_edges: .*vmap.* use backend='reference'"):
+        torch.func.vmap(lambda x: rasterize_edges(x, torch.ones(1), (4, 5), 1.0))(torch.rand(3, 1, 2, 2))
