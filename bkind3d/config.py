@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from bkind3d.errors import InputError
+from bkind3d.files import write_text
 from bkind3d.models.body import BODY_TERMS
 from bkind3d.models.config import ModelConfig
 from bkind3d.models.methods import METHOD_PENALTIES, METHODS, NAMES, PENALTIES, Method
@@ -302,7 +303,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the effective settings of a run as YAML."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False), durable=True)
 
 
 def load_config(path: Path) -> Config:

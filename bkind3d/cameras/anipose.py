@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from bkind3d.cameras.cameras import Cameras
 from bkind3d.errors import InputError
+from bkind3d.files import write_text
 
 _REQUIRED = ("name", "size", "matrix", "distortions", "rotation", "translation")
 
@@ -78,7 +79,7 @@ def save_toml(cameras: Cameras, path: Path | str) -> None:
         ]
     lines += ["[metadata]", f'units = "{cameras.units}"', ""]
     try:
-        Path(path).write_text("\n".join(lines), encoding="utf-8")
+        write_text(Path(path), "\n".join(lines))
     except OSError as error:
         raise InputError(f"{path}: the calibration cannot be written ({error.strerror})") from None
 

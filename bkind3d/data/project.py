@@ -16,6 +16,7 @@ from bkind3d.cameras import UNITS, Cameras, load_toml
 from bkind3d.data.images import is_images
 from bkind3d.data.volume import Triple, Volume, propose_volume
 from bkind3d.errors import InputError
+from bkind3d.files import write_text
 
 SPLITS = ("train", "test", "both")
 
@@ -207,7 +208,7 @@ def save_project(project: Project, path: Path | str) -> None:
             row["masks"] = sources(recording.masks)
         content["recordings"].append(row)
     try:
-        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise InputError(f"{path}: the project file cannot be written ({error.strerror})") from None
 
