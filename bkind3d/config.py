@@ -207,6 +207,7 @@ def validate(config: Config) -> None:
     """
     data, model, loss, train = config.data, config.model, config.loss, config.train
     stride, levels = COARSEST_STRIDE[model.encoder], len(model.edge_strides)
+    side = data.window or min(data.height, data.width)
     rules: list[tuple[str, Any, bool, str]] = [
         ("method", config.method, config.method in METHODS, f"one of {', '.join(NAMES)}"),
         ("data.height", data.height, _multiple(data.height, stride), f"a multiple of {stride}, the coarsest stride"),
@@ -243,9 +244,19 @@ def validate(config: Config) -> None:
             f"{levels}, positive",
         ),
         ("data.box", data.box, 0 <= data.box < math.inf, "0 or more"),
-        ("loss.ssim_window", loss.ssim_window, loss.ssim_window >= 3 and loss.ssim_window % 2 == 1, "odd, 3 or more"),
+        (
+            "loss.ssim_window",
+            loss.ssim_window,
+            3 <= loss.ssim_window < 2 * side and loss.ssim_window % 2 == 1,
+            f"odd, 3 to {2 * side - 1}: half of it fits into {side} pixels",
+        ),
         ("loss.blocks", loss.blocks, 1 <= loss.blocks <= 5, "1 to 5"),
-        ("loss.pixel_scales", loss.pixel_scales, loss.pixel_scales >= 0, "0 or more"),
+        (
+            "loss.pixel_scales",
+            loss.pixel_scales,
+            0 <= loss.pixel_scales <= side.bit_length(),
+            f"0 to {side.bit_length()}, halvings of {side} pixels",
+        ),
         ("loss.separation_sigma", loss.separation_sigma, loss.separation_sigma > 0, "a number above 0"),
         (
             "loss.equivariance_share",

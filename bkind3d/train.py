@@ -190,12 +190,12 @@ class Trainer:
         if pairs is not None:
             config.train.batch = pairs // processes
         self.pairs_per_step = config.train.batch * processes
+        self.model = build_model(config)  # first, since its settings may be impossible, and the frames take minutes
         self.inputs = open_inputs(config, progress=progress and self.accelerator.is_main_process)
         names = self.inputs.project.names("train", "both")
         if not names:
             raise InputError(f"{config.project}: no recording with split train or both")
         self.pairs = build_pairs(config, self.inputs.cache, names)
-        self.model = build_model(config)
         set_seed(config.train.seed)
         self.objective = Objective(config.loss, self.inputs.unit, self._mean)
         loader: DataLoader[tuple[Tensor, ...]] = DataLoader(

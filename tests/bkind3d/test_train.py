@@ -244,6 +244,28 @@ def test_nothing_but_steps_that_are_not_finite_is_an_error(
         train(config(foreground=False), tmp_path / "run", progress=False)
 
 
+def test_impossible_settings_are_told_before_a_frame_is_read(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before an earlier run is replaced."""
+    run = tmp_path / "run"
+    train(config(steps=1), run, progress=False)
+    kept = sorted(run.rglob("*"))
+    monkeypatch.setattr("bkind3d.train.open_inputs", lambda *arguments, **options: pytest.fail("frames are read"))
+    for section, changes, message in (
+        ("model", {"edge_strides": (16, 4)}, r"model\.edge_strides: expected some of"),
+        ("model", {"map_stride": 3}, r"model\.map_stride: this encoder has strides"),
+        ("loss", {"ssim_window": 49}, r"loss\.ssim_window: expected odd, 3 to 47: .*, got 49"),
+        ("loss", {"pixel_scales": 6}, r"loss\.pixel_scales: expected 0 to 5, .*, got 6"),
+    ):
+        settings = config()
+        for name, value in changes.items():
+            setattr(getattr(settings, section), name, value)
+        with pytest.raises(InputError, match=message):
+            train(settings, run, force=True, progress=False)
+    assert sorted(run.rglob("*")) == kept
+
+
 def test_resume_for_longer(config: MakeConfig, tmp_path: Path) -> None:
     train(config(steps=2), tmp_path / "run", progress=False)
     assert resume(tmp_path / "run", steps=4, progress=False)
