@@ -1,7 +1,8 @@
 """Checkpoints of a run: ``checkpoints/step_<step>/`` holds all that a resumed run needs.
 
-``model.safetensors`` are the networks, ``recent.safetensors`` what the next keypoint health is measured on, and
-``trainer.json`` where the run was; optimiser, objective and random numbers are saved as accelerate does.
+``model.safetensors`` are the networks, ``objective.safetensors`` the scales of the losses, ``recent.safetensors`` what
+the next keypoint health is measured on, and ``trainer.json`` where the run was; optimiser and random numbers are saved
+as accelerate does, and read as tensors and numbers alone: nothing in a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bkind3d.errors import InputError, first_line
 from bkind3d.files import write_json
 from bkind3d.models.discovery import DiscoveryModel
 
 WEIGHTS = "model.safetensors"
+OBJECTIVE = "objective.safetensors"
 RECENT = "recent.safetensors"
 STATE = "trainer.json"
 CHECKPOINT = re.compile(r"step_(\d+)")
@@ -83,10 +85,13 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, seconds: flo
     accelerator.wait_for_everyone()
 
 
-def save_networks(model: DiscoveryModel, recent: Sequence[dict[str, Tensor]], folder: Path) -> None:
-    """Save the bare networks, and what was observed in the most recent steps."""
+def save_networks(
+    model: DiscoveryModel, objective: nn.Module, recent: Sequence[dict[str, Tensor]], folder: Path
+) -> None:
+    """Save the bare networks, the scales of the objective, and what was observed in the most recent steps."""
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
+    save_file(objective.state_dict(), folder / OBJECTIVE)
     save_file({name: torch.stack([step[name] for step in recent]) for name in recent[-1]}, folder / RECENT)
 
 
@@ -97,6 +102,9 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> tuple[int, float,
         InputError: The checkpoint cannot be used.
     """
     try:
+        if accelerator.is_main_process:
+            _without_code(folder)
+        accelerator.wait_for_everyone()
         accelerator.load_state(str(folder))
         state = json.loads((folder / STATE).read_text())
         recent = load_file(folder / RECENT)
@@ -109,6 +117,14 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> tuple[int, float,
         OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError
     ) as error:  # fmt: skip
         raise InputError(corrupt(folder, error)) from error
+
+
+def _without_code(folder: Path) -> None:
+    """Replace the objective's file of an earlier version, of which accelerate would run what is in it, by tensors."""
+    earlier = folder / "custom_checkpoint_0.pkl"
+    if earlier.exists():
+        save_file(torch.load(earlier, weights_only=True), folder / OBJECTIVE)
+        earlier.unlink()
 
 
 def pairs_per_step(folder: Path) -> int | None:

@@ -338,5 +338,5 @@ def load_config(path: Path) -> Config:
         return Config(project=Path(raw.pop("project")), cache=Path(cache) if cache else None, **raw, **fixed)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a run folder holds config.yaml from its start") from None
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not the config.yaml of a run ({str(error).splitlines()[0]})") from error

@@ -8,12 +8,14 @@ import io
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from bkind3d.config import Config
+from bkind3d.errors import InputError, first_line
 from bkind3d.files import write_json, write_text
 from bkind3d.health import Health
 from bkind3d.models.discovery import DiscoveryModel
@@ -63,19 +65,33 @@ def cut_logs(run: Path, step: int) -> None:
     """Drop the rows of metrics.csv and health.jsonl that come after `step`, which a resumed run writes again.
 
     The metrics come out with today's columns, 0 in those that an older version did not write.
-    """
-    health = run / HEALTH
-    lines = health.read_text().splitlines(keepends=True) if health.exists() else []
-    write_text(health, "".join(line for line in lines if _step_of(line) <= step))
 
-    metrics = run / METRICS
-    rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
-    kept = [row for row in rows if None not in row.values() and float(row["step"]) <= step]
+    Raises:
+        InputError: One of them is not what a run writes; neither has then been changed.
+    """
+    health, metrics = run / HEALTH, run / METRICS
+    with _logs_of_a_run(health):
+        lines = health.read_text().splitlines(keepends=True) if health.exists() else []
+        before = [line for line in lines if _step_of(line) <= step]
+    with _logs_of_a_run(metrics):
+        rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
+        kept = [row for row in rows if None not in row.values() and float(row["step"]) <= step]
+    write_text(health, "".join(before))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, restval="0", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(kept)
     write_text(metrics, text.getvalue())
+
+
+@contextmanager
+def _logs_of_a_run(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(
+            f"{path}: not the log of a run ({first_line(error)}); move it away, and the run goes on without it"
+        ) from error
 
 
 def write_environment(path: Path, config: Config, device: torch.device) -> dict[str, object]:

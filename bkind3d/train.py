@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from tqdm import tqdm
 
 from bkind3d.checkpoints import (
+    OBJECTIVE,
     WEIGHTS,
     latest_checkpoint,
     load_checkpoint,
@@ -212,7 +214,6 @@ class Trainer:
         if len(self.loader) == 0:
             raise InputError(f"train.batch: {len(self.pairs)} pairs do not fill one batch of {self.pairs_per_step}")
         self.objective.to(self.accelerator.device)
-        self.accelerator.register_for_checkpointing(self.objective)
         self.accelerator.register_save_state_pre_hook(self._save_weights)
         self.accelerator.register_load_state_pre_hook(self._load_weights)
         self.grid = self.inputs.grid.to(self.accelerator.device)
@@ -436,11 +437,12 @@ class Trainer:
         """Save the bare networks: a run trained by several processes is read by one."""
         weights.clear()
         if self.accelerator.is_main_process:
-            save_networks(self.model, self.recent, Path(folder))
+            save_networks(self.model, self.objective, self.recent, Path(folder))
 
     def _load_weights(self, models: list[torch.nn.Module], folder: str) -> None:
         models.clear()
         load_weights(self.model, Path(folder) / WEIGHTS)
+        self.objective.load_state_dict(load_file(Path(folder) / OBJECTIVE))
 
     def _save(self) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):

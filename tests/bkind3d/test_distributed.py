@@ -15,6 +15,7 @@ import pytest
 import torch
 from command_line import TINY, refused
 from ranks import ENVIRONMENT, run_worlds
+from safetensors.torch import load_file
 
 from bkind3d.checkpoints import checkpoints
 from bkind3d.cli import main
@@ -55,7 +56,7 @@ def assert_same_training(first: Path, second: Path) -> None:
     one, other = (load_model(run, load_config(run / "config.yaml"))[0].state_dict() for run in (first, second))
     for name in ("skeleton.average", "skeleton.observed", "skeleton.tree", "skeleton.known"):
         torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6)
-    scales = [torch.load(checkpoints(run)[-1][1] / "custom_checkpoint_0.pkl")["reconstruction.scales"]
+    scales = [load_file(checkpoints(run)[-1][1] / "objective.safetensors")["reconstruction.scales"]
               for run in (first, second)]  # fmt: skip
     torch.testing.assert_close(*scales, rtol=1e-4, atol=1e-6)
 

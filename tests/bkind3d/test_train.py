@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -121,8 +122,8 @@ def states(run: Path) -> dict[str, torch.Tensor]:
 
     model, _ = load_model(run, load_config(run / "config.yaml"))
     walk("model", model.state_dict())
-    for file in ("optimizer.bin", "custom_checkpoint_0.pkl"):
-        walk(file, torch.load(folder / file, weights_only=False))
+    walk("objective", load_file(folder / "objective.safetensors"))
+    walk("optimizer.bin", torch.load(folder / "optimizer.bin", weights_only=True))
     return flat
 
 
@@ -264,6 +265,55 @@ def test_impossible_settings_are_told_before_a_frame_is_read(
         with pytest.raises(InputError, match=message):
             train(settings, run, force=True, progress=False)
     assert sorted(run.rglob("*")) == kept
+
+
+class Hostile:
+    """A pickle of it makes a file when it is read by one who runs what pickles say."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("maker", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_nothing_in_a_run_folder_is_run(
+    config: MakeConfig, tmp_path: Path, maker: Callable[[object, Path], object]
+) -> None:
+    train(config(steps=2, save_every=2), tmp_path / "good", progress=False)
+    files = [path.relative_to(tmp_path / "good") for path in (tmp_path / "good").rglob("*") if path.is_file()]
+    (folder,) = (path for _, path in checkpoints(tmp_path / "good"))
+    files.append((folder / "custom_checkpoint_0.pkl").relative_to(tmp_path / "good"))  # of an earlier version
+    mark = tmp_path / "mark"
+    refused = 0
+    for file in files:
+        if "samples" in file.parts or "tensorboard" in file.parts:
+            continue
+        run = tmp_path / "run"
+        shutil.copytree(tmp_path / "good", run)
+        maker({"planted": Hostile(mark)}, run / file)
+        try:
+            resume(run, steps=3, progress=False)
+        except InputError:
+            refused += 1
+        assert not mark.exists(), file
+        shutil.rmtree(run)
+    assert refused >= 6
+    pickle.loads(pickle.dumps(Hostile(mark)))
+    assert mark.exists()
+
+
+def test_the_checkpoint_of_an_earlier_version_goes_on(config: MakeConfig, tmp_path: Path) -> None:
+    train(config(steps=2), tmp_path / "run", progress=False)
+    shutil.copytree(tmp_path / "run", tmp_path / "earlier")
+    ((_, folder),) = checkpoints(tmp_path / "earlier")
+    objective = folder / "objective.safetensors"
+    torch.save(load_file(objective), folder / "custom_checkpoint_0.pkl")
+    objective.unlink()
+    for run in ("run", "earlier"):
+        assert resume(tmp_path / run, steps=4, progress=False)
+    assert rows(tmp_path / "run") == rows(tmp_path / "earlier")
 
 
 def test_resume_for_longer(config: MakeConfig, tmp_path: Path) -> None:
