@@ -80,7 +80,7 @@ def test_shares_are_built_side_by_side(own_rig: Path, tmp_path: Path) -> None:
     own_rig.write_text(yaml.safe_dump(content))
     expected = tmp_path / "expected"
     build_cache(load_project(own_rig), 32, 32, expected, foreground=True, progress=False)
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # torch's threads do not outlive a fork
     start = context.Barrier(3)
     workers = [
         context.Process(target=build_share, args=(own_rig, tmp_path / "shared", f"{place}/3", start))
