@@ -23,6 +23,7 @@ import torch
 from bkind3d.evaluation.parts import DISTANCES, SHARES
 
 from .machine import cpu_name
+from .tables import write_csv
 
 PARTS = (*DISTANCES, *SHARES)
 LABEL_FREE = ("on_body", "identity", "rigidity", "overlap")
@@ -110,10 +111,7 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.parallel) as pool:
         runs = list(pool.map(lambda seed: run_seed(seed, arguments.out, threads, arguments.subject), arguments.seeds))
     table = [row for run in runs for row in rows(run)]
-    with arguments.results.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(arguments.results, COLUMNS, table)
     for row in table:
         print(*(f"{row[name]!s:>18}" for name in COLUMNS[:7]))
 

@@ -9,7 +9,6 @@ comes on top.
 from __future__ import annotations
 
 import argparse
-import csv
 from bisect import bisect_right
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 from bkind3d.config import Config
 from bkind3d.memory import training_memory
+
+from .tables import write_csv
 
 BUDGETS = (8, 12, 24, 80, 141)  # GB
 BATCHES = (1, 4)
@@ -64,10 +65,7 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.out:
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ GPU it is the peak of the memory that torch has allocated.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import tempfile
 import time
@@ -25,6 +24,8 @@ from bkind3d.experiments.subjects import SUBJECTS
 from bkind3d.memory import training_memory
 from bkind3d.sims.simulate import simulate_rig
 from bkind3d.train import Trainer
+
+from .tables import write_csv
 
 COLUMNS = ("run", "views", "settings", "model_bytes", "measured_bytes", "ratio", "model_seconds", "device", "torch")
 RESNET: dict[str, Any] = {
@@ -170,10 +171,7 @@ def main() -> None:
             )
             rows.append(row)
     if arguments.out:
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

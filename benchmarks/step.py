@@ -16,7 +16,6 @@ allocated memory).
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -234,6 +233,8 @@ def main() -> None:
         return
     import torch
 
+    from benchmarks.tables import write_csv  # here, since another checkout, whose steps a worker takes, may have none
+
     arguments.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     variants = [Variant(text, arguments) for text in arguments.variants]
     for index in range(3 + arguments.steps):
@@ -246,10 +247,7 @@ def main() -> None:
             variant.stages.append(variant.ask("stages"))
     rows = [row for variant in variants for row in variant.rows(arguments)]
     if arguments.out:
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.out, COLUMNS, rows)
     if arguments.raw:
         arguments.raw.write_text(json.dumps({variant.label: variant.steps for variant in variants}, indent=1))
     first = {row["stage"]: float(row["seconds"]) for row in rows if row["variant"] == variants[0].label}

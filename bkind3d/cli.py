@@ -74,7 +74,7 @@ def run_import(config: Namespace) -> None:
 
 def run_cache(config: Namespace) -> None:
     """Build the frame cache of a training, or a share of it."""
-    settings = Config(**{name: config[name] for name in Config.__dataclass_fields__})
+    settings = settings_of(config)
     validate(settings)
     names = share(load_project(settings.project).names(), config.shard)
     if names:

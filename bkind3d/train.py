@@ -307,9 +307,10 @@ class Trainer:
 
     def _keep_weights_finite(self, norm: Tensor) -> None:
         """Let a step whose gradient is not finite change nothing but by momentum, without asking the device."""
+        finite = norm.isfinite()
         for parameter in self.wrapped.parameters():
             if parameter.grad is not None:
-                parameter.grad = torch.where(norm.isfinite(), parameter.grad, 0.0)
+                parameter.grad = torch.where(finite, parameter.grad, 0.0)
 
     def _pairs_of(self, step: int) -> str:
         """Recordings and frames of the pairs that this process saw in a step, counted from 0."""

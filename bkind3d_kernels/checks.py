@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import VoxelGrid
+from .geometry import INTEGERS, VoxelGrid, as_int
 
 NUMBERS: tuple[Any, ...] = (int, float, Real)  # NumPy's are the third
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,6 +57,13 @@ def check_positive(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, NUMBERS) or not 0 < value < math.inf:
         raise ValueError(f"{name} {value!r}: expected a finite number above 0")
+
+
+def check_count(name: str, value: Any) -> int:
+    """The integer that ``value`` is; raise unless it is one of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, INTEGERS) or value < 1:
+        raise ValueError(f"{name} {value!r}: expected an integer of at least 1")
+    return as_int(value)
 
 
 def check_grid(grid: Any, n: int, other: str, reference: Tensor) -> None:

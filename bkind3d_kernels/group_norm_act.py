@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .checks import FEATURE_DTYPES, check_choice, check_device, check_features, check_positive, describe
-from .geometry import INTEGERS, as_int
+from .checks import FEATURE_DTYPES, check_choice, check_count, check_device, check_features, check_positive, describe
 
 ACTIVATIONS = ("relu", "none")
 DIMS = {4: "(N, C, H, W)", 5: "(N, C, X, Y, Z)"}
@@ -64,12 +63,12 @@ def group_norm_act(
         [0.0, 2.0, 2.0, 0.0]
     """
     _check(x, weight, bias, residual)
-    check_groups(num_groups, x.shape[1])
+    groups = check_groups(num_groups, x.shape[1])
     check_positive("eps", eps)
     check_choice("activation", activation, ACTIVATIONS)
     run = backends.implementation("group_norm_act", backend, x.device, x.dtype)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return run(x, weight.to(dtype), bias.to(dtype), residual, as_int(num_groups), float(eps), activation)
+    return run(x, weight.to(dtype), bias.to(dtype), residual, groups, float(eps), activation)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
@@ -97,12 +96,12 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
     check_device("residual", residual, "x", x)
 
 
-def check_groups(num_groups: Any, channels: int) -> None:
-    """Raise unless ``num_groups`` is a positive integer that divides ``channels``."""
-    if isinstance(num_groups, bool) or not isinstance(num_groups, INTEGERS) or num_groups < 1:
-        raise ValueError(f"num_groups {num_groups!r}: expected an integer of at least 1")
-    if channels % num_groups:
-        raise ValueError(f"num_groups {num_groups}: expected a divisor of the {channels} channels")
+def check_groups(num_groups: Any, channels: int) -> int:
+    """The number of groups; raise unless it is a positive integer that divides ``channels``."""
+    groups = check_count("num_groups", num_groups)
+    if channels % groups:
+        raise ValueError(f"num_groups {groups}: expected a divisor of the {channels} channels")
+    return groups
 
 
 class GroupNormAct(nn.Module):
@@ -139,13 +138,11 @@ class GroupNormAct(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(num_channels, bool) or not isinstance(num_channels, INTEGERS) or num_channels < 1:
-            raise ValueError(f"num_channels {num_channels!r}: expected an integer of at least 1")
-        check_groups(num_groups, num_channels)
+        self.num_channels = check_count("num_channels", num_channels)
+        self.num_groups = check_groups(num_groups, self.num_channels)
         check_positive("eps", eps)
         check_choice("activation", activation, ACTIVATIONS)
         backends.check_name(backend)
-        self.num_groups, self.num_channels = as_int(num_groups), as_int(num_channels)
         self.eps = float(eps)
         self.activation = activation
         self.backend = backend

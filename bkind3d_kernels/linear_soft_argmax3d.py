@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .checks import FEATURE_DTYPES, check_device, check_features, check_grid, check_positive, describe
-from .geometry import INTEGERS, VoxelGrid, as_int
+from .checks import FEATURE_DTYPES, check_count, check_device, check_features, check_grid, check_positive, describe
+from .geometry import VoxelGrid
 from .soft_argmax3d import in_world
 
 
@@ -133,12 +133,9 @@ class LinearSoftArgmax3d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("joints", joints)):
-            if isinstance(value, bool) or not isinstance(value, INTEGERS) or value < 1:
-                raise ValueError(f"{name} {value!r}: expected an integer of at least 1")
+        self.channels, self.joints = check_count("channels", channels), check_count("joints", joints)
         check_positive("temperature", temperature)
         backends.check_name(backend)
-        self.channels, self.joints = as_int(channels), as_int(joints)
         self.weight = nn.Parameter(torch.empty(self.joints, self.channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.joints, device=device, dtype=dtype)) if bias else None
         self.temperature = float(temperature)

@@ -98,14 +98,14 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     Raise inside torch.func.grad and its like too, and where torch.func.vmap cannot take the operator: their own
     messages would name neither.
     """
-    if not torch.compiler.is_compiling():
-        levels = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
-        if TransformType.Grad in levels:
+    transforms = None if torch.compiler.is_compiling() else torch._C._functorch.get_interpreter_stack()
+    for level in transforms or ():
+        if level.key() == TransformType.Grad:
             raise RuntimeError(
                 f"{op}: the compiled kernels cannot be differentiated by torch.func (grad, vjp, jacrev); use "
                 "backend='reference' for that, or loss.backward()"
             )
-        if TransformType.Vmap in levels and op == "rasterize_edges":
+        if level.key() == TransformType.Vmap and "Tensor[]" in SCHEMAS[op]:  # it maps single tensors alone
             raise RuntimeError(f"{op}: torch.func.vmap does not take the compiled kernels; use backend='reference'")
     if forward_ad._current_level < 0:
         return
@@ -395,7 +395,8 @@ def _rasterize_edges_autograd(namespace: str) -> Any:
 # ---- group_norm_act ----
 
 
-def _channels_last(like: Tensor) -> Tensor:
+def empty_channels_last(like: Tensor) -> Tensor:
+    """A new map or volume in the shape and dtype of another, channels-last in memory."""
     last = torch.channels_last if like.ndim == 4 else torch.channels_last_3d
     return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=last)
 
@@ -404,7 +405,7 @@ def _group_norm_act_fake(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (weight.new_empty((x.shape[0], groups)) for _ in range(2))
-    return _channels_last(x), mean, rstd
+    return empty_channels_last(x), mean, rstd
 
 
 def _group_norm_act_backward_fake(
@@ -421,10 +422,10 @@ def _group_norm_act_backward_fake(
     needs_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        _channels_last(x) if needs_x else x.new_empty((0,)),
+        empty_channels_last(x) if needs_x else x.new_empty((0,)),
         weight.new_empty(weight.shape if needs_weight else (0,)),
         weight.new_empty(weight.shape if needs_weight else (0,)),
-        _channels_last(x) if needs_residual else x.new_empty((0,)),
+        empty_channels_last(x) if needs_residual else x.new_empty((0,)),
     )
 
 

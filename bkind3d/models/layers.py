@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from bkind3d_kernels import GroupNormAct
 
 
-class BatchNormAct2d(nn.BatchNorm2d):
+class _BatchNormAct(nn.Module):
     """Batch normalisation, the addition of a residual and a ReLU, called as :class:`bkind3d_kernels.GroupNormAct` is.
 
     Args:
@@ -26,40 +26,33 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The normalised map, in the shape of x."""
-        return _act(super().forward(x), residual, self.activation)
+        """The normalised map or volume, in the shape of x."""
+        x = super().forward(x)
+        x = x if residual is None else x + residual
+        return x.relu_() if self.activation == "relu" else x
 
 
-class BatchNormAct3d(nn.BatchNorm3d):
-    """As :class:`BatchNormAct2d`, of volumes."""
-
-    def __init__(self, channels: int, activation: str) -> None:
-        super().__init__(channels)
-        self.activation = activation
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The normalised volume, in the shape of x."""
-        return _act(super().forward(x), residual, self.activation)
+class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
+    """Of maps."""
 
 
-def _act(x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    x = x if residual is None else x + residual
-    return x.relu_() if activation == "relu" else x
+class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
+    """Of volumes."""
 
 
 def norm_act2d(kind: str, channels: int, activation: str = "relu") -> nn.Module:
     """Return a normalisation of maps: "group" (groups of at least four channels) or "batch"; called with a residual it
     adds that before the activation, "relu" or "none".
     """
-    if kind == "batch":
-        return BatchNormAct2d(channels, activation)
-    return GroupNormAct(groups(channels), channels, activation=activation)
+    return BatchNormAct2d(channels, activation) if kind == "batch" else _group_norm_act(channels, activation)
 
 
 def norm_act3d(kind: str, channels: int, activation: str = "relu") -> nn.Module:
     """As :func:`norm_act2d`, of volumes."""
-    if kind == "batch":
-        return BatchNormAct3d(channels, activation)
+    return BatchNormAct3d(channels, activation) if kind == "batch" else _group_norm_act(channels, activation)
+
+
+def _group_norm_act(channels: int, activation: str) -> GroupNormAct:
     return GroupNormAct(groups(channels), channels, activation=activation)
 
 
@@ -128,8 +121,10 @@ def leading(x: Tensor, count: int) -> Tensor:
     return _Leading.apply(x, count)
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *inputs: Any, enabled: bool = True) -> Tensor:
     """Call a function of which nothing but its inputs is kept for the backward pass, which calls it again."""
+    if not enabled:
+        return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,20 +68,14 @@ class ReconstructionDecoder(nn.Module):
         """
         before: list[Tensor] = []
         for level, block, maps in zip(self.levels, self.blocks, drawn, strict=True):
-            inputs = features[level], maps, *before
-            before = [recomputed(_join(block), *inputs) if self.checkpointing else _join(block)(*inputs)]
+            before = [recomputed(_level, block, features[level], maps, *before, enabled=self.checkpointing)]
         return upsample_to(self.head(before[0]), size)
 
 
-def _join(block: nn.Module) -> Callable[..., Tensor]:
-    """A level: appearance, drawn maps and what the level before gave, if there is one, through its block."""
-
-    def level(feature: Tensor, maps: Tensor, before: Tensor | None = None) -> Tensor:
-        # All parts in one layout and dtype, or the joined tensor and its gradient are copied to what the convolution
-        # takes.
-        parts = [feature, maps.to(feature.dtype, memory_format=torch.channels_last)]
-        if before is not None:
-            parts.append(upsample_to(before, (maps.shape[-2], maps.shape[-1])))
-        return block(torch.cat(parts, dim=1))
-
-    return level
+def _level(block: nn.Module, feature: Tensor, maps: Tensor, before: Tensor | None = None) -> Tensor:
+    """Appearance, drawn maps and what the level before gave, if there is one, through the block of a level."""
+    # All parts in one layout and dtype, or the joined tensor and its gradient are copied to what the convolution takes.
+    parts = [feature, maps.to(feature.dtype, memory_format=torch.channels_last)]
+    if before is not None:
+        parts.append(upsample_to(before, (maps.shape[-2], maps.shape[-1])))
+    return block(torch.cat(parts, dim=1))

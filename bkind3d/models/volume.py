@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ class VolumeNetwork(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """Aggregated volume (N, C, X, Y, Z) -> features (N, channels[1], X, Y, Z), the inputs of the head."""
-        run = recomputed if self.checkpointing else _called
+        run = partial(recomputed, enabled=self.checkpointing)
         x = volume
         for stage in self.front:
             x = run(stage, x)
@@ -120,7 +121,3 @@ class VolumeNetwork(nn.Module):
         for stage in self.back:
             x = run(stage, x)
         return x
-
-
-def _called(stage: nn.Module, *inputs: Tensor) -> Tensor:
-    return stage(*inputs)

@@ -23,13 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import FEATURE_DTYPES, check_positive
-from ..registration import refuse_tangents
+from ..registration import empty_channels_last, refuse_tangents
 from . import INTERPRETED, NAMESPACE, Variant, define, double_bits, on_device, unavailable
+from .scalars import ACCUMULATORS, NARROW, as_double
 
 __all__ = ["run", "unavailable"]
 
-ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
-NARROW = 2**31 - 1  # the largest offset in 32 bits
 ELEMENTS = {torch.float32: 4096, torch.float64: 2048}  # of a tile by arithmetic: 32 registers of each of 128 threads
 WIDEST = 128  # channels of a tile, at most
 MERGED = 64  # tiles that the merging kernels take at a time
@@ -49,12 +48,6 @@ def device_tile(channels: int, elements: int) -> Tile:
 
 
 # ---- kernels ----
-
-
-@triton.jit
-def _double(bits):
-    """A number given as the bits of a double, as scalar arguments are rounded to float."""
-    return bits.to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -161,7 +154,7 @@ def _moments(
         squares += tl.where(real, each, 0.0)
     variance = tl.sum(tl.sum(squares, 2), 1) / members
     tl.store(mean + group, middle, mask=group < rows)
-    tl.store(rstd + group, 1 / tl.sqrt(variance + _double(eps)), mask=group < rows)
+    tl.store(rstd + group, 1 / tl.sqrt(variance + as_double(eps)), mask=group < rows)
 
 
 @triton.jit(do_not_specialize=["tiles", "blocks"])
@@ -353,11 +346,6 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
-def _empty_map(x: Tensor) -> Tensor:
-    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=last)
-
-
 class Launch(NamedTuple):
     """What the kernels over tiles share, and those over groups: arguments by name, and the grid."""
 
@@ -432,7 +420,7 @@ def _forward(
     check_positive("eps", eps)
     residual = None if residual is None else _like("residual", residual, x)
     x, weight, bias = _last(x), weight.contiguous(), bias.contiguous()
-    y = _empty_map(x)
+    y = empty_channels_last(x)
     mean, rstd = (weight.new_empty((len(x), groups)) for _ in range(2))
     if len(x) == 0:
         return y, mean, rstd
@@ -475,8 +463,8 @@ def _backward(
         raise ValueError("output: expected where a residual was added before a ReLU")
     grad, output = _like("grad", grad, x), None if output is None else _like("output", output, x)
     x, weight, bias, mean, rstd = _last(x), *(t.contiguous() for t in (weight, bias, mean, rstd))
-    grad_x = _empty_map(x) if needs_x else x.new_empty((0,))
-    grad_residual = _empty_map(x) if needs_residual else x.new_empty((0,))
+    grad_x = empty_channels_last(x) if needs_x else x.new_empty((0,))
+    grad_residual = empty_channels_last(x) if needs_residual else x.new_empty((0,))
     grad_weight, grad_bias = (weight.new_empty(weight.shape if needs_weight else (0,)) for _ in range(2))
     if not (needs_x or needs_weight or needs_residual):
         return grad_x, grad_weight, grad_bias, grad_residual

@@ -28,11 +28,10 @@ from torch import Tensor
 from ..checks import FEATURE_DTYPES, check_positive, describe
 from ..registration import refuse_tangents
 from . import INTERPRETED, NAMESPACE, Variant, define, double_bits, on_device, unavailable
+from .scalars import ACCUMULATORS, NARROW, as_double
 
 __all__ = ["run", "unavailable"]
 
-ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
-NARROW = 2**31 - 1  # the largest offset in 32 bits
 GRID = 65535  # programs along the second and third axis of a launch, at most
 # Voxels of a tile by (backward, double): 64 or 32 registers of each of 128 threads.
 VOXELS = {(False, False): 8192, (True, False): 4096, (False, True): 4096, (True, True): 2048}
@@ -54,12 +53,6 @@ def device_tile(layout: str, itemsize: int, voxels: int) -> Tile:
 
 
 # ---- kernels ----
-
-
-@triton.jit
-def _double(bits):
-    """A number given as the bits of a double, as scalar arguments are rounded to float."""
-    return bits.to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -117,7 +110,7 @@ def _tiles(
     argmax = tl.min((x0 + lowest) * plane + w[:, None], 0)
     # -inf from -inf would be NaN; the weights of a masked tile are 0.
     reference = tl.where(maximum == float("-inf"), 0.0, maximum)
-    weight = tl.exp2((logit - reference[None, None, :]) * _double(scale).to(ACC))
+    weight = tl.exp2((logit - reference[None, None, :]) * as_double(scale).to(ACC))
 
     # Sums about that voxel.
     origin_x = argmax // plane
@@ -204,7 +197,7 @@ def _merge(
         at = tl.load(argmaxes + row * tiles + t, mask=real_tile, other=0).to(INDEX)
         of_tile = sums + row * tiles + t
         highest = tl.load(of_tile, mask=real_tile, other=float("-inf")).to(tl.float64)
-        factor = tl.exp2((highest - row_maximum) * _double(scale))
+        factor = tl.exp2((highest - row_maximum) * as_double(scale))
         s = factor * tl.load(of_tile + step, mask=real_tile, other=0.0)
         sx = factor * tl.load(of_tile + 2 * step, mask=real_tile, other=0.0)
         sy = factor * tl.load(of_tile + 3 * step, mask=real_tile, other=0.0)
@@ -294,7 +287,7 @@ def _gradient(
 
     # Coefficients of each volume.
     share = 1 / tl.load(totals + row, mask=real_joint, other=1.0)
-    factor = share * _double(beta).to(ACC)
+    factor = share * as_double(beta).to(ACC)
     peak = tl.load(grad_peak + row, mask=real_joint, other=0.0) * share
     constant = -peak
     linear_x = tl.load(grad_mean + 3 * row, mask=real_joint, other=0.0) * factor
@@ -329,7 +322,7 @@ def _gradient(
 
     # Weight times polynomial.
     maximum = tl.load(maxima + row, mask=real_joint, other=0.0)
-    weight = tl.exp2((logit - maximum[None, None, :]) * _double(scale).to(ACC))
+    weight = tl.exp2((logit - maximum[None, None, :]) * as_double(scale).to(ACC))
     result = weight * (across[:, None, :] + dx * slope)
     # The gradient of the peak: few tiles come near the argmax.
     argmax = tl.load(argmaxes + row, mask=real_joint, other=-1).to(INDEX)
@@ -338,7 +331,7 @@ def _gradient(
         at_x = argmax // plane
         at_w = argmax - at_x * plane
         here = (x[:, None] == at_x[None, :])[None, :, :] & (w[:, None] == at_w[None, :])[:, None, :]
-        result += tl.where(here, (peak * _double(beta).to(ACC))[None, None, :], 0.0)
+        result += tl.where(here, (peak * as_double(beta).to(ACC))[None, None, :], 0.0)
     out = grad + row * size_x * plane
     tl.store(out[None, None, :] + voxel[:, :, None], result, mask=inside)
 

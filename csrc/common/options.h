@@ -1,5 +1,5 @@
-// What the torch faces of all operations read from their arguments alike, on both devices: dtypes, shapes and names of
-// options. The one header of this folder that knows torch; loops and kernels do not include it.
+// What the torch faces of all operations read from their arguments alike, on both devices: dtypes, shapes, maps and
+// names of options. The one header of this folder that knows torch; loops and kernels do not include it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -58,6 +58,21 @@ inline bool parse_relu(const std::string& name) {
 inline bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape) {
   const auto sizes = tensor.sizes();
   return std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
+}
+
+inline torch::headeronly::MemoryFormat channels_last_of(const Tensor& x) {
+  using torch::headeronly::MemoryFormat;
+  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+// A map in the shape and dtype of x and beside it, channels-last.
+inline Tensor map_like(const char* name, const Tensor& tensor, const Tensor& x) {
+  const auto sizes = x.sizes();
+  STD_TORCH_CHECK(
+      has_shape(tensor, std::vector<int64_t>(sizes.begin(), sizes.end())) && tensor.scalar_type() == x.scalar_type(),
+      name, ": expected the shape and dtype of x");
+  STD_TORCH_CHECK(tensor.device() == x.device(), name, ": expected the device of the other arguments");
+  return torch::stable::contiguous(tensor, channels_last_of(x));
 }
 
 // Dimension `from` moved to the end.

@@ -20,17 +20,11 @@
 namespace bkind3d {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
 constexpr int64_t block_rows = 128;          // at most, summed in the type of the arithmetic
 constexpr int64_t block_elements = 4 << 10;  // about: they stay in the first-level cache
 constexpr int64_t slab_elements = 32 << 10;  // about
 constexpr int64_t small_work = 32 << 10;     // elements: fewer are not worth a second thread
 constexpr int64_t stream_bytes = 8 << 20;    // a map larger than this is written past the caches
-
-MemoryFormat last_of(const Tensor& x) {
-  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-}
 
 // Everything that forward and backward share. The tensors are those that the pointers need.
 struct Call {
@@ -49,19 +43,10 @@ Tensor parameter(const char* name, const Tensor& tensor, int64_t channels, Scala
   return torch::stable::contiguous(tensor);
 }
 
-// A map in the shape and dtype of x, channels-last.
-Tensor map_like(const char* name, const Tensor& tensor, const Tensor& x) {
-  const auto sizes = x.sizes();
-  STD_TORCH_CHECK(
-      has_shape(tensor, std::vector<int64_t>(sizes.begin(), sizes.end())) && tensor.scalar_type() == x.scalar_type(),
-      name, ": expected the shape and dtype of x");
-  return torch::stable::contiguous(tensor, last_of(x));
-}
-
 Tensor empty_map(const Tensor& x) {
   const auto sizes = x.sizes();
   Tensor made = torch::stable::empty(std::vector<int64_t>(sizes.begin(), sizes.end()), x.scalar_type(), std::nullopt,
-                                     x.device(), std::nullopt, last_of(x));
+                                     x.device(), std::nullopt, channels_last_of(x));
   advise_huge_pages(made.mutable_data_ptr(), made.numel() * bytes_of(storage_of("x", x)));
   return made;
 }
@@ -82,7 +67,7 @@ Call prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t 
   const ScalarType arithmetic = arithmetic_of(call.storage);
   call.weight = parameter("weight", weight, a.channels, arithmetic);
   call.bias = parameter("bias", bias, a.channels, arithmetic);
-  call.x = torch::stable::contiguous(x, last_of(x));
+  call.x = torch::stable::contiguous(x, channels_last_of(x));
   a.x = call.x.const_data_ptr();
   a.weight = call.weight.const_data_ptr();
   a.bias = call.bias.const_data_ptr();

@@ -13,13 +13,7 @@
 namespace bkind3d {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
 constexpr int64_t most_channels = int64_t(1) << 31;  // they are 32-bit numbers
-
-MemoryFormat last_of(const Tensor& x) {
-  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-}
 
 // Everything that forward and backward share. The tensors are those that the pointers need.
 struct Call {
@@ -35,20 +29,10 @@ Tensor parameter(const char* name, const Tensor& tensor, const Tensor& x) {
   return plain(name, tensor, arithmetic, x.size(1), x);
 }
 
-// A map in the shape and dtype of x, channels-last.
-Tensor map_like(const char* name, const Tensor& tensor, const Tensor& x) {
-  const auto sizes = x.sizes();
-  STD_TORCH_CHECK(
-      has_shape(tensor, std::vector<int64_t>(sizes.begin(), sizes.end())) && tensor.scalar_type() == x.scalar_type(),
-      name, ": expected the shape and dtype of x");
-  STD_TORCH_CHECK(tensor.device() == x.device(), name, ": expected the device of the other arguments");
-  return torch::stable::contiguous(tensor, last_of(x));
-}
-
 Tensor empty_map(const Tensor& x) {
   const auto sizes = x.sizes();
   return torch::stable::empty(std::vector<int64_t>(sizes.begin(), sizes.end()), x.scalar_type(), std::nullopt,
-                              x.device(), std::nullopt, last_of(x));
+                              x.device(), std::nullopt, channels_last_of(x));
 }
 
 Call prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, const std::string& activation) {
@@ -67,7 +51,7 @@ Call prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t 
   a.relu = parse_relu(activation);
   call.weight = parameter("weight", weight, x);
   call.bias = parameter("bias", bias, x);
-  call.x = torch::stable::contiguous(x, last_of(x));
+  call.x = torch::stable::contiguous(x, channels_last_of(x));
   a.x = call.x.const_data_ptr();
   a.weight = call.weight.const_data_ptr();
   a.bias = call.bias.const_data_ptr();
