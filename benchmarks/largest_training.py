@@ -1,9 +1,9 @@
-"""Which volumes train in how much memory?  python -m benchmarks.largest_training --out FILE.csv
+"""Which volumes train in how much memory?  python -m benchmarks.largest_training --out FILE.csv --steps FILE.csv
 
 The paper's networks (ResNet-50, 256 × 256 pixels, four views, VGG-19 in the loss), the volumetric method with a turned
 cube of B voxels a side, bf16: the largest B, a multiple of 16, of which one training step is foretold to stay within
-each budget (`bkind3d.memory`). Nothing is computed, and no GPU is needed; what the driver and cuDNN take for themselves
-comes on top.
+each budget (`bkind3d.memory`); and what a step of several pairs takes with the paper's 64 × 64 × 33 voxels. Nothing is
+computed, and no GPU is needed; what the driver and cuDNN take for themselves comes on top.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ STAGES = ("none", "volume", "all")
 SIDES = range(16, 513, 16)
 VIEWS = 4
 COLUMNS = ("batch", "checkpointing", "budget_gb", "voxels", "bytes")
+PAIRS = (4, 16, 64)
+PAPER = (64, 64, 33)
+STEP_COLUMNS = ("batch", "checkpointing", "bytes")
 
 
 def settings(batch: int, checkpointing: str, voxels: int) -> Config:
@@ -52,7 +55,17 @@ def main() -> None:
     """Foretell, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="CSV file; printed only when left out")
+    parser.add_argument("--steps", type=Path, help="CSV file for steps of several pairs")
     arguments = parser.parse_args()
+    steps = [
+        (batch, stage, training_memory(settings(batch, stage, max(PAPER)), VIEWS, PAPER))
+        for batch in PAIRS
+        for stage in STAGES
+    ]
+    for batch, stage, count in steps:
+        print(f"{batch:2d} pairs, checkpointing {stage:>6}: {count / 1e9:.1f} GB", flush=True)
+    if arguments.steps:
+        write_csv(arguments.steps, STEP_COLUMNS, [dict(zip(STEP_COLUMNS, step, strict=True)) for step in steps])
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:
         for stage in STAGES:
