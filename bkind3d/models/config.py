@@ -20,6 +20,11 @@ class ModelConfig:
         channels: Channels C of the 2D maps that the volumetric method lifts into the volume.
         map_stride: Image pixels per pixel of the 2D maps of every method (paper: 256 / 64 = 4).
         voxels: Voxels B along the longest side of the volume.
+        cascade: Side of a second, fine volume around the body that was found in the first, for the volumetric method,
+            in parts of the volume's longest side: about 1.5 sizes of the body. It has a volume network of its own. 0 is
+            one volume alone (paper). Where `data.window` follows the body, `data.box` has made the volume fine already.
+        cascade_voxels: Voxels along each side of that second volume.
+        cascade_margin: How far it is shifted at random in training, in parts of its side.
         volume_channels: Channels of the volume network ρ: its stem, then each level from fine to coarse.
         volume_stem: Side of the volume network's first kernel, odd (paper: 7).
         volume_blocks: Residual blocks at full resolution before the hourglass of the volume network (paper: 3).
@@ -63,6 +68,9 @@ class ModelConfig:
     channels: int = 32
     map_stride: int = 4
     voxels: int = 64
+    cascade: float = 0.0
+    cascade_voxels: int = 32
+    cascade_margin: float = 0.1
     volume_channels: tuple[int, ...] = (16, 32, 64, 128, 128, 128, 128)
     volume_stem: int = 7
     volume_blocks: int = 3

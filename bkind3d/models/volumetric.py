@@ -17,6 +17,7 @@ from bkind3d_kernels.geometry import rescale_projections
 
 SHIFT = 0.08  # of the box's sides: how far a turned volume is shifted at most
 STILL = 0.01  # of the box's longest side: a keypoint that moves less than this does not move
+COARSE = 0.5  # of the pairs of a step learn from the keypoints of a cascade's coarse volume
 
 
 class VolumetricModel(DiscoveryModel):
@@ -36,7 +37,13 @@ class VolumetricModel(DiscoveryModel):
     def build(self) -> None:
         """Make the volume network and the operations around it."""
         config = self.config
-        self.volume = VolumeNetwork(
+        self.volume = self._network()
+        self.fine = self._network() if config.cascade else None
+        self.unproject = Unproject(aggregation=config.aggregation, unseen=config.unseen, backend=config.backend)
+
+    def _network(self) -> VolumeNetwork:
+        config = self.config
+        return VolumeNetwork(
             config.channels,
             config.keypoints,
             config.volume_channels,
@@ -44,19 +51,68 @@ class VolumetricModel(DiscoveryModel):
             config.volume_blocks,
             config.norm,
         )
-        self.unproject = Unproject(aggregation=config.aggregation, unseen=config.unseen, backend=config.backend)
 
     def lift(self, maps: Tensor, projections: Tensor, size: tuple[int, int], grid: VoxelGrid) -> Lifted:
         """Aggregate the maps in the volume and find each keypoint there; arguments as `DiscoveryModel.lift`."""
         to_maps = rescale_projections(projections, size, (maps.shape[-2], maps.shape[-1]))
-        found = Lifted(*self._locate(maps, to_maps, grid))
+        coarse = self._coarse_moments(len(maps), maps.device)
+        found = Lifted(*self._locate(maps, to_maps, grid, coarse))
         if self.training and len(grid.affine) > 1:
-            found.penalties["equivariance"] = self._turn_error(found.positions, maps, to_maps, grid)
+            found.penalties["equivariance"] = self._turn_error(found.positions, maps, to_maps, grid, coarse)
         return found
 
-    def _locate(self, maps: Tensor, to_maps: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor]:
-        """Positions (N, J, 3) and confidence (N, J) of the keypoints in one grid."""
-        features, head = self.volume(self.unproject(maps, to_maps, grid)), self.volume.head
+    def _coarse_moments(self, moments: int, device: torch.device) -> Tensor:
+        """Which of the moments, (2N,) bool, keep the keypoints of a cascade's coarse volume: both of a pair.
+
+        The coarse volume learns nothing from the fine one, which only looks where the coarse one has found the body. So
+        a part of the pairs of a training step draws the coarse keypoints; the others, and all outside of training, the
+        fine ones. Skeleton and descriptors are the same for both, which makes keypoint j one part in both.
+        """
+        pairs = max(1, moments // 2)
+        return torch.arange(moments, device=device) % pairs < (math.ceil(COARSE * pairs) if self.training else 0)
+
+    def _locate(self, maps: Tensor, to_maps: Tensor, grid: VoxelGrid, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (N, J, 3) and confidence (N, J) of the keypoints in one grid, or in the cascade that begins there.
+
+        Args:
+            maps: (N, M, C, h, w).
+            to_maps: (N, M, 3, 4), world to pixels of the maps.
+            grid: Where to look.
+            coarse: Moments (N,) that keep the keypoints of a cascade's first volume.
+        """
+        first = self._look(self.volume, maps, to_maps, grid)
+        if self.fine is None:
+            return first
+        second = self._look(self.fine, maps, to_maps, self.fine_grid(first[0].detach(), grid))
+        positions, confidence = zip(first, second, strict=True)
+        return torch.where(coarse[:, None, None], *positions), torch.where(coarse[:, None], *confidence)
+
+    def fine_grid(self, positions: Tensor, grid: VoxelGrid) -> VoxelGrid:
+        """The cascade's second volume: a cube around the median keypoint of each moment, along the first one's axes.
+
+        In training it is shifted at random by up to `cascade_margin` of its side: by as much the coarse estimate may be
+        wrong.
+
+        Args:
+            positions: Coarse keypoints (N, J, 3), world units.
+            grid: The volume that they were found in.
+
+        Returns:
+            A grid for each moment, affine (N, 3, 4).
+        """
+        config, steps = self.config, self.config.cascade_voxels - 1
+        center, side = positions.quantile(0.5, dim=1), config.cascade * grid.side
+        if self.training:
+            center = center + (2 * torch.rand_like(center) - 1) * config.cascade_margin * side
+        linear = torch.nn.functional.normalize(grid.affine[..., :3], dim=-2) * (side / steps)
+        origin = center - linear.sum(-1) * (steps / 2)
+        return VoxelGrid(
+            torch.cat([linear.expand(len(origin), -1, -1), origin[..., None]], dim=-1), (config.cascade_voxels,) * 3
+        )
+
+    def _look(self, network: VolumeNetwork, maps: Tensor, to_maps: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor]:
+        """Positions (N, J, 3) and confidence (N, J) of the keypoints that one network finds in one grid."""
+        features, head = network(self.unproject(maps, to_maps, grid)), network.head
         return linear_soft_argmax3d(
             features,
             head.weight.flatten(1),
@@ -80,7 +136,7 @@ class VolumetricModel(DiscoveryModel):
         angles = 2 * math.pi * torch.rand(moments, generator=generator)
         return turned(grid, up, angles, SHIFT * (2 * torch.rand(moments, 3, generator=generator) - 1))
 
-    def _turn_error(self, positions: Tensor, maps: Tensor, to_maps: Tensor, grid: VoxelGrid) -> Tensor:
+    def _turn_error(self, positions: Tensor, maps: Tensor, to_maps: Tensor, grid: VoxelGrid, coarse: Tensor) -> Tensor:
         r"""How far keypoints depend on the turn of the volume that they are found in.
 
         .. math:: \frac{1}{J} \sum_j
@@ -96,13 +152,14 @@ class VolumetricModel(DiscoveryModel):
             maps: (2N, M, C, h, w).
             to_maps: (2N, M, 3, 4), world to pixels of the maps.
             grid: One for each moment.
+            coarse: Moments (2N,) that keep the keypoints of a cascade's first volume.
 
         Returns:
             Scalar: 0 where all looks agree, about 1 where they have nothing in common.
         """
         looks = math.ceil(self.equivariance_share * (len(maps) // 2))
         other = VoxelGrid(grid.affine.roll(1, 0)[:looks], grid.shape)
-        again, _ = self._locate(leading(maps, looks), to_maps[:looks], other)
+        again, _ = self._locate(leading(maps, looks), to_maps[:looks], other, coarse[:looks])
         error = (again - positions[:looks]).square().sum(-1).mean(0)
         spread = (positions - positions.mean(0)).square().sum(-1).mean(0)
         return (error / (2 * spread + (STILL * grid.side) ** 2)).mean()

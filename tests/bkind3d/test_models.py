@@ -125,7 +125,7 @@ def test_the_head_is_a_convolution_inside_the_soft_argmax() -> None:
         return positions, peak, *(g for g, p in zip(gradients, parameters) if p is not model.volume.head.bias)
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        fused = model._locate(maps, cameras, grid)
+        fused = model._look(model.volume, maps, cameras, grid)
     logits = model.volume.head(model.volume(model.unproject(maps, cameras, grid)))
     assert tuple(logits.shape) not in kept
     plain = SoftArgmax3d(temperature=1 / TINY.logit_gain, return_peak=True)(logits, grid)
