@@ -23,7 +23,7 @@ MARKER = "demo.txt"
 
 
 def demo(
-    subject: Literal["animal", "rat", "human-sim", "human"] = "animal",
+    subject: Literal["animal", "rat", "rat-field", "human-sim", "human"] = "animal",
     *,
     out: Path | None = None,
     seed: int = 0,

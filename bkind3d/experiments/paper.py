@@ -133,6 +133,22 @@ TABLES = {
             for voxels, size in ((8, 32), (16, 48), (24, 64), (24, 96), (32, 96), (32, 128), (48, 128))
         ),
     ),
+    "pitch": Table(
+        "Pitch: voxels along the arena, along a box that follows the body, and of a cascade (not in the paper)",
+        "",
+        (
+            *(Row(f"arena, {n} voxels", _VOLUMETRIC | {"data.box": 0.0, "model.voxels": n}) for n in (26, 38, 51)),
+            *(
+                Row(
+                    f"cascade, 26 then {n} voxels",
+                    _VOLUMETRIC
+                    | {"data.box": 0.0, "model.voxels": 26, "model.cascade": 0.23, "model.cascade_voxels": n},
+                )
+                for n in (12, 18, 24)
+            ),
+            *(Row(f"box, {n} voxels", _VOLUMETRIC | {"model.voxels": n}) for n in (7, 12, 18, 24, 36, 46)),
+        ),
+    ),
 }
 
 
@@ -146,8 +162,8 @@ class Job:
 
 
 def paper(
-    table: Literal["2", "3", "4", "objective", "resolution"] = "2",
-    subject: Literal["animal", "rat", "human-sim", "human"] = "rat",
+    table: Literal["2", "3", "4", "objective", "resolution", "pitch"] = "2",
+    subject: Literal["animal", "rat", "rat-field", "human-sim", "human"] = "rat",
     *,
     rows: list[str] | None = None,
     budget: int = 600,
@@ -170,9 +186,10 @@ def paper(
 
     Args:
         table: The paper's table 2 (methods, on Human3.6M), 3 (methods, on Rat7M) or 4 (ablations), "objective": its
-            terms left out one by one, or "resolution": voxels and pixels, which the paper does not vary.
-        subject: Whose videos: "animal" (capsules, simulated), "rat" or "human-sim" (dm_control's, rendered), or
-            "human" (four real videos). The data are the same for all rows and seeds.
+            terms left out one by one, "resolution": voxels and pixels, or "pitch": how fine the voxels are around
+            the body, which the paper does not vary.
+        subject: Whose videos: "animal" (capsules, simulated), "rat", "rat-field" or "human-sim" (dm_control's,
+            rendered), or "human" (four real videos). The data are the same for all rows and seeds.
         rows: Names of the rows, as the table shows them; all when left out.
         budget: Training steps of every row.
         seeds: Seeds of the networks and of the order of the pairs; each row is trained once with each.

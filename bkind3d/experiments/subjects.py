@@ -146,6 +146,11 @@ def _film_rat(folder: Path, film: Film, progress: bool) -> Path:
     )
 
 
+def _film_rat_field(folder: Path, film: Film, progress: bool) -> Path:
+    chosen: dict[str, Any] = {"image_size": (512, 512), "frames": 600, "test_frames": 150} | film.arguments()
+    return virtual_rig(folder, subject="rat-field", seed=film.seed, motion=film.source, progress=progress, **chosen)
+
+
 def _film_human_sim(folder: Path, film: Film, progress: bool) -> Path:
     return virtual_rig(folder, subject="human", seed=film.seed, progress=progress, **film.arguments())
 
@@ -168,6 +173,10 @@ SUBJECTS = {
     "rat": Subject(
         title="a virtual rat", make=_film_rat, takes_source=True, needs=load_mujoco,
         data=DataConfig(height=128, width=128, window=96, gap=_LONG_GAPS, reverse=True), **_RENDERED,
+    ),
+    "rat-field": Subject(
+        title="a virtual rat in an open field", make=_film_rat_field, takes_source=True, needs=load_mujoco,
+        data=DataConfig(height=512, width=512, window=96, gap=_LONG_GAPS, reverse=True), **_RENDERED,
     ),
     "human-sim": Subject(
         title="a virtual human", make=_film_human_sim, needs=load_mujoco,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,9 +102,16 @@ def _walker(rng: np.random.Generator) -> Any:
     return model
 
 
-def animate(puppet: Puppet, frames: int, fps: float, rng: np.random.Generator, posture: Posture | None) -> Animation:
+def animate(
+    puppet: Puppet,
+    frames: int,
+    fps: float,
+    rng: np.random.Generator,
+    posture: Posture | None,
+    temper: Temper = TEMPER,
+) -> Animation:
     """A new motion of `frames` frames: a path, the trunk's posture along it, feet stepped, paws brought to the face."""
-    path, keep = wander(frames, fps, TEMPER, rng)
+    path, keep = wander(frames, fps, temper, rng)
     angles, tilt = _trunk(puppet, path, rng, posture)
     ground = step_feet(_resting_places(path), path.times[1], GAIT)
     rear, groom = path.poses.T
@@ -225,4 +234,22 @@ RAT = Subject(
     scale=0.2,
     walker=_walker,
     animate=animate,
+)
+
+# The same animal in an open field of 1.5 m: it runs far, and in any camera it is a tenth of the picture.
+_FIELD_TEMPER = replace(TEMPER, reach=0.5, least_walk=0.25)
+RAT_IN_A_FIELD = replace(
+    RAT,
+    name="rat-field",
+    volume=Volume(center=(0.0, 0.0, 0.115), size=(1.5, 1.5, 0.3)),
+    ring=Ring(
+        radius=(1.5, 1.7),
+        heights=(0.7, 1.3),
+        wobble=0.08,
+        target=(0.0, 0.0, 0.06),
+        miss=0.03,
+        framed=rim((0.66, 0.02), (0.6, 0.15)),
+    ),
+    temper=_FIELD_TEMPER,
+    animate=partial(animate, temper=_FIELD_TEMPER),
 )

@@ -17,17 +17,17 @@ from bkind3d.sims.virtual.clip import Posture, load_postures
 from bkind3d.sims.virtual.engine import load_mujoco
 from bkind3d.sims.virtual.human import HUMAN
 from bkind3d.sims.virtual.puppet import Puppet
-from bkind3d.sims.virtual.rat import RAT
+from bkind3d.sims.virtual.rat import RAT, RAT_IN_A_FIELD
 from bkind3d.sims.virtual.stage import Lens, Stage, build_model
 from bkind3d.sims.virtual.subject import Animation
 
-SUBJECTS = {subject.name: subject for subject in (RAT, HUMAN)}
+SUBJECTS = {subject.name: subject for subject in (RAT, RAT_IN_A_FIELD, HUMAN)}
 
 
 def virtual_rig(
     directory: Path | str,
     *,
-    subject: Literal["rat", "human"] = "rat",
+    subject: Literal["rat", "rat-field", "human"] = "rat",
     views: int | None = None,
     frames: int = 900,
     test_frames: int = 300,
@@ -47,8 +47,8 @@ def virtual_rig(
 
     Args:
         directory: made anew; it appears only when complete.
-        subject: "rat" (23 points) or "human" (19 points).
-        views: number of cameras, 2 to 8, on a ring around the arena; 6 for the rat and 4 for the human when left out.
+        subject: "rat" (23 points), "rat-field", the same in an open field of 1.5 m, or "human" (19 points).
+        views: number of cameras, 2 to 8, on a ring around the arena; 6 for the rats and 4 for the human when left out.
         frames: length of the recording `train`, at least 2.
         test_frames: length of the recording `test`, at least 2.
         image_size: width and height in pixels, even and at least 32.
@@ -73,7 +73,7 @@ def virtual_rig(
     actor = SUBJECTS[subject]
     views = actor.views if views is None else views
     check_settings(views, frames, test_frames, image_size, fps, seed, crf, kind="virtual", least_views=2)
-    if motion is not None and subject != "rat":
+    if motion is not None and subject == "human":
         raise InputError(f"motion: only the rat follows a motion file, not the {subject}")
     load_mujoco()
     postures: tuple[Posture | None, Posture | None] = (None, None)
