@@ -17,15 +17,9 @@ if os.environ.get("CI") == "true":
     assert emulation.MISSING is None, emulation.MISSING
 
 if triton_ops.INTERPRETED:
-    from triton.runtime import interpreter
+    import interpreter
 
-    def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-        """Triton's interpreter cuts float32 to bfloat16 off; a GPU rounds."""
-        if (source.name, target.name) != ("fp32", "bf16"):
-            return interpreter_convert_float(data, source, target, rounding)
-        return torch.from_numpy(data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
-
-    interpreter_convert_float, interpreter._convert_float = interpreter._convert_float, convert_float
+    interpreter.install()
 
 EMULATED = "cuda (emulated)"
 
