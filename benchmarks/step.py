@@ -50,6 +50,7 @@ STAGES = {
     "maps": "model.geometry.forward",
     "unproject": "model.unproject.forward",
     "volume network": "model.volume.forward",
+    "fine network": "model.fine.forward",
     "lift": "model.lift",
     "draw": "model.draw",
     "decoder": "model.reconstruction.forward",
@@ -190,10 +191,18 @@ class Variant:
 
     def ask(self, what: str) -> dict[str, Any]:
         """One training step: "step" is timed as a whole, "stages" stage by stage."""
+        self.send(what)
+        return self.answer()
+
+    def send(self, what: str) -> None:
+        """Let the process begin."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """What it says when it is done."""
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.label}: its process ended with status {self.process.wait()}")
