@@ -195,6 +195,9 @@ def _changes(config: Config, voxels: tuple[int, int, int]) -> Iterator[tuple[str
         half = model.voxels // 2
         x, y, z = (max(1, round(side * half / model.voxels)) for side in voxels)
         yield f"model.voxels {half}", replace(config, model=replace(model, voxels=half)), (x, y, z)
+    if volumetric and model.cascade and model.cascade_voxels >= 4:
+        half = model.cascade_voxels // 2
+        yield f"model.cascade_voxels {half}", replace(config, model=replace(model, cascade_voxels=half)), voxels
     less = _three_quarters(COARSEST_STRIDE[model.encoder])
     if data.window:
         side = less(data.window)

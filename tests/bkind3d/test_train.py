@@ -81,15 +81,18 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["volumetric", "triangulation", "depth", "keypoint3d"])
+@pytest.mark.parametrize(
+    ("method", "cascade"),
+    [("volumetric", 0.0), ("volumetric", 0.5), ("triangulation", 0.0), ("depth", 0.0), ("keypoint3d", 0.0)],
+)
 def test_the_host_reads_nothing_in_a_step(
-    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method, cascade: float
 ) -> None:
     """On a GPU values are not checked, which this takes over; the optimiser, torch's, counts its steps on the host."""
     for module in ("geometry", "rasterize_edges"):
         monkeypatch.setattr(sys.modules[f"bkind3d_kernels.{module}"], "checks_values", lambda tensor: False)
     settings = config()
-    settings.method = method
+    settings.method, settings.model.cascade, settings.model.cascade_voxels = method, cascade, 6
     trainer = Trainer(settings, tmp_path / "run", progress=False)
     batches = trainer._batches()
     trainer._train_step(*next(batches))
@@ -101,6 +104,22 @@ def test_the_host_reads_nothing_in_a_step(
     with HostReads() as reads:
         trainer.model.skeleton.pairs[trainer.model.skeleton.active]
     assert len(reads.lines) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a device need one")
+@pytest.mark.parametrize("method", ["volumetric", "triangulation", "depth", "keypoint3d"])
+def test_a_step_never_waits_for_the_device(config: MakeConfig, tmp_path: Path, method: Method) -> None:
+    settings = config()
+    settings.method = method
+    trainer = Trainer(settings, tmp_path / "run", progress=False)
+    batches = trainer._batches()
+    trainer._train_step(*next(batches))
+    batch = next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._train_step(*batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def states(run: Path) -> dict[str, torch.Tensor]:
