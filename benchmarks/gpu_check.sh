@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Numbers, behaviour and times on a machine with a GPU, in one command, under 7 minutes and without a network.
+# Numbers, behaviour and times on a machine with a GPU, in one command, under 8 minutes and without a network.
 #
 #   benchmarks/gpu_check.sh [FOLDER]       default benchmarks/results/<date>-<device>
 #   WHEEL='dist/bkind3d-*.whl' benchmarks/gpu_check.sh FOLDER
 #
-# FOLDER then holds info.txt (date, GPU, commit, versions), numerics.csv, checks.csv, largest_volume.csv, times/ (see
-# docs/benchmarks.md), a log of each stage, stages.csv and report.txt. A stage that fails or takes too long does not keep
+# FOLDER then holds info.txt (date, GPU, commit, versions), numerics.csv, checks.csv, training.csv, largest_volume.csv,
+# times/ (see docs/benchmarks.md), a log of each stage, stages.csv and report.txt. A stage that fails or takes too long does not keep
 # the next from running; the exit status is 1 if any did. On a GPU all but the times run side by side. From the
 # environment:
 #   WHEEL      a wheel of bkind3d to be tested, installed into FOLDER/venv; by default this tree is
 #   DEVICE     cuda (default), or cpu to try the script itself on tiny sizes
 #   PYTHON     python3 (default): an interpreter with torch, and triton where its kernels are wanted
-#   DEADLINE   seconds for everything, 410 by default; BUDGET those for the times, 180
+#   DEADLINE   seconds for everything, 470 by default; BUDGET those for the times, 180
 #   SANITIZERS tools of compute-sanitizer, "memcheck racecheck synccheck" by default; initcheck is another
 #   COMMIT     of this tree, where there is no git to ask
 #   ARGS       further arguments of python -m benchmarks
 set -u
 [ $# -gt 1 ] && { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2; }
 tree=$(realpath "$(dirname "$0")/..")
-device=${DEVICE:-cuda} deadline=${DEADLINE:-410}
+device=${DEVICE:-cuda} deadline=${DEADLINE:-470}
 out=$(realpath -m "${1:-$tree/benchmarks/results/$(date -u +%F)-$device}")
 python=$(command -v "${PYTHON:-python3}") || { echo "there is no ${PYTHON:-python3}: name another with PYTHON="; exit 2; }
 read -ra tools <<< "${SANITIZERS:-memcheck racecheck synccheck}"
@@ -129,6 +129,17 @@ else
     done
 fi
 wait
+
+# Steps of training need the packages of the extra `train` beside torch.
+training=$(cap 150 60)
+[ -z "$wheel" ] && ln -s "$tree/bkind3d" bkind3d
+lacks=$("$python" -c "import bkind3d.losses, bkind3d.models.methods" 2>&1)
+if [[ $lacks == *ModuleNotFoundError* ]]; then
+    note training "skipped: ${lacks##*Error: }" 0
+else
+    stage training "$training" "$python" -m benchmarks.training --device "$device" --seconds $((training - 20)) \
+        --out "$out/training.csv" $(cap "" "--tiny")
+fi
 
 # The times leave a minute for what follows, and 25 seconds to start and to draw.
 budget=$(least "${BUDGET:-180}" $(($(left) - 85)))

@@ -55,6 +55,16 @@ def volumes(path: Path) -> list[str]:
     return [f"largest volume that trains ({rows[0]['dtype']}): {', '.join(found)}"] if rows else []
 
 
+def training(path: Path) -> list[str]:
+    """A line for each kind of step."""
+    lines = []
+    for row in read(path):
+        peak = f", {int(row['peak_bytes']) / 1e9:.1f} GB" if row["peak_bytes"] else ""
+        took = f"{1e3 * float(row['seconds']):.0f} ms, {1e3 * float(row['host_seconds']):.0f} of the host{peak}"
+        lines.append(f"training step, {row['row']}: {took if row['status'] == 'measured' else row['status']}")
+    return lines
+
+
 def times(folder: Path) -> list[str]:
     """A line for each workload and competitor; sweeps are left out where an operation has anything else."""
     everything = read(folder / "results.csv")
@@ -94,6 +104,7 @@ def report(folder: Path) -> str:
         stages(folder),
         counts("numerics", folder / "numerics.csv"),
         counts("device checks", folder / "checks.csv"),
+        training(folder / "training.csv"),
         volumes(folder / "largest_volume.csv"),
         times(folder / "times"),
     ]

@@ -66,7 +66,7 @@ def test_the_script_with_a_wheel_on_the_cpu(tmp_path: Path) -> None:
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr
     stages = read(out / "stages.csv")
-    names = ["install", "info", "numerics", "checks", "sanitizer-cases", "times", "largest-volume"]
+    names = ["install", "info", "numerics", "checks", "sanitizer-cases", "training", "times", "largest-volume"]
     assert [row["stage"] for row in stages] == names
     assert {row["outcome"] for row in stages} == {"passed"}
     information = (out / "info.txt").read_text()
@@ -79,6 +79,7 @@ def test_the_script_with_a_wheel_on_the_cpu(tmp_path: Path) -> None:
     assert {row["status"] for row in checked if row["check"] in ("CUDA graph", "second stream", "huge")} <= {"skipped"}
     assert all(row["competitor"] != "triton" for row in read(out / "times/results.csv"))
     assert {row["device"] for row in read(out / "largest_volume.csv")} == {"cpu"}
+    assert {row["status"] for row in read(out / "training.csv")} == {"measured"}
     report = (out / "report.txt").read_text()
     for op in OPERATIONS:
         assert any(line.startswith(op) and "reference" in line and " ms" in line for line in report.splitlines()), op
@@ -97,8 +98,8 @@ def test_the_script_goes_on_when_stages_fail(tmp_path: Path) -> None:
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     stages = read(tmp_path / "out/stages.csv")
-    assert [row["outcome"] for row in stages if row["stage"] != "info"] == ["failed with status 3"] * 5
-    assert "FAILED: info numerics checks sanitizer-cases times largest-volume" in ended.stdout
+    assert [row["outcome"] for row in stages if row["stage"] != "info"] == ["failed with status 3"] * 6
+    assert "FAILED: info numerics checks sanitizer-cases training times largest-volume" in ended.stdout
 
 
 # That each check fails when it should
