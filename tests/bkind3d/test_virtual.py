@@ -18,6 +18,7 @@ from bkind3d.experiments.demo import demo
 from bkind3d.sims.studio import place_cameras
 from bkind3d.sims.virtual import engine, virtual_rig
 from bkind3d.sims.virtual.clip import Posture, load_postures
+from bkind3d.sims.virtual.motion import wander
 from bkind3d.sims.virtual.puppet import Puppet
 from bkind3d.sims.virtual.rat import RAT
 from bkind3d.sims.virtual.rig import SUBJECTS
@@ -224,6 +225,24 @@ def test_what_a_behaviour_looks_like(acted):
         assert np.median(at["Pelvis"][of["squat"], 2]) < 0.75 * np.median(at["Pelvis"][of["stand"], 2])
     speed = 30 * np.linalg.norm(np.diff((at["HipL"] + at["HipR"])[:, :2] / 2, axis=0), axis=-1)
     assert np.quantile(speed[of["walk"][1:]], 0.75) > 3 * np.median(speed[of[kinds[1]][1:]])
+
+
+def test_the_rat_in_a_field_runs_far_and_stays_in_view():
+    field = SUBJECTS["rat-field"]
+    path, keep = wander(600, 30.0, field.temper, np.random.default_rng(1))
+    places = path.position[keep]
+    assert np.linalg.norm(np.ptp(places, axis=0)) > 0.4  # the other rat moves 0.2 m
+    assert np.abs(places).max() < 0.55
+    cameras = staged(field, (512, 512), views=6)[0]
+    corners = torch.tensor([[x, y, 0.05] for x in (-0.52, 0.52) for y in (-0.52, 0.52)]).double()
+    assert (cameras.in_view(corners).sum(0) >= 3).all()
+    for x in (-0.4, 0.4):
+        for y in (-0.4, 0.4):
+            body = torch.tensor([[x - 0.05, y, 0.03], [x + 0.05, y, 0.03], [x, y - 0.05, 0.03], [x, y + 0.05, 0.12]])
+            assert cameras.in_view(body.double()).all()
+            pixels = cameras.project(body.double())[0]
+            across = (pixels.amax(1) - pixels.amin(1)).norm(dim=-1)
+            assert ((across > 15) & (across < 100)).all()  # 0.1 m in a picture of 512
 
 
 def test_files_of_a_rig(rig):
