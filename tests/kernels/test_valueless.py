@@ -62,15 +62,16 @@ def test_fake_tensors_go_through_forward_and_backward(name: str, chosen: str) ->
     assert fake[0].grad.shape == fake[0].shape
 
 
-# Inside vmap torch cannot be asked for the memory layout that group_norm_act returns.
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "group_norm_act"])
-def test_the_reference_can_be_mapped(name: str) -> None:
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("chosen", ["auto", "reference"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_can_be_mapped(name: str, chosen: str) -> None:
     shapes, run = OPERATIONS[name]
     torch.manual_seed(0)
     inputs = [torch.rand(3, 1, *shape) for shape in shapes]
 
     def mapped(*sample: Tensor) -> Tensor:
-        return run("reference", *sample)
+        return run("reference" if name == "rasterize_edges" else chosen, *sample)
 
     expected = torch.stack([mapped(*sample) for sample in zip(*inputs, strict=True)])
     torch.testing.assert_close(torch.func.vmap(mapped)(*inputs), expected)
