@@ -1,8 +1,9 @@
 """What does a call cost where there is nothing to compute?  python -m benchmarks.host_time --help
 
 Public forward and backward of every operation on a problem so small that checks, Python, autograd and the allocation of
-outputs are all of its time, and beside them torch's own: ``mul`` is a product of two tensors, and ``function`` an
-``autograd.Function`` around a product, which is the least that an operation with a backward of its own in Python costs.
+outputs are all of its time, and beside them what it could be at least: ``mul`` is torch's product of two tensors,
+``function`` an ``autograd.Function`` around a product, and ``function, operators`` one around two operators of this
+library, the soft-argmax's forward and backward, with no check and nothing before or after.
 
 Checkouts, each LABEL or LABEL@FOLDER, are measured in processes of their own that take turns, call by call of the
 table; a round is one turn of each. Time is CPU time of one thread, in microseconds a call: the median over rounds.
@@ -35,6 +36,7 @@ def calls() -> dict[str, Call]:
 
     import bkind3d_kernels as kernels
 
+    assert Path(kernels.__file__).is_relative_to(Path.cwd()), kernels.__file__
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Any:
@@ -51,6 +53,22 @@ def calls() -> dict[str, Call]:
             a, b = ctx.saved_tensors
             return gradient * b, gradient * a
 
+    forward, backward = torch.ops.bkind3d.soft_argmax3d.default, torch.ops.bkind3d.soft_argmax3d_backward.default
+
+    class Operators(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                mean, peak, covariance, *kept = forward(x, 1.0, False)
+            ctx.save_for_backward(x, mean, peak, covariance, *kept)
+            return mean
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            x, mean, peak, *kept = ctx.saved_tensors
+            with torch._C._AutoDispatchBelowAutograd():
+                return backward(gradient, peak, None, x, 1.0, mean, *kept)
+
     a, b = leaf(8), leaf(8)
     grid = kernels.VoxelGrid.cube((0.0, 0.0, 3.0), 1.0, 3)
     views = torch.tensor([[4.0, 0, 2, 0], [0, 4, 2, 0], [0, 0, 1, 0]]).expand(1, 2, 3, 4).contiguous()
@@ -62,6 +80,7 @@ def calls() -> dict[str, Call]:
     return {
         "mul": (lambda: a * b, [a, b]),
         "function": (lambda: Product.apply(a, b), [a, b]),
+        "function, operators": (lambda: Operators.apply(volume), [volume]),
         "unproject": (lambda: kernels.unproject(maps, views, grid), [maps]),
         "unproject, cameras too": (lambda: kernels.unproject(maps, moved, grid), [maps, moved]),
         "soft_argmax3d": (lambda: kernels.soft_argmax3d(volume, grid), [volume]),

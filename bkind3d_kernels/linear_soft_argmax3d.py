@@ -22,7 +22,7 @@ from .checks import (
     exact,
 )
 from .geometry import VoxelGrid
-from .soft_argmax3d import as_temperature, in_world
+from .soft_argmax3d import as_temperature, in_world, shown
 
 
 def linear_soft_argmax3d(
@@ -201,6 +201,6 @@ class LinearSoftArgmax3d(nn.Module):
     def extra_repr(self) -> str:
         """The sizes and options."""
         return (
-            f"{self.channels}, {self.joints}, bias={self.bias is not None}, temperature={float(self.temperature)}, "
+            f"{self.channels}, {self.joints}, bias={self.bias is not None}, temperature={shown(self.temperature)}, "
             f"return_peak={self.return_peak}, return_covariance={self.return_covariance}, backend={self.backend}"
         )

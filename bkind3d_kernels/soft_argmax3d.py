@@ -144,6 +144,11 @@ def as_temperature(temperature: Any) -> Any:
     return float(temperature)
 
 
+def shown(temperature: Any) -> str:
+    """How a module's representation names its temperature."""
+    return "learned" if isinstance(temperature, Tensor) else str(temperature)
+
+
 class SoftArgmax3d(nn.Module):
     """:func:`soft_argmax3d` with its options fixed; no parameters.
 
@@ -188,6 +193,6 @@ class SoftArgmax3d(nn.Module):
     def extra_repr(self) -> str:
         """The options."""
         return (
-            f"temperature={float(self.temperature)}, return_peak={self.return_peak}, "
+            f"temperature={shown(self.temperature)}, return_peak={self.return_peak}, "
             f"return_covariance={self.return_covariance}, backend={self.backend}"
         )

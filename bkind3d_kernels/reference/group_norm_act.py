@@ -35,5 +35,5 @@ def run(
         y = y + residual.to(y.dtype)
     if activation == "relu":
         y = y.relu()
-    # Not by memory_format, which torch.func.vmap does not take.
-    return y.to(x.dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return y.to(x.dtype).contiguous(memory_format=last)
