@@ -35,8 +35,11 @@ def calls() -> dict[str, Call]:
     import torch
 
     import bkind3d_kernels as kernels
+    import bkind3d_kernels.library
 
-    assert Path(kernels.__file__).is_relative_to(Path.cwd()), kernels.__file__
+    assert Path(kernels.__file__).is_relative_to(Path.cwd()), kernels.__file__  # of the checkout, not of another
+    if missing := kernels.library.reason("_cpu"):
+        raise SystemExit(missing)
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Any:

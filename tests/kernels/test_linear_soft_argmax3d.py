@@ -315,10 +315,10 @@ def test_equals_the_soft_argmax_of_the_same_logits(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_a_temperature_may_be_a_tensor_that_is_learned(backend: str) -> None:
+def test_a_temperature_may_be_a_tensor_that_is_learned() -> None:
     features, weight, bias, grid = scene()
     scale = torch.tensor(0.4, dtype=features.dtype, requires_grad=True)
-    got = linear_soft_argmax3d(features, weight, bias, grid, temperature=scale, backend=backend)
+    got = linear_soft_argmax3d(features, weight, bias, grid, temperature=scale)
     run = partial(linear_soft_argmax3d, features, weight, bias, grid, backend="reference")
     torch.testing.assert_close(got, run(temperature=0.4))
     got.square().sum().backward()

@@ -278,15 +278,15 @@ def test_wrong_types_are_named(name: str) -> None:
         rasterize_edges(**arguments)
 
 
-def test_edges_may_be_a_list_of_pairs_and_sigma_a_tensor(backend: str) -> None:
+def test_edges_may_be_a_list_of_pairs_and_sigma_a_tensor() -> None:
     keypoints, pairs = 6 * torch.rand(2, 4, 2), [(0, 1), [2, 3]]
-    run = partial(rasterize_edges, keypoints, torch.ones(2), (5, 6), backend=backend)
+    run = partial(rasterize_edges, keypoints, torch.ones(2), (5, 6))
     expected = run(1.5, edges=torch.tensor(pairs))
     assert expected.max() > 0.1
     assert torch.equal(run(torch.tensor(1.5), edges=pairs), expected)
-    module = EdgeRasterizer((5, 6), 1.5, edges=pairs, backend=backend)
+    module = EdgeRasterizer((5, 6), 1.5, edges=pairs)
     assert torch.equal(module(keypoints, torch.ones(2)), expected)
     for wrong in ([(0, 1, 2)], [0, 1], [(0, 1.5)]):
         with pytest.raises(TypeError, match=r"edges: expected a tensor \(E, 2\) or a list of index pairs, got"):
             run(1.5, edges=wrong)
-    assert not rasterize_edges(keypoints, torch.ones(0), (5, 6), 1.5, edges=[], backend=backend).any()
+    assert not rasterize_edges(keypoints, torch.ones(0), (5, 6), 1.5, edges=[]).any()

@@ -185,10 +185,10 @@ def test_huge_logits_at_a_low_temperature(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_temperature_may_be_a_tensor(dtype: torch.dtype, backend: str) -> None:
+def test_a_temperature_may_be_a_tensor(dtype: torch.dtype) -> None:
     logits, grid = scene()
     logits = logits.to(dtype)
-    run = partial(soft_argmax3d, logits, grid, return_peak=True, return_covariance=True, backend=backend)
+    run = partial(soft_argmax3d, logits, grid, return_peak=True, return_covariance=True)
     for a, b in zip(run(temperature=torch.tensor(0.5)), run(temperature=0.5)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     huge = torch.zeros(1, 1, 3, 4, 5)
@@ -197,15 +197,15 @@ def test_a_temperature_may_be_a_tensor(dtype: torch.dtype, backend: str) -> None
     assert got.tolist() == [[[2.0, 1.0, 3.0]]]
 
 
-def test_a_temperature_is_learned(backend: str) -> None:
+def test_a_temperature_is_learned() -> None:
     """Its gradient is that of differences."""
     logits, grid = scene()
     logits = logits.double()
-    module = SoftArgmax3d(temperature=torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64)), backend=backend)
+    module = SoftArgmax3d(temperature=torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64)))
     assert [*module.state_dict()] == ["temperature"]
     assert "temperature=learned" in repr(module)
     module(logits, grid).square().sum().backward()
-    high, low = (soft_argmax3d(logits, grid, temperature=t, backend=backend).square().sum() for t in (0.7001, 0.6999))
+    high, low = (soft_argmax3d(logits, grid, temperature=t).square().sum() for t in (0.7001, 0.6999))
     torch.testing.assert_close(module.temperature.grad, (high - low) / 2e-4, rtol=1e-5, atol=1e-8)
 
 
