@@ -9,11 +9,11 @@ from importlib import metadata
 
 from . import backends, geometry
 from .backends import BackendUnavailable, explain, resolve
-from .geometry import VoxelGrid
+from .geometry import VoxelGrid, VoxelGridModule
 from .group_norm_act import GroupNormAct, group_norm_act
 from .linear_soft_argmax3d import LinearSoftArgmax3d, linear_soft_argmax3d
 from .rasterize_edges import EdgeRasterizer, rasterize_edges
-from .soft_argmax3d import SoftArgmax3d, soft_argmax3d
+from .soft_argmax3d import SoftArgmax3d, soft_argmax2d, soft_argmax3d
 from .unproject import Unproject, unproject
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "SoftArgmax3d",
     "Unproject",
     "VoxelGrid",
+    "VoxelGridModule",
     "__version__",
     "backends",
     "explain",
@@ -32,6 +33,7 @@ __all__ = [
     "linear_soft_argmax3d",
     "rasterize_edges",
     "resolve",
+    "soft_argmax2d",
     "soft_argmax3d",
     "unproject",
 ]

@@ -95,11 +95,22 @@ def check_name(backend: str, source: str = "backend") -> None:
         raise ValueError(f"{source} {backend!r}: expected one of auto, {', '.join(BACKENDS)}")
 
 
+_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+
+
+def _environment() -> str | None:
+    """The value of the environment variable now; None where it is not set."""
+    # os.environ.get raises and catches an exception then, which is a twentieth of a small problem's time.
+    if not torch.compiler.is_compiling() and _KEY not in os.environ._data:  # type: ignore[attr-defined]
+        return None
+    return os.environ.get(ENVIRONMENT_VARIABLE)
+
+
 def _requested(backend: str) -> tuple[str, str]:
     """The backend that argument and environment ask for, and where it was said."""
     source = "backend"
     if backend == "auto":
-        backend, source = os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE
+        backend, source = _environment() or "auto", ENVIRONMENT_VARIABLE
     check_name(backend, source)
     return backend, source
 

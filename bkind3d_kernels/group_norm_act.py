@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .checks import FEATURE_DTYPES, check_choice, check_count, check_device, check_features, check_positive, describe
+from .checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_features,
+    check_floating,
+    check_positive,
+    check_shape,
+    describe,
+    exact,
+)
 
 ACTIVATIONS = ("relu", "none")
 DIMS = {4: "(N, C, H, W)", 5: "(N, C, X, Y, Z)"}
@@ -67,8 +77,7 @@ def group_norm_act(
     check_positive("eps", eps)
     check_choice("activation", activation, ACTIVATIONS)
     run = backends.implementation("group_norm_act", backend, x.device, x.dtype)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return run(x, weight.to(dtype), bias.to(dtype), residual, groups, float(eps), activation)
+    return run(x, exact(weight, x), exact(bias, x), residual, groups, float(eps), activation)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
@@ -80,19 +89,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
     check_features("x", x, DIMS[x.ndim])
     channels = x.shape[1]
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor (C,), got {type(tensor).__name__}")
-        if tuple(tensor.shape) != (channels,) or tensor.dtype not in FEATURE_DTYPES:
-            raise ValueError(f"{name} {describe(tensor)}: expected ({channels},), floating, got {tensor.dtype}")
+        check_shape(name, tensor, (channels,))
+        check_floating(name, tensor)
         check_device(name, tensor, "x", x)
     if residual is None:
         return
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual: expected a tensor like x or None, got {type(residual).__name__}")
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"residual {describe(residual)}: expected {describe(x)}, {x.dtype} as x has, got {residual.dtype}"
-        )
+    check_shape("residual", residual, tuple(x.shape))
+    if residual.dtype != x.dtype:
+        raise ValueError(f"residual {describe(residual)}: expected {x.dtype} as x has, got {residual.dtype}")
     check_device("residual", residual, "x", x)
 
 

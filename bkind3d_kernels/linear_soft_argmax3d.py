@@ -8,9 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .checks import FEATURE_DTYPES, check_count, check_device, check_features, check_grid, check_positive, describe
+from .checks import (
+    check_count,
+    check_device,
+    check_features,
+    check_floating,
+    check_grid,
+    check_positive,
+    check_scalar,
+    check_shape,
+    check_tensor,
+    describe,
+    exact,
+)
 from .geometry import VoxelGrid
-from .soft_argmax3d import in_world
+from .soft_argmax3d import as_temperature, in_world, shown
 
 
 def linear_soft_argmax3d(
@@ -19,7 +31,7 @@ def linear_soft_argmax3d(
     bias: Tensor | None,
     grid: VoxelGrid,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     return_peak: bool = False,
     return_covariance: bool = False,
     backend: str = "auto",
@@ -40,7 +52,8 @@ def linear_soft_argmax3d(
         bias: b (J,), floating, or None. A softmax does not change when a number is added to all of its logits: no
             output depends on the bias, and its gradient is zero.
         grid: its shape is (X, Y, Z), its affine A has 1 or N entries.
-        temperature: τ > 0. A small one sharpens; flat logits put every keypoint at the centre of the volume.
+        temperature: τ > 0, a number or a floating tensor (), which may require a gradient: the weight is then divided
+            by it. A small one sharpens; flat logits put every keypoint at the centre of the volume.
         return_peak: also return the largest probability, a confidence in (0, 1]; its gradient goes through the lowest
             index of a tie.
         return_covariance: also return Σ = Σ_x p(x) (A x − u)(A x − u)ᵀ, in world units squared.
@@ -72,26 +85,30 @@ def linear_soft_argmax3d(
     check_grid(grid, features.shape[0], "features", features)
     if tuple(features.shape[2:]) != grid.shape:
         raise ValueError(f"features {describe(features)}: expected (N, C, X, Y, Z) with the grid's shape {grid.shape}")
+    weight, bias = exact(weight, features), None if bias is None else exact(bias, features)
+    if isinstance(temperature, Tensor):
+        check_scalar("temperature", temperature)
+        # No output depends on the bias, so it may stay.
+        weight, temperature = weight / exact(temperature, features), 1.0
     check_positive("temperature", temperature)
     run = backends.implementation("linear_soft_argmax3d", backend, features.device, features.dtype)
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    bias = None if bias is None else bias.to(dtype)
-    mean, peak, covariance = run(features, weight.to(dtype), bias, float(temperature), return_covariance)
+    mean, peak, covariance = run(features, weight, bias, float(temperature), return_covariance)
     return in_world(grid, mean, peak if return_peak else None, covariance)
 
 
 def _check_parameters(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_features("weight", weight, "(J, C)")
+    check_tensor("weight", weight, "(J, C)")
     joints, channels = weight.shape
-    if channels != features.shape[1] or joints == 0:
+    if joints == 0:
+        raise ValueError(f"weight {describe(weight)}: expected (J, C) with a J of at least 1")
+    if channels != features.shape[1]:
         raise ValueError(f"weight {describe(weight)}: expected (J, {features.shape[1]}) as features has channels")
+    check_floating("weight", weight)
     check_device("weight", weight, "features", features)
     if bias is None:
         return
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"bias: expected a tensor (J,) or None, got {type(bias).__name__}")
-    if tuple(bias.shape) != (joints,) or bias.dtype not in FEATURE_DTYPES:
-        raise ValueError(f"bias {describe(bias)}: expected ({joints},), floating, got {bias.dtype}")
+    check_shape("bias", bias, (joints,))
+    check_floating("bias", bias)
     check_device("bias", bias, "features", features)
 
 
@@ -102,7 +119,7 @@ class LinearSoftArgmax3d(nn.Module):
         channels: C.
         joints: J.
         bias: whether there is one. No output depends on it; it is there to take over the one of a convolution.
-        temperature: τ > 0.
+        temperature: τ > 0; an ``nn.Parameter`` () is trained.
         return_peak: whether the peak probability is returned too.
         return_covariance: whether the covariance is returned too.
         backend: "auto" or a backend's name.
@@ -125,7 +142,7 @@ class LinearSoftArgmax3d(nn.Module):
         joints: int,
         *,
         bias: bool = True,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         return_peak: bool = False,
         return_covariance: bool = False,
         backend: str = "auto",
@@ -134,11 +151,10 @@ class LinearSoftArgmax3d(nn.Module):
     ) -> None:
         super().__init__()
         self.channels, self.joints = check_count("channels", channels), check_count("joints", joints)
-        check_positive("temperature", temperature)
         backends.check_name(backend)
         self.weight = nn.Parameter(torch.empty(self.joints, self.channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.joints, device=device, dtype=dtype)) if bias else None
-        self.temperature = float(temperature)
+        self.temperature = as_temperature(temperature)
         self.return_peak = return_peak
         self.return_covariance = return_covariance
         self.backend = backend
@@ -147,8 +163,9 @@ class LinearSoftArgmax3d(nn.Module):
     def reset_parameters(self) -> None:
         """Draw weight and bias between −1/√C and 1/√C."""
         bound = self.channels**-0.5
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv3d, **options: Any) -> LinearSoftArgmax3d:
@@ -184,6 +201,6 @@ class LinearSoftArgmax3d(nn.Module):
     def extra_repr(self) -> str:
         """The sizes and options."""
         return (
-            f"{self.channels}, {self.joints}, bias={self.bias is not None}, temperature={self.temperature}, "
+            f"{self.channels}, {self.joints}, bias={self.bias is not None}, temperature={shown(self.temperature)}, "
             f"return_peak={self.return_peak}, return_covariance={self.return_covariance}, backend={self.backend}"
         )

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .checks import check_device, check_positive, check_tensor, describe
+from .checks import check_device, check_floating, check_positive, check_scalar, check_shape, check_tensor, describe
 from .geometry import GEOMETRY_DTYPES, INTEGERS, all_pairs, as_int, checks_values
 
 Size = tuple[int, int]
+Edges = Tensor | Sequence[Sequence[int]]
 
 
 def rasterize_edges(
@@ -21,7 +22,7 @@ def rasterize_edges(
     size: Size | Sequence[Size],
     sigma: float | Sequence[float],
     *,
-    edges: Tensor | None = None,
+    edges: Edges | None = None,
     backend: str = "auto",
 ) -> Any:
     r"""Draw weighted edges between keypoints; each pixel shows its strongest edge (BKinD-3D, Section 3.1.3).
@@ -38,9 +39,11 @@ def rasterize_edges(
             float32 or float64.
         weights: (E,) or (N, E), floating.
         size: (H, W) of the map, or a sequence of them.
-        sigma: σ > 0 in pixels of its own map: a number, or a sequence as long as that of sizes.
-        edges: (E, 2) int64 index pairs; all pairs i < j in lexicographic order by default. Their range is checked
-            on the CPU only, and not while tracing.
+        sigma: σ > 0 in pixels of its own map: a number, or a sequence as long as that of sizes. A number may be a
+            tensor (), which is read (a GPU is waited for) and gets no gradient.
+        edges: (E, 2) int64 index pairs, or a list of pairs, which is copied to the device of the keypoints at each
+            call; all pairs i < j in lexicographic order by default. The range of a tensor is checked on the CPU only,
+            and not while tracing.
         backend: "auto", or a name in :data:`bkind3d_kernels.backends.BACKENDS`.
 
     Returns:
@@ -69,10 +72,14 @@ def rasterize_edges(
     if edges is None:
         edges = all_pairs(keypoints.shape[1], keypoints.device)  # made there: a copy would end a CUDA graph's capture
     else:
+        edges = as_edges(edges, keypoints.device)
         _check_edges(edges, keypoints.shape[1])
         check_device("edges", edges, "keypoints", keypoints)
     _check_weights(weights, keypoints, edges.shape[0])
-    weights = weights.to(keypoints.dtype).expand(keypoints.shape[0], -1)
+    if weights.dtype != keypoints.dtype:
+        weights = weights.to(keypoints.dtype)
+    if weights.ndim == 1:
+        weights = weights.expand(keypoints.shape[0], -1)
     run = backends.implementation("rasterize_edges", backend, keypoints.device, keypoints.dtype)
     maps = run(keypoints, weights, edges, sizes, sigmas)
     return maps[0] if single else maps
@@ -91,9 +98,29 @@ def _sizes(size: Any, sigma: Any) -> tuple[list[Size], list[float], bool]:
             raise ValueError(f"size {size!r}: {expected}")
     if not isinstance(sigmas, (tuple, list)) or len(sigmas) != len(sizes):
         raise ValueError(f"sigma {sigma!r}: expected a sequence of {len(sizes)} numbers, one for each size")
-    for s in sigmas:
-        check_positive("sigma", s)
+    sigmas = [_number(s) for s in sigmas]
     return [(as_int(s[0]), as_int(s[1])) for s in sizes], [float(s) for s in sigmas], single
+
+
+def _number(sigma: Any) -> float:
+    if isinstance(sigma, Tensor):
+        check_scalar("sigma", sigma)
+        if sigma.requires_grad and torch.is_grad_enabled():
+            raise ValueError("sigma: no gradient goes to it; expected a number, or a tensor that requires no gradient")
+        sigma = sigma.item()
+    check_positive("sigma", sigma)
+    return sigma
+
+
+def as_edges(edges: Any, device: torch.device | str | None = None) -> Tensor:
+    """A list of index pairs as a tensor (E, 2) on ``device``; a tensor as it is."""
+    if isinstance(edges, Tensor):
+        return edges
+    pairs = edges if isinstance(edges, (list, tuple)) else [edges]
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(i, INTEGERS) for i in pair):
+            raise TypeError(f"edges: expected a tensor (E, 2) or a list of index pairs, got {pair!r} in it")
+    return torch.tensor([[as_int(i), as_int(j)] for i, j in pairs], dtype=torch.int64, device=device).reshape(-1, 2)
 
 
 def _check_edges(edges: Any, keypoints: int) -> None:
@@ -110,18 +137,8 @@ def _check_edges(edges: Any, keypoints: int) -> None:
 
 
 def _check_weights(weights: Any, keypoints: Tensor, count: int) -> None:
-    n = keypoints.shape[0]
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights: expected a tensor (E,) or (N, E), got {describe(weights)}")
-    # Size by size: traced sizes are compared one with another, not in tuples.
-    fits = weights.ndim in (1, 2) and weights.shape[-1] == count and (weights.ndim == 1 or weights.shape[0] == n)
-    if not fits:
-        raise ValueError(
-            f"weights {describe(weights)}: expected ({count},) or ({n}, {count}) for {count} edges of "
-            f"{keypoints.shape[1]} keypoints"
-        )
-    if not weights.is_floating_point():
-        raise ValueError(f"weights {describe(weights)}: expected a floating dtype, got {weights.dtype}")
+    check_shape("weights", weights, (count,), (keypoints.shape[0], count), why=", a weight for each edge")
+    check_floating("weights", weights)
     check_device("weights", weights, "keypoints", keypoints)
 
 
@@ -131,7 +148,7 @@ class EdgeRasterizer(nn.Module):
     Args:
         size: (H, W), or a sequence of them.
         sigma: σ > 0, or a sequence as long as that of sizes.
-        edges: (E, 2) int64, a buffer that is not in the state; all pairs by default.
+        edges: (E, 2) int64 or a list of pairs, a buffer that is not in the state; all pairs by default.
         backend: "auto" or a backend's name.
 
     Example:
@@ -147,7 +164,7 @@ class EdgeRasterizer(nn.Module):
         size: Size | Sequence[Size],
         sigma: float | Sequence[float],
         *,
-        edges: Tensor | None = None,
+        edges: Edges | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -156,7 +173,7 @@ class EdgeRasterizer(nn.Module):
         self.size = size
         self.sigma = sigma
         self.backend = backend
-        self.register_buffer("edges", edges, persistent=False)
+        self.register_buffer("edges", None if edges is None else as_edges(edges), persistent=False)
 
     def forward(self, keypoints: Tensor, weights: Tensor) -> Any:
         """Map (N, H, W), or a list of maps; arguments as in :func:`rasterize_edges`."""

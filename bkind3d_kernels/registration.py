@@ -5,12 +5,16 @@ A family is a namespace of operators with one set of schemas: ``bkind3d`` (C++ o
 
 - a fake kernel: shapes, dtypes and strides, for torch.compile and torch.export;
 - autograd, through the ``*_backward`` operator;
-- for each ``*_backward`` operator a formula that raises: without one its derivative would be silently zero.
+- for each ``*_backward`` operator a formula that raises: without one its derivative would be silently zero;
+- the same autograd as a ``torch.autograd.Function``, for eager mode: torch's own wrapping of registered formulas costs
+  a small problem as much as the operation itself.
+
+:func:`call` runs an operator: traced as it is registered, in eager mode by that function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +73,10 @@ SCHEMAS = {
 }
 
 
+# How many outputs of an operator are for its caller; what follows is kept for the backward pass.
+RETURNED = {"unproject": 2, "soft_argmax3d": 3, "linear_soft_argmax3d": 3, "rasterize_edges": 1, "group_norm_act": 1}
+
+
 def attach(namespace: str, ops: Collection[str] | None = None) -> None:
     """Register fake kernels and autograd for the operators of ``namespace``. Once for each operation.
 
@@ -88,18 +96,82 @@ def attach(namespace: str, ops: Collection[str] | None = None) -> None:
         name = f"{namespace}::{op}"
         torch.library.register_fake(name, fake)
         torch.library.register_fake(f"{name}_backward", fake_backward)
-        torch.library.register_autograd(name, backward(namespace), setup_context=setup_context)
+        formula = backward(_backward_operator(namespace, op))
+        torch.library.register_autograd(name, formula, setup_context=setup_context)
         torch.library.register_autograd(f"{name}_backward", _no_second_derivative(op))
+        _EAGER[namespace, op] = _eager(namespace, op, setup_context, formula)
 
 
-def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """Raise if a tensor carries a forward-mode tangent: an operator without a formula for it would drop it silently.
+def call(namespace: str, op: str, *arguments: Any) -> Any:
+    """The first :data:`RETURNED` outputs at least of the operator ``op`` of ``namespace``, which is attached.
 
-    Raise inside torch.func.grad and its like too, and where torch.func.vmap cannot take the operator: their own
-    messages would name neither.
+    Raises:
+        RuntimeError: a derivative is asked for that the compiled kernels do not have; the message names the backend
+            that has it.
     """
-    transforms = None if torch.compiler.is_compiling() else torch._C._functorch.get_interpreter_stack()
-    for level in transforms or ():
+    if torch.compiler.is_compiling():
+        return _operator(namespace, op)(*arguments)
+    if (transforms := torch._C._functorch.get_interpreter_stack()) is not None:
+        _refuse_transforms(op, transforms)
+        _refuse_tangents(op, arguments)
+        return _operator(namespace, op)(*arguments)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(op, arguments)
+    return _EAGER[namespace, op](arguments)
+
+
+_EAGER: dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]] = {}  # filled by attach()
+
+
+def _eager(namespace: str, op: str, setup_context: Any, formula: Any) -> Callable[[tuple[Any, ...]], Any]:
+    """The operator in eager mode, of its arguments as a tuple."""
+    operator = _operator(namespace, op).default
+    listed = "Tensor[]" in SCHEMAS[op]  # the first output is a list, which an autograd.Function cannot return
+    count = RETURNED[op]
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = operator(*arguments)
+        setup_context(ctx, arguments, outputs)
+        return tuple(outputs[0]) if listed else outputs[:count]
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return formula(ctx, gradients) if listed else formula(ctx, *gradients)
+
+    passes = {"forward": staticmethod(forward), "backward": staticmethod(backward), "boxed_grads_call": False}
+    function: Any = type(op, (torch.autograd.Function,), passes)  # its name is seen in profiles
+    # Without what Function.apply does for torch.func before: call() has seen to that.
+    apply = super(torch.autograd.Function, function).apply
+
+    def run(arguments: tuple[Any, ...]) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            outputs = apply(*arguments)
+            return (list(outputs),) if listed else outputs
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return run
+
+
+def _backward_operator(namespace: str, op: str) -> Callable[..., Any]:
+    """The operator of the backward pass; where that is itself differentiated, with the formula that raises."""
+    operator = _operator(namespace, f"{op}_backward").default
+
+    def run(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return operator(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return run
+
+
+def _refuse_transforms(op: str, transforms: Collection[Any]) -> None:
+    """Raise inside torch.func.grad and its like, and where torch.func.vmap cannot take the operator.
+
+    Their own messages would name neither the operation nor the mend.
+    """
+    for level in transforms:
         if level.key() == TransformType.Grad:
             raise RuntimeError(
                 f"{op}: the compiled kernels cannot be differentiated by torch.func (grad, vjp, jacrev); use "
@@ -107,9 +179,12 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
             )
         if level.key() == TransformType.Vmap and "Tensor[]" in SCHEMAS[op]:  # it maps single tensors alone
             raise RuntimeError(f"{op}: torch.func.vmap does not take the compiled kernels; use backend='reference'")
-    if forward_ad._current_level < 0:
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+
+
+def _refuse_tangents(op: str, arguments: tuple[Any, ...]) -> None:
+    """Raise if a tensor carries a forward-mode tangent: an operator without a formula for it would drop it silently."""
+    tensors = (a for a in arguments if isinstance(a, Tensor))
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(
             f"{op}: the compiled kernels have no forward-mode derivative; use backend='reference' for one"
         )
@@ -180,13 +255,13 @@ def _unproject_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.set_materialize_grads(False)
 
 
-def _unproject_autograd(namespace: str) -> Any:
+def _unproject_autograd(backward_operator: Callable[..., Any]) -> Any:
     def backward(ctx: Any, grad_volume: Tensor | None, _: Any) -> Any:
         features, q, view_mask, view_weights = ctx.saved_tensors
         if grad_volume is None:
             grad_volume = features.new_zeros(()).expand(features.shape[0], features.shape[2], *ctx.options[0])
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], view_weights is not None and ctx.needs_input_grad[3]
-        gradients = _operator(namespace, "unproject_backward")(
+        gradients = backward_operator(
             grad_volume,
             features,
             q,
@@ -244,10 +319,10 @@ def _soft_argmax3d_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.set_materialize_grads(False)
 
 
-def _soft_argmax3d_autograd(namespace: str) -> Any:
+def _soft_argmax3d_autograd(backward_operator: Callable[..., Any]) -> Any:
     def backward(ctx: Any, grad_mean: Tensor | None, grad_peak: Tensor | None, grad_covariance: Any, *_: Any) -> Any:
         logits, mean, covariance, maximum, total, argmax = ctx.saved_tensors
-        grad_logits = _operator(namespace, "soft_argmax3d_backward")(
+        grad_logits = backward_operator(
             torch.zeros_like(mean) if grad_mean is None else grad_mean,
             torch.zeros_like(total) if grad_peak is None else grad_peak,
             grad_covariance if ctx.has_covariance else None,
@@ -305,11 +380,11 @@ def _linear_soft_argmax3d_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple
     ctx.set_materialize_grads(False)
 
 
-def _linear_soft_argmax3d_autograd(namespace: str) -> Any:
+def _linear_soft_argmax3d_autograd(backward_operator: Callable[..., Any]) -> Any:
     def backward(ctx: Any, grad_mean: Tensor | None, grad_peak: Tensor | None, grad_covariance: Any, *_: Any) -> Any:
         features, weight, bias, mean, covariance, maximum, total, argmax = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        gradients = _operator(namespace, "linear_soft_argmax3d_backward")(
+        gradients = backward_operator(
             torch.zeros_like(mean) if grad_mean is None else grad_mean,
             torch.zeros_like(total) if grad_peak is None else grad_peak,
             grad_covariance if ctx.has_covariance else None,
@@ -369,12 +444,12 @@ def _rasterize_edges_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list
     ctx.set_materialize_grads(False)
 
 
-def _rasterize_edges_autograd(namespace: str) -> Any:
-    def backward(ctx: Any, grad_maps: list[Tensor | None], _: Any) -> Any:
+def _rasterize_edges_autograd(backward_operator: Callable[..., Any]) -> Any:
+    def backward(ctx: Any, grad_maps: Sequence[Tensor | None], *_: Any) -> Any:
         keypoints, weights, edges, winners = ctx.saved_tensors
         sizes, sigmas = ctx.options
         shapes = zip(sizes[::2], sizes[1::2])
-        grad_keypoints, grad_weights = _operator(namespace, "rasterize_edges_backward")(
+        grad_keypoints, grad_weights = backward_operator(
             [
                 keypoints.new_zeros(()).expand(keypoints.shape[0], h, w) if g is None else g
                 for g, (h, w) in zip(grad_maps, shapes)
@@ -439,14 +514,14 @@ def _group_norm_act_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.set_materialize_grads(False)
 
 
-def _group_norm_act_autograd(namespace: str) -> Any:
+def _group_norm_act_autograd(backward_operator: Callable[..., Any]) -> Any:
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
             return (None,) * 7
         x, weight, bias, output, mean, rstd = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         plain = ctx.activation == "none"  # the gradient of the residual is then that of the output
-        grad_x, grad_weight, grad_bias, grad_residual = _operator(namespace, "group_norm_act_backward")(
+        grad_x, grad_weight, grad_bias, grad_residual = backward_operator(
             grad,
             x,
             weight,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .checks import check_choice, check_device, check_features, check_grid, check_tensor, describe
+from .checks import check_choice, check_device, check_features, check_floating, check_grid, check_shape, describe, exact
 from .geometry import VoxelGrid, check_geometry
 
 AGGREGATIONS = ("softmax", "mean", "sum", "max", "weighted")
@@ -83,10 +83,9 @@ def unproject(
         (torch.Size([1, 4, 3, 3, 3]), [1])
     """
     _check(features, projections, grid, aggregation, unseen, view_mask, view_weights)
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    q = grid.voxel_to_pixel(projections).to(dtype)
+    q = exact(grid.voxel_to_pixel(projections), features)
     if view_weights is not None:
-        view_weights = view_weights.to(dtype).reshape(*features.shape[:2], -1).expand(features.shape[:3])
+        view_weights = exact(view_weights, features).reshape(*features.shape[:2], -1).expand(features.shape[:3])
     run = backends.implementation("unproject", backend, features.device, features.dtype)
     volume, counts = run(features, q, grid.shape, aggregation, unseen, view_mask, view_weights)
     return (volume, counts) if return_counts else volume
@@ -113,9 +112,7 @@ def _check(
     check_device("projections", projections, "features", features)
     check_grid(grid, n, "features", features)
     if view_mask is not None:
-        check_tensor("view_mask", view_mask, "(N, M)")
-        if view_mask.shape != (n, m):
-            raise ValueError(f"view_mask {describe(view_mask)}: expected ({n}, {m})")
+        check_shape("view_mask", view_mask, (n, m))
         if view_mask.dtype != torch.bool:
             raise ValueError(f"view_mask {describe(view_mask)}: expected bool, got {view_mask.dtype}")
         check_device("view_mask", view_mask, "features", features)
@@ -125,14 +122,8 @@ def _check(
             f"got aggregation={aggregation!r}"
         )
     if view_weights is not None:
-        if not isinstance(view_weights, Tensor):
-            raise TypeError(f"view_weights: expected a tensor (N, M) or (N, M, C), got {describe(view_weights)}")
-        if view_weights.shape not in ((n, m), (n, m, c)):
-            raise ValueError(f"view_weights {describe(view_weights)}: expected ({n}, {m}) or ({n}, {m}, {c})")
-        if not view_weights.is_floating_point():
-            raise ValueError(
-                f"view_weights {describe(view_weights)}: expected a floating dtype, got {view_weights.dtype}"
-            )
+        check_shape("view_weights", view_weights, (n, m), (n, m, c))
+        check_floating("view_weights", view_weights)
         check_device("view_weights", view_weights, "features", features)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..library import cpp_unavailable as unavailable
-from ..registration import refuse_tangents
+from ..registration import call
 
 __all__ = ["run", "unavailable"]
 
@@ -15,6 +14,5 @@ def run(
     features: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, covariance: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean, peak and covariance of the index; arguments as in ``reference/linear_soft_argmax3d.py``."""
-    refuse_tangents("linear_soft_argmax3d", features, weight, bias)
-    outputs = torch.ops.bkind3d.linear_soft_argmax3d(features, weight, bias, temperature, covariance)
+    outputs = call("bkind3d", "linear_soft_argmax3d", features, weight, bias, temperature, covariance)
     return outputs[0], outputs[1], outputs[2] if covariance else None

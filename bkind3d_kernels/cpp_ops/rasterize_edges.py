@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..library import cpp_unavailable as unavailable
-from ..registration import refuse_tangents
+from ..registration import call
 
 __all__ = ["run", "unavailable"]
 
@@ -15,6 +14,5 @@ def run(
     keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[tuple[int, int]], sigmas: list[float]
 ) -> list[Tensor]:
     """One map for each size; arguments as in ``reference/rasterize_edges.py``."""
-    refuse_tangents("rasterize_edges", keypoints, weights)
     flat = [length for size in sizes for length in size]
-    return torch.ops.bkind3d.rasterize_edges(keypoints, weights, edges, flat, sigmas)[0]
+    return call("bkind3d", "rasterize_edges", keypoints, weights, edges, flat, sigmas)[0]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..library import cpp_unavailable as unavailable
-from ..registration import refuse_tangents
+from ..registration import call
 
 __all__ = ["run", "unavailable"]
 
 
 def run(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean, peak and covariance of the index; arguments as in ``reference/soft_argmax3d.py``."""
-    refuse_tangents("soft_argmax3d", logits)
-    mean, peak, second, *_ = torch.ops.bkind3d.soft_argmax3d(logits, temperature, covariance)
+    mean, peak, second, *_ = call("bkind3d", "soft_argmax3d", logits, temperature, covariance)
     return mean, peak, second if covariance else None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..library import cpp_unavailable as unavailable
-from ..registration import refuse_tangents
+from ..registration import call
 
 __all__ = ["run", "unavailable"]
 
@@ -21,5 +20,4 @@ def run(
     view_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Volume and counts; arguments as in ``reference/unproject.py``."""
-    refuse_tangents("unproject", features, q, view_weights)
-    return torch.ops.bkind3d.unproject(features, q, view_mask, view_weights, shape, aggregation, unseen)
+    return call("bkind3d", "unproject", features, q, view_mask, view_weights, shape, aggregation, unseen)

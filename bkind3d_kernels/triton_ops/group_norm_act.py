@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import FEATURE_DTYPES, check_positive
-from ..registration import empty_channels_last, refuse_tangents
+from ..registration import call, empty_channels_last
 from . import INTERPRETED, NAMESPACE, Variant, define, double_bits, on_device, unavailable
 from .scalars import ACCUMULATORS, NARROW, as_double
 
@@ -500,8 +500,7 @@ def run(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, activation: str
 ) -> Tensor:
     """The normalised map; arguments as in ``reference/group_norm_act.py``."""
-    refuse_tangents("group_norm_act", x, weight, bias, residual)
-    return getattr(torch.ops, NAMESPACE).group_norm_act(x, weight, bias, residual, groups, eps, activation)[0]
+    return call(NAMESPACE, "group_norm_act", x, weight, bias, residual, groups, eps, activation)[0]
 
 
 # ---- ahead of time ----

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..registration import refuse_tangents
+from ..registration import call
 from . import INTERPRETED, NAMESPACE, Variant, define, on_device, unavailable
 
 __all__ = ["run", "unavailable", "variants"]
@@ -552,9 +552,7 @@ def run(
     features: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, covariance: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean, peak and covariance of the index; arguments as in ``reference/linear_soft_argmax3d.py``."""
-    refuse_tangents("linear_soft_argmax3d", features, weight, bias)
-    operator = getattr(torch.ops, NAMESPACE).linear_soft_argmax3d
-    outputs = operator(features, weight, bias, temperature, covariance)
+    outputs = call(NAMESPACE, "linear_soft_argmax3d", features, weight, bias, temperature, covariance)
     return outputs[0], outputs[1], outputs[2] if covariance else None
 
 

@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import GEOMETRY_DTYPES
-from ..registration import INT16_EDGES, refuse_tangents
-from . import INTERPRETED, Variant, define, double_bits, on_device
+from ..registration import INT16_EDGES, call
+from . import INTERPRETED, NAMESPACE, Variant, define, double_bits, on_device
 from . import unavailable as _unavailable
 
 __all__ = ["run", "unavailable"]
@@ -77,9 +77,8 @@ def run(
     keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: list[tuple[int, int]], sigmas: list[float]
 ) -> list[Tensor]:
     """One map for each size; arguments as in ``reference/rasterize_edges.py``."""
-    refuse_tangents("rasterize_edges", keypoints, weights)
     flat = [length for size in sizes for length in size]
-    return torch.ops.bkind3d_triton.rasterize_edges(keypoints, weights, edges, flat, sigmas)[0]
+    return call(NAMESPACE, "rasterize_edges", keypoints, weights, edges, flat, sigmas)[0]
 
 
 # ---- where a program works ----

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import FEATURE_DTYPES, check_positive, describe
-from ..registration import refuse_tangents
+from ..registration import call
 from . import INTERPRETED, NAMESPACE, Variant, define, double_bits, on_device, unavailable
 from .scalars import ACCUMULATORS, NARROW, as_double
 
@@ -521,8 +521,7 @@ define("soft_argmax3d", _forward, _backward)
 
 def run(logits: Tensor, temperature: float, covariance: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean, peak and covariance of the index; arguments as in ``reference/soft_argmax3d.py``."""
-    refuse_tangents("soft_argmax3d", logits)
-    mean, peak, second, *_ = getattr(torch.ops, NAMESPACE).soft_argmax3d(logits, temperature, covariance)
+    mean, peak, second, *_ = call(NAMESPACE, "soft_argmax3d", logits, temperature, covariance)
     return mean, peak, second if covariance else None
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import FEATURE_DTYPES
-from ..registration import refuse_tangents
+from ..registration import call
 from . import INTERPRETED, NAMESPACE, Variant, define, on_device, unavailable
 
 __all__ = ["run", "unavailable", "variants"]
@@ -49,9 +49,7 @@ def run(
     view_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Volume and counts; arguments as in ``reference/unproject.py``."""
-    refuse_tangents("unproject", features, q, view_weights)
-    operator = getattr(torch.ops, NAMESPACE).unproject
-    return operator(features, q, view_mask, view_weights, shape, aggregation, unseen)
+    return call(NAMESPACE, "unproject", features, q, view_mask, view_weights, shape, aggregation, unseen)
 
 
 # ---- device: geometry, per voxel ----

@@ -2,6 +2,7 @@
 // names of options. The one header of this folder that knows torch; loops and kernels do not include it.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -60,9 +61,72 @@ inline bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape) {
   return std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
 }
 
-inline torch::headeronly::MemoryFormat channels_last_of(const Tensor& x) {
+// ---- tensors that are made ----
+//
+// By functions of the shim, and only where there is something to make: those of torch::stable go by name through the
+// dispatcher, for a microsecond or two, which is what counts where a problem is small.
+
+inline Tensor empty_beside(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
+  int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), size.data(), static_cast<int64_t>(size.size()),
+                                                          &number, nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
+}
+
+inline Tensor empty_beside(const Tensor& like, const std::vector<int64_t>& size) {
+  return empty_beside(like, size, like.scalar_type());
+}
+
+inline Tensor zeros_beside(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
+  int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_zeros(like.get(), size.data(), static_cast<int64_t>(size.size()),
+                                                          &number, nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
+}
+
+// The same memory with its dimensions in another order.
+inline Tensor permuted(const Tensor& tensor, const std::vector<int64_t>& order) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<int64_t> size, stride;
+  for (const int64_t i : order) size.push_back(sizes[i]), stride.push_back(strides[i]);
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(order.size()),
+                                                               size.data(), stride.data(), 0, &made));
+  return Tensor(made);
+}
+
+// Dimension `from` moved to the end.
+inline Tensor moved_last(const Tensor& tensor, int64_t from) {
+  std::vector<int64_t> order;
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    if (i != from) order.push_back(i);
+  order.push_back(from);
+  return permuted(tensor, order);
+}
+
+// New (N, C, ...) in the dtype of `like`, with the channels last in memory.
+inline Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& size) {
+  std::vector<int64_t> last{size[0]}, order{0, int64_t(size.size()) - 1};
+  for (size_t i = 2; i < size.size(); ++i) last.push_back(size[i]), order.push_back(int64_t(i) - 1);
+  last.push_back(size[1]);
+  return permuted(empty_beside(like, last), order);
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Tensor as_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+// (N, C, ...) with the channels last in memory, as it is or a copy.
+inline Tensor as_channels_last(const Tensor& x) {
   using torch::headeronly::MemoryFormat;
-  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+  if (moved_last(x, 1).is_contiguous()) return x;
+  return torch::stable::contiguous(x, x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
 }
 
 // A map in the shape and dtype of x and beside it, channels-last.
@@ -72,13 +136,7 @@ inline Tensor map_like(const char* name, const Tensor& tensor, const Tensor& x) 
       has_shape(tensor, std::vector<int64_t>(sizes.begin(), sizes.end())) && tensor.scalar_type() == x.scalar_type(),
       name, ": expected the shape and dtype of x");
   STD_TORCH_CHECK(tensor.device() == x.device(), name, ": expected the device of the other arguments");
-  return torch::stable::contiguous(tensor, channels_last_of(x));
-}
-
-// Dimension `from` moved to the end.
-inline Tensor moved_last(Tensor tensor, int64_t from) {
-  for (; from + 1 < tensor.dim(); ++from) tensor = torch::stable::transpose(tensor, from, from + 1);
-  return tensor;
+  return as_channels_last(tensor);
 }
 
 }  // namespace bkind3d

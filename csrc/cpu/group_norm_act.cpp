@@ -40,13 +40,12 @@ struct Call {
 Tensor parameter(const char* name, const Tensor& tensor, int64_t channels, ScalarType arithmetic) {
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == channels && tensor.scalar_type() == arithmetic, name,
                   ": expected (C,), float32, or float64 for float64 maps");
-  return torch::stable::contiguous(tensor);
+  return as_contiguous(tensor);
 }
 
 Tensor empty_map(const Tensor& x) {
   const auto sizes = x.sizes();
-  Tensor made = torch::stable::empty(std::vector<int64_t>(sizes.begin(), sizes.end()), x.scalar_type(), std::nullopt,
-                                     x.device(), std::nullopt, channels_last_of(x));
+  Tensor made = empty_channels_last(x, std::vector<int64_t>(sizes.begin(), sizes.end()));
   advise_huge_pages(made.mutable_data_ptr(), made.numel() * bytes_of(storage_of("x", x)));
   return made;
 }
@@ -67,7 +66,7 @@ Call prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t 
   const ScalarType arithmetic = arithmetic_of(call.storage);
   call.weight = parameter("weight", weight, a.channels, arithmetic);
   call.bias = parameter("bias", bias, a.channels, arithmetic);
-  call.x = torch::stable::contiguous(x, channels_last_of(x));
+  call.x = as_channels_last(x);
   a.x = call.x.const_data_ptr();
   a.weight = call.weight.const_data_ptr();
   a.bias = call.bias.const_data_ptr();
@@ -139,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(Tensor x, Tensor weight, Tenso
   std::optional<Tensor> added;
   if (residual) added = map_like("residual", *residual, x);
   Tensor y = empty_map(x);
-  Tensor mean = torch::stable::new_empty(call.weight, {call.samples, groups});
-  Tensor rstd = torch::stable::new_empty(call.weight, {call.samples, groups});
+  Tensor mean = empty_beside(call.weight, {call.samples, groups});
+  Tensor rstd = empty_beside(call.weight, {call.samples, groups});
   call.partial.resize(call.samples * a.slabs * 2 * groups);
   a.residual = added ? added->const_data_ptr() : nullptr;
   a.y = y.mutable_data_ptr();
@@ -208,16 +207,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(Tensor grad, 
     STD_TORCH_CHECK(has_shape(*tensor, {call.samples, a.groups}) && tensor->scalar_type() == call.weight.scalar_type(),
                     name, ": expected (N, G) in the dtype of the weight");
   STD_TORCH_CHECK(output || !a.relu || !needs_residual, "output: expected where a residual was added before a ReLU");
-  const Tensor gradient = map_like("grad", grad, x), means = torch::stable::contiguous(mean),
-               rstds = torch::stable::contiguous(rstd);
+  const Tensor gradient = map_like("grad", grad, x), means = as_contiguous(mean), rstds = as_contiguous(rstd);
   std::optional<Tensor> kept;
   if (output) kept = map_like("output", *output, x);
 
   const std::vector<int64_t> channels{needs_weight ? a.channels : 0};
-  Tensor grad_x = needs_x ? empty_map(x) : torch::stable::new_empty(x, {0});
-  Tensor grad_residual = needs_residual ? empty_map(x) : torch::stable::new_empty(x, {0});
-  Tensor grad_weight = torch::stable::new_empty(call.weight, channels);
-  Tensor grad_bias = torch::stable::new_empty(call.weight, channels);
+  Tensor grad_x = needs_x ? empty_map(x) : empty_beside(x, {0});
+  Tensor grad_residual = needs_residual ? empty_map(x) : empty_beside(x, {0});
+  Tensor grad_weight = empty_beside(call.weight, channels);
+  Tensor grad_bias = empty_beside(call.weight, channels);
   if (!needs_x && !needs_weight && !needs_residual) return {grad_x, grad_weight, grad_bias, grad_residual};
 
   call.partial.resize(call.samples * a.slabs * 2 * a.channels);

@@ -70,11 +70,11 @@ Call prepare(const Tensor& features, const Tensor& weight, const std::optional<T
       weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) == a.channels && weight.scalar_type() == arithmetic,
       "weight: expected (J, C), float32, or float64 for float64 features");
   a.joints = weight.size(0);
-  call.weight = torch::stable::contiguous(weight);
+  call.weight = as_contiguous(weight);
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.joints && bias->scalar_type() == arithmetic,
                     "bias: expected (J,) in the dtype of the weight");
-    call.bias = torch::stable::contiguous(*bias);
+    call.bias = as_contiguous(*bias);
   }
   const int64_t step = linear_soft_argmax3d_loops().step[is_double(call.storage)];
   a.channel_step = round_up(a.channels, step);
@@ -136,11 +136,10 @@ std::tuple<Tensor, Tensor> linear_soft_argmax3d_backward(Tensor grad_mean, Tenso
       call.samples * a.joints, a.beta, grad_mean, grad_peak, grad_covariance, mean, covariance, maximum, total, argmax);
   a.volumes = volumes.data();
 
-  Tensor grad_features = torch::stable::new_empty(features, {0});
+  Tensor grad_features = empty_beside(features, {0});
   if (needs_features) {
     const std::vector<int64_t> size{call.samples, a.channels, a.shape[0], a.shape[1], a.shape[2]};
-    grad_features = torch::stable::empty(size, features.scalar_type(), std::nullopt, features.device(), std::nullopt,
-                                         torch::headeronly::MemoryFormat::ChannelsLast3d);
+    grad_features = empty_channels_last(features, size);
     const int64_t bytes = grad_features.numel() * bytes_of(call.storage);
     a.grad_features = grad_features.mutable_data_ptr();
     a.stream = bytes > stream_bytes;
@@ -153,7 +152,7 @@ std::tuple<Tensor, Tensor> linear_soft_argmax3d_backward(Tensor grad_mean, Tenso
 
   const std::vector<int64_t> matrix =
       needs_weight ? std::vector<int64_t>{a.joints, a.channels} : std::vector<int64_t>{0};
-  Tensor grad_weight = torch::stable::new_empty(call.weight, matrix);
+  Tensor grad_weight = empty_beside(call.weight, matrix);
   if (needs_weight)
     by_arithmetic(is_double(call.storage),
                   [&](auto number) { add_weights(call, partial, grad_weight.mutable_data_ptr<decltype(number)>()); });

@@ -47,7 +47,12 @@ void write(const MomentsOutputs& outputs, int64_t row, const Moments<double>& m,
 // A small tensor of `numel` elements as doubles.
 inline std::vector<double> doubles(const char* name, const Tensor& tensor, int64_t numel) {
   STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements");
-  const Tensor exact = torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Double));
+  const Tensor whole = as_contiguous(tensor);
+  if (whole.scalar_type() == ScalarType::Float) {
+    const float* data = whole.const_data_ptr<float>();
+    return std::vector<double>(data, data + numel);
+  }
+  const Tensor exact = as_type(whole, ScalarType::Double);
   const double* data = exact.const_data_ptr<double>();
   return std::vector<double>(data, data + numel);
 }
@@ -59,9 +64,7 @@ inline MomentsOutputs moments_outputs(const Tensor& like, int64_t n, int64_t joi
                                       const Moments<double>* moments, int64_t slabs, double beta, bool covariance) {
   using namespace moments_detail;
   const ScalarType arithmetic = is_double ? ScalarType::Double : ScalarType::Float;
-  auto empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
-    return torch::stable::new_empty(like, size, dtype);
-  };
+  auto empty = [&](const std::vector<int64_t>& size, ScalarType dtype) { return empty_beside(like, size, dtype); };
   const std::vector<int64_t> matrix = covariance ? std::vector<int64_t>{n, joints, 3, 3} : std::vector<int64_t>{0};
   MomentsOutputs outputs{empty({n, joints, 3}, arithmetic), empty({n, joints}, arithmetic),
                          empty(matrix, arithmetic),         empty({n, joints}, arithmetic),
@@ -92,7 +95,7 @@ inline std::vector<VolumeGradient<double>> volume_gradients(int64_t rows, double
   const std::vector<double> maxima = doubles("maximum", maximum, rows);
   const std::vector<double> totals = doubles("total", total, rows);
   STD_TORCH_CHECK(argmax.scalar_type() == ScalarType::Long && argmax.numel() == rows, "argmax: expected (N, J) int64");
-  const Tensor argmaxes = torch::stable::contiguous(argmax);
+  const Tensor argmaxes = as_contiguous(argmax);
 
   std::vector<VolumeGradient<double>> volumes(rows);
   for (int64_t row = 0; row < rows; ++row) {

@@ -162,10 +162,10 @@ std::tuple<std::vector<Tensor>, Tensor> rasterize_edges(Tensor keypoints, Tensor
   const RasterizeEdgesArgs& a = call.args;
   const ScalarType index = a.wide_winners ? ScalarType::Int : ScalarType::Short;
   std::vector<Tensor> maps;
-  Tensor winners = torch::stable::new_empty(keypoints, {a.samples * call.pixels}, index);
+  Tensor winners = empty_beside(keypoints, {a.samples * call.pixels}, index);
   char* winner = static_cast<char*>(winners.mutable_data_ptr());
   for (EdgeMap& map : call.maps) {
-    maps.push_back(torch::stable::new_empty(keypoints, {a.samples, map.height, map.width}));
+    maps.push_back(empty_beside(keypoints, {a.samples, map.height, map.width}));
     map.values = maps.back().mutable_data_ptr();
     map.winners = winner;
     winner += a.samples * map.height * map.width * (a.wide_winners ? 4 : 2);
@@ -248,8 +248,8 @@ std::tuple<Tensor, Tensor> rasterize_edges_backward(std::vector<Tensor> grad_map
   Call call = prepare(keypoints, weights, edges, sizes, sigmas);
   const RasterizeEdgesArgs& a = call.args;
   take_gradients(call, grad_maps, winners);
-  Tensor grad_keypoints = torch::stable::new_empty(keypoints, {a.samples, a.points, 2});
-  Tensor grad_weights = torch::stable::new_empty(weights, {a.samples, a.count});
+  Tensor grad_keypoints = empty_beside(keypoints, {a.samples, a.points, 2});
+  Tensor grad_weights = empty_beside(weights, {a.samples, a.count});
   if (a.samples == 0) return {grad_keypoints, grad_weights};
   const RasterizeEdgesLoops& loops = rasterize_edges_loops();
   make_tables(call, loops, true);

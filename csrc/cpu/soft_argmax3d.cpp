@@ -80,7 +80,7 @@ Tensor soft_argmax3d_backward(Tensor grad_mean, Tensor grad_peak, std::optional<
   const std::vector<VolumeGradient<double>> volumes =
       volume_gradients(rows, a.beta, grad_mean, grad_peak, grad_covariance, mean, covariance, maximum, total, argmax);
   const std::vector<int64_t> size{n, a.joints, a.shape[0], a.shape[1], a.shape[2]};
-  Tensor grad = torch::stable::new_empty(logits, size);
+  Tensor grad = empty_beside(logits, size);
   const int64_t bytes = rows * voxels(a) * bytes_of(storage);
   a.volumes = volumes.data();
   a.grad = grad.mutable_data_ptr();

@@ -22,7 +22,7 @@ constexpr int64_t max_views = 255;       // counts are bytes
 constexpr int64_t max_length = 1 << 24;  // exact in float
 constexpr int64_t max_slabs = 8;
 
-Tensor as(const Tensor& tensor, ScalarType type) { return torch::stable::contiguous(torch::stable::to(tensor, type)); }
+Tensor as(const Tensor& tensor, ScalarType type) { return as_contiguous(as_type(tensor, type)); }
 
 // Whether offsets within one map fit 31 bits.
 bool spans_31_bits(const Tensor& maps) {
@@ -74,7 +74,7 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
   if (view_mask) {
     STD_TORCH_CHECK(view_mask->scalar_type() == ScalarType::Bool && has_shape(*view_mask, {a.samples, a.views}),
                     "view_mask: expected (N, M) bool");
-    call.mask = torch::stable::contiguous(*view_mask);
+    call.mask = as_contiguous(*view_mask);
     a.mask = static_cast<const bool*>(call.mask->const_data_ptr());
   }
   STD_TORCH_CHECK(view_weights.has_value() == (a.aggregation == Aggregation::weighted),
@@ -97,9 +97,8 @@ std::tuple<Tensor, Tensor> unproject(Tensor features, Tensor q, std::optional<Te
   Call call = prepare(features, q, view_mask, view_weights, shape, aggregation, unseen, false);
   UnprojectArgs& a = call.args;
   const std::vector<int64_t> size{a.samples, a.channels, shape[0], shape[1], shape[2]};
-  Tensor volume = torch::stable::empty(size, call.type, std::nullopt, features.device(), std::nullopt,
-                                       torch::headeronly::MemoryFormat::ChannelsLast3d);
-  Tensor counts = torch::stable::new_empty(features, {a.samples, shape[0], shape[1], shape[2]}, ScalarType::Byte);
+  Tensor volume = empty_channels_last(features, size);
+  Tensor counts = empty_beside(features, {a.samples, shape[0], shape[1], shape[2]}, ScalarType::Byte);
   a.volume = volume.mutable_data_ptr();
   a.counts = static_cast<unsigned char*>(counts.mutable_data_ptr());
   advise_huge_pages(a.volume, volume.numel() * bytes_of(a.storage));
@@ -173,16 +172,16 @@ std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor
   STD_TORCH_CHECK(has_shape(grad_volume, {a.samples, a.channels, shape[0], shape[1], shape[2]}),
                   "grad_volume: expected (N, C, X, Y, Z)");
   STD_TORCH_CHECK(!needs_weights || view_weights, "needs_weights: there are no view_weights");
-  if (grad_volume.scalar_type() != call.type) grad_volume = torch::stable::to(grad_volume, call.type);
+  grad_volume = as_type(grad_volume, call.type);
   a.grad_volume = grad_volume.const_data_ptr();
   for (int i = 0; i < 5; ++i) a.grad_stride[i] = grad_volume.stride(i);
   partition(a, deterministic);
 
   const int64_t tasks = a.samples * ceil_divide(a.channels, a.channel_block) * a.slabs;
-  Tensor grad_features = torch::stable::new_empty(features, {0}), accumulator = grad_features;
+  Tensor grad_features = empty_beside(features, {0}), accumulator = grad_features;
   if (needs_features) {
     const std::vector<int64_t> size{a.slabs * a.samples, a.views, a.height, a.width, a.channels};
-    accumulator = torch::stable::new_zeros(features, size, call.arithmetic);
+    accumulator = zeros_beside(features, size, call.arithmetic);
     a.grad_features = accumulator.mutable_data_ptr();
   }
   std::vector<double> partial_q(needs_q ? tasks * a.views * 12 : 0);
@@ -200,18 +199,17 @@ std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor
     by_arithmetic(is_double(a.storage),
                   [&](auto number) { add_slabs(static_cast<decltype(number)*>(a.grad_features), count, a.slabs); });
     if (a.slabs > 1) accumulator = torch::stable::clone(torch::stable::narrow(accumulator, 0, 0, a.samples));
-    if (call.type != call.arithmetic) accumulator = torch::stable::to(accumulator, call.type);
-    grad_features = torch::stable::transpose(torch::stable::transpose(accumulator, 3, 4), 2, 3);
+    grad_features = permuted(as_type(accumulator, call.type), {0, 1, 4, 2, 3});
   }
-  Tensor grad_q = torch::stable::new_empty(call.q, {0}), grad_weights = torch::stable::new_empty(call.q, {0});
+  Tensor grad_q = empty_beside(call.q, {0}), grad_weights = empty_beside(call.q, {0});
   if (needs_q) {
-    grad_q = torch::stable::new_empty(call.q, {a.samples, a.views, 3, 4});
+    grad_q = empty_beside(call.q, {a.samples, a.views, 3, 4});
     by_arithmetic(is_double(a.storage), [&](auto number) {
       add_matrices(a, partial_q, tasks, static_cast<decltype(number)*>(grad_q.mutable_data_ptr()));
     });
   }
   if (needs_weights) {
-    grad_weights = torch::stable::new_empty(call.q, {a.samples, a.views, a.channels});
+    grad_weights = empty_beside(call.q, {a.samples, a.views, a.channels});
     by_arithmetic(is_double(a.storage), [&](auto number) {
       add_weights(a, partial_weights, static_cast<decltype(number)*>(grad_weights.mutable_data_ptr()));
     });

@@ -46,8 +46,7 @@ class OnDevice {
 inline Tensor plain(const char* name, const Tensor& tensor, ScalarType dtype, int64_t numel, const Tensor& other) {
   STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements");
   STD_TORCH_CHECK(tensor.device() == other.device(), name, ": expected the device of the other arguments");
-  const Tensor exact = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-  return exact.is_contiguous() ? exact : torch::stable::contiguous(exact);
+  return as_contiguous(as_type(tensor, dtype));
 }
 
 }  // namespace bkind3d

@@ -31,8 +31,7 @@ Tensor parameter(const char* name, const Tensor& tensor, const Tensor& x) {
 
 Tensor empty_map(const Tensor& x) {
   const auto sizes = x.sizes();
-  return torch::stable::empty(std::vector<int64_t>(sizes.begin(), sizes.end()), x.scalar_type(), std::nullopt,
-                              x.device(), std::nullopt, channels_last_of(x));
+  return empty_channels_last(x, std::vector<int64_t>(sizes.begin(), sizes.end()));
 }
 
 Call prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, const std::string& activation) {
@@ -51,7 +50,7 @@ Call prepare(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t 
   a.relu = parse_relu(activation);
   call.weight = parameter("weight", weight, x);
   call.bias = parameter("bias", bias, x);
-  call.x = torch::stable::contiguous(x, channels_last_of(x));
+  call.x = as_channels_last(x);
   a.x = call.x.const_data_ptr();
   a.weight = call.weight.const_data_ptr();
   a.bias = call.bias.const_data_ptr();
@@ -65,14 +64,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(Tensor x, Tensor weight, Tenso
   std::optional<Tensor> added;
   if (residual) added = map_like("residual", *residual, x);
   Tensor y = empty_map(x);
-  Tensor mean = torch::stable::new_empty(call.weight, {a.samples, groups});
-  Tensor rstd = torch::stable::new_empty(call.weight, {a.samples, groups});
+  Tensor mean = empty_beside(call.weight, {a.samples, groups});
+  Tensor rstd = empty_beside(call.weight, {a.samples, groups});
   a.residual = added ? added->const_data_ptr() : nullptr;
   a.y = y.mutable_data_ptr();
   a.mean = mean.mutable_data_ptr();
   a.rstd = rstd.mutable_data_ptr();
   a.eps = eps;
-  Tensor scratch = torch::stable::new_empty(x, {group_norm_act_scratch(a, call.storage)}, ScalarType::Byte);
+  Tensor scratch = empty_beside(x, {group_norm_act_scratch(a, call.storage)}, ScalarType::Byte);
   const OnDevice device(x);
   launch_group_norm_act(device.stream(), a, call.storage, scratch.mutable_data_ptr());
   return {y, mean, rstd};
@@ -97,10 +96,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(Tensor grad, 
   if (output) kept = map_like("output", *output, x);
 
   const std::vector<int64_t> channels{needs_weight ? a.channels : 0};
-  Tensor grad_x = needs_x ? empty_map(x) : torch::stable::new_empty(x, {0});
-  Tensor grad_residual = needs_residual ? empty_map(x) : torch::stable::new_empty(x, {0});
-  Tensor grad_weight = torch::stable::new_empty(call.weight, channels);
-  Tensor grad_bias = torch::stable::new_empty(call.weight, channels);
+  Tensor grad_x = needs_x ? empty_map(x) : empty_beside(x, {0});
+  Tensor grad_residual = needs_residual ? empty_map(x) : empty_beside(x, {0});
+  Tensor grad_weight = empty_beside(call.weight, channels);
+  Tensor grad_bias = empty_beside(call.weight, channels);
   if (!needs_x && !needs_weight && !needs_residual) return {grad_x, grad_weight, grad_bias, grad_residual};
 
   a.grad = gradient.const_data_ptr();
@@ -110,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(Tensor grad, 
   if (needs_x) a.grad_x = grad_x.mutable_data_ptr();
   if (needs_residual) a.grad_residual = grad_residual.mutable_data_ptr();
   if (needs_weight) a.grad_weight = grad_weight.mutable_data_ptr(), a.grad_bias = grad_bias.mutable_data_ptr();
-  Tensor scratch = torch::stable::new_empty(x, {group_norm_act_backward_scratch(a, call.storage)}, ScalarType::Byte);
+  Tensor scratch = empty_beside(x, {group_norm_act_backward_scratch(a, call.storage)}, ScalarType::Byte);
   const OnDevice device(x);
   launch_group_norm_act_backward(device.stream(), a, call.storage, scratch.mutable_data_ptr());
   return {grad_x, grad_weight, grad_bias, grad_residual};

@@ -86,9 +86,7 @@ Call prepare(const Tensor& keypoints, const Tensor& weights, const Tensor& edges
   return call;
 }
 
-Tensor bytes_like(const Tensor& tensor, int64_t bytes) {
-  return torch::stable::new_empty(tensor, {bytes}, ScalarType::Byte);
-}
+Tensor bytes_like(const Tensor& tensor, int64_t bytes) { return empty_beside(tensor, {bytes}, ScalarType::Byte); }
 
 std::tuple<std::vector<Tensor>, Tensor> rasterize_edges(Tensor keypoints, Tensor weights, Tensor edges,
                                                         std::vector<int64_t> sizes, std::vector<double> sigmas) {
@@ -96,11 +94,11 @@ std::tuple<std::vector<Tensor>, Tensor> rasterize_edges(Tensor keypoints, Tensor
   RasterizeEdgesArgs& a = call.args;
   std::vector<Tensor> maps;
   for (EdgeMap& map : call.maps) {
-    maps.push_back(torch::stable::new_empty(keypoints, {a.samples, map.height, map.width}));
+    maps.push_back(empty_beside(keypoints, {a.samples, map.height, map.width}));
     map.values = maps.back().mutable_data_ptr();
   }
   const ScalarType index = a.wide_winners ? ScalarType::Int : ScalarType::Short;
-  const Tensor winners = torch::stable::new_empty(keypoints, {a.samples * call.pixels}, index);
+  const Tensor winners = empty_beside(keypoints, {a.samples * call.pixels}, index);
   a.winners = winners.mutable_data_ptr();
   const Tensor table = bytes_like(keypoints, rasterize_edges_scratch(a, call.all_maps(), call.is_double).table);
   const OnDevice device(keypoints);
@@ -134,8 +132,8 @@ std::tuple<Tensor, Tensor> rasterize_edges_backward(std::vector<Tensor> grad_map
   Call call = prepare(keypoints, weights, edges, sizes, sigmas);
   take_gradients(call, grad_maps, winners, keypoints);
   const RasterizeEdgesArgs& a = call.args;
-  Tensor grad_keypoints = torch::stable::new_empty(keypoints, {a.samples, a.points, 2});
-  Tensor grad_weights = torch::stable::new_empty(weights, {a.samples, int64_t(a.count)});
+  Tensor grad_keypoints = empty_beside(keypoints, {a.samples, a.points, 2});
+  Tensor grad_weights = empty_beside(weights, {a.samples, int64_t(a.count)});
   const RasterizeEdgesScratch bytes = rasterize_edges_scratch(a, call.all_maps(), call.is_double);
   const Tensor table = bytes_like(keypoints, bytes.table), words = bytes_like(keypoints, bytes.words);
   const Tensor records = bytes_like(keypoints, bytes.records), ends = bytes_like(keypoints, bytes.ends);

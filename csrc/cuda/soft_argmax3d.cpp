@@ -34,9 +34,7 @@ Results soft_argmax3d(Tensor logits, double temperature, bool covariance) {
   const Storage storage = storage_of("logits", logits);
   const ScalarType real = arithmetic_of(storage);
   const int64_t n = a.samples, j = a.joints;
-  auto empty = [&](const std::vector<int64_t>& size, ScalarType type) {
-    return torch::stable::new_empty(logits, size, type);
-  };
+  auto empty = [&](const std::vector<int64_t>& size, ScalarType type) { return empty_beside(logits, size, type); };
   const std::vector<int64_t> matrix = covariance ? std::vector<int64_t>{n, j, 3, 3} : std::vector<int64_t>{0};
   Tensor mean = empty({n, j, 3}, real), peak = empty({n, j}, real), second = empty(matrix, real);
   Tensor maximum = empty({n, j}, real), total = empty({n, j}, real), argmax = empty({n, j}, ScalarType::Long);
@@ -55,8 +53,7 @@ Tensor soft_argmax3d_backward(Tensor grad_mean, Tensor grad_peak, std::optional<
   const SoftArgmaxArgs a = prepare(logits, temperature);
   const Storage storage = storage_of("logits", logits);
   const int64_t rows = a.samples * a.joints;
-  Tensor grad =
-      torch::stable::new_empty(logits, std::vector<int64_t>{a.samples, a.joints, a.shape[0], a.shape[1], a.shape[2]});
+  Tensor grad = empty_beside(logits, std::vector<int64_t>{a.samples, a.joints, a.shape[0], a.shape[1], a.shape[2]});
   std::vector<Tensor> used;  // until the launch
   auto data = [&](const char* name, const Tensor& tensor, int64_t width) {
     used.push_back(plain(name, tensor, arithmetic_of(storage), width * rows, logits));

@@ -64,7 +64,7 @@ Call prepare(const Tensor& features, const Tensor& q, const std::optional<Tensor
   const bool packed = c * size % 16 == 0;
   const bool as_they_are = channels_together(maps) && (!packed || in_packs(maps, 16, size)) &&
                            (!dense || (maps.stride(3) == c && maps.stride(2) == w * c));
-  call.features = as_they_are ? maps : torch::stable::contiguous(maps);
+  call.features = as_they_are ? maps : as_contiguous(maps);
   const Tensor& f = call.features;
   const int64_t last_byte = ((h - 1) * f.stride(2) + (w - 1) * f.stride(3) + c) * size;
   STD_TORCH_CHECK(last_byte < no_pixel, "features: one map of (C, H, W) is too large for 32-bit offsets");
@@ -98,9 +98,8 @@ std::tuple<Tensor, Tensor> unproject(Tensor features, Tensor q, std::optional<Te
                                      std::string aggregation, std::string unseen) {
   const Call call = prepare(features, q, view_mask, view_weights, shape, aggregation, unseen, false);
   const int64_t n = features.size(0), c = features.size(2);
-  Tensor volume = torch::stable::empty({n, c, shape[0], shape[1], shape[2]}, call.type, std::nullopt, features.device(),
-                                       std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast3d);
-  Tensor counts = torch::stable::new_empty(features, {n, shape[0], shape[1], shape[2]}, ScalarType::Byte);
+  Tensor volume = empty_channels_last(features, {n, c, shape[0], shape[1], shape[2]});
+  Tensor counts = empty_beside(features, {n, shape[0], shape[1], shape[2]}, ScalarType::Byte);
   const OnDevice device(volume);
   launch_unproject(device.stream(), call.args, call.storage, volume.mutable_data_ptr(),
                    static_cast<unsigned char*>(counts.mutable_data_ptr()));
@@ -119,18 +118,16 @@ std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor
                   "grad_volume: expected (N, C, X, Y, Z)");
   STD_TORCH_CHECK(grad_volume.device() == features.device(), "grad_volume: expected the device of the features");
   STD_TORCH_CHECK(!needs_weights || view_weights, "needs_weights: there are no view_weights");
-  if (grad_volume.scalar_type() != call.type) grad_volume = torch::stable::to(grad_volume, call.type);
+  grad_volume = as_type(grad_volume, call.type);
   Tensor gradient = moved_last(grad_volume, 1);
-  if (!gradient.is_contiguous()) gradient = torch::stable::contiguous(gradient);
+  gradient = as_contiguous(gradient);
   if (reinterpret_cast<uintptr_t>(gradient.const_data_ptr()) % 16) gradient = torch::stable::clone(gradient);
 
   UnprojectGradients g{};
   g.volume = gradient.const_data_ptr();
-  auto zeros = [&](const std::vector<int64_t>& size, ScalarType type) {
-    return torch::stable::new_zeros(features, size, type);
-  };
+  auto zeros = [&](const std::vector<int64_t>& size, ScalarType type) { return zeros_beside(features, size, type); };
   auto empty = [&](bool wanted, const std::vector<int64_t>& size, ScalarType type) {
-    return torch::stable::new_empty(features, wanted ? size : std::vector<int64_t>{0}, type);
+    return empty_beside(features, wanted ? size : std::vector<int64_t>{0}, type);
   };
   // Without samples nothing is asked of the kernels.
   const bool wants_maps = needs_features && n > 0, wants_q = needs_q && n > 0, wants_weights = needs_weights && n > 0;
@@ -167,8 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> unproject_backward(Tensor grad_volume, Tensor
   const OnDevice device(gradient);
   launch_unproject_backward(device.stream(), a, call.storage, g);
   if (needs_features) {
-    if (grad_maps.scalar_type() != call.type) grad_maps = torch::stable::to(grad_maps, call.type);
-    grad_maps = torch::stable::transpose(torch::stable::transpose(grad_maps, 3, 4), 2, 3);
+    grad_maps = permuted(as_type(grad_maps, call.type), {0, 1, 4, 2, 3});
   }
   return {grad_maps, grad_q, grad_weights};
 }

@@ -8,7 +8,7 @@ import pytest
 import scenes
 import torch
 
-from bkind3d_kernels import VoxelGrid
+from bkind3d_kernels import VoxelGrid, VoxelGridModule, unproject
 from bkind3d_kernels.geometry import all_pairs, project_points, rescale_points, rescale_projections
 
 K = np.array([[90.0, 0.5, 61.0], [0, 95.0, 45.0], [0, 0, 1]])
@@ -149,6 +149,17 @@ SINGULAR = torch.tensor([[[1.0, 2, 0, 0], [2, 4, 0, 0], [0, 0, 1, 0]]])
             lambda: VoxelGrid.box(torch.zeros(2, 3), (1, 1, 1), (2, 2, 2), torch.eye(3).expand(3, 3, 3)),
             r"rotation \(3, 3, 3\): expected \(3, 3\) or \(N, 3, 3\), for 2 centers",
         ),
+        (
+            lambda: VoxelGrid.box(torch.zeros(2, 3), torch.ones(3, 3), (2, 2, 2)),
+            r"sides \(3, 3\): expected \(3,\) or \(N, 3\), for 2 centers",
+        ),
+        (lambda: VoxelGrid.cube((0.0, 0.0, 0.0), torch.ones(2, 3), 2), r"side \(2, 3\): expected a length or \(N,\)"),
+        (lambda: VoxelGrid.from_coordinates(torch.zeros(2, 2, 3)), r"volume \(2, 2, 3\): expected \(X, Y, Z, 3\) or"),
+        (
+            lambda: VoxelGrid.from_coordinates(torch.zeros(2, 1, 2, 3)),
+            r"volume .*: expected at least two samples",
+        ),
+        (lambda: VoxelGrid.from_coordinates(torch.zeros(2, 2, 2, 3) / 0), r"volume \(2, 2, 2, 3\): expected finite"),
         (lambda: project_points(torch.eye(3), torch.zeros(1, 3)), r"projections \(3, 3\): expected \(\.\.\., 3, 4\)"),
         (lambda: project_points(torch.eye(3, 4), torch.zeros(1, 2)), r"points \(1, 2\): expected \(\.\.\., J, 3\)"),
         (lambda: project_points(torch.eye(3, 4) / 0, torch.zeros(1, 3)), r"projections \(3, 4\): expected finite"),
@@ -174,3 +185,90 @@ def test_a_grid_is_loaded_without_code(tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "grid.pt", weights_only=True)["grid"]
     assert torch.equal(loaded.affine, grid.affine)
     assert loaded.shape == (4, 4, 4)
+
+
+# ---- grids of other libraries ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_grid_is_found_from_its_coordinates(dtype: torch.dtype, rng: torch.Generator) -> None:
+    for n in (1, 3):
+        grid = scenes.grid((3, 4, 2), rng, n).to(dtype=dtype)
+        found = VoxelGrid.from_coordinates(grid.coordinates())
+        assert (found.shape, found.affine.dtype) == (grid.shape, dtype)
+        torch.testing.assert_close(found.affine, grid.affine)
+    assert VoxelGrid.from_coordinates(grid.coordinates()[0]).affine.shape == (1, 3, 4)
+
+
+def test_the_volume_of_learnable_triangulation_is_found() -> None:
+    """Its cuboid: side / (size - 1) steps from position to position + side, turned about an axis through the centre."""
+    size, side, angle = 5, 2500.0, 0.7
+    position = torch.tensor([100.0, -300.0, 50.0])
+    center = position + side / 2
+    index = torch.stack(torch.meshgrid(*[torch.arange(size)] * 3, indexing="ij"), dim=-1).reshape(-1, 3)
+    coordinates = position + (side / (size - 1)) * index.float()
+    c, s = np.cos(angle), np.sin(angle)
+    rotation = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]]).float()
+    coordinates = (coordinates - center) @ rotation.T + center
+    found = VoxelGrid.from_coordinates(coordinates.view(size, size, size, 3))
+    expected = VoxelGrid.box(center, (side, side, side), (size, size, size), rotation)
+    torch.testing.assert_close(found.affine, expected.affine, rtol=1e-5, atol=1e-2)
+
+
+def test_a_volume_that_is_bent_is_refused_with_its_error() -> None:
+    points = VoxelGrid.cube((0.0, 0.0, 0.0), 2.0, 3).coordinates()
+    points[0, 1, 1, 1, 2] += 0.27  # of which the mean takes a 27th
+    with pytest.raises(ValueError, match=r"coordinates are up to 0\.26 from the nearest one, whose .* of 1 at least"):
+        VoxelGrid.from_coordinates(points)
+    assert VoxelGrid.from_coordinates(points, tolerance=0.3).shape == (3, 3, 3)
+    with pytest.raises(ValueError, match="it is singular"):  # all points are one
+        VoxelGrid.from_coordinates(torch.zeros(2, 2, 2, 3))
+
+
+def test_sides_may_differ_between_samples() -> None:
+    sides = torch.tensor([[2.0, 4.0, 6.0], [1.0, 1.0, 3.0]], requires_grad=True)
+    points = VoxelGrid.box(torch.zeros(3), sides, (3, 2, 2)).coordinates()
+    assert torch.equal(points[:, -1, -1, -1] - points[:, 0, 0, 0], sides)
+    cubes = VoxelGrid.cube(torch.zeros(2, 3), torch.tensor([2.0, 4.0]), 3).coordinates()
+    assert cubes[:, -1, -1, -1].tolist() == [[1.0] * 3, [2.0] * 3]
+    points.square().sum().backward()
+    assert sides.grad is not None
+    assert sides.grad.abs().min() > 0
+
+
+# ---- grids that modules hold ----
+
+
+class Net(torch.nn.Module):
+    def __init__(self, grid: VoxelGrid) -> None:
+        super().__init__()
+        self.grid = VoxelGridModule(grid)
+
+    def forward(self, features: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
+        return unproject(features, projections, self.grid(), backend="reference")
+
+
+def test_a_held_grid_follows_its_module(rng: torch.Generator) -> None:
+    grid = scenes.grid((2, 3, 4), rng).to(dtype=torch.float32)
+    net = Net(grid)
+    assert net.state_dict() == {}
+    assert (net.grid().affine is grid.affine, net.grid().shape) == (True, grid.shape)
+    features, projections = torch.randn(1, 2, 3, 5, 6), scenes.projections(1, 2, (5, 6), rng).float()
+    expected = unproject(features, projections, grid, backend="reference")
+    assert torch.equal(net(features, projections), expected)
+    assert torch.equal(torch.compile(net, fullgraph=True, backend="eager")(features, projections), expected)
+    assert net.to(torch.float64).grid().affine.dtype == torch.float64
+    assert net.half().grid().affine.dtype == torch.float64
+    assert net.to("meta").grid().affine.device.type == "meta"
+    assert net.grid().affine.dtype == torch.float64
+    with pytest.raises(TypeError, match="grid: expected a VoxelGrid, got Tensor"):
+        VoxelGridModule(grid.affine)  # type: ignore[arg-type]
+
+
+def test_a_held_grid_may_be_trained() -> None:
+    affine = torch.nn.Parameter(torch.eye(3, 4)[None])
+    held = VoxelGridModule(VoxelGrid(affine, (2, 2, 2)))
+    assert [*held.state_dict()] == ["affine"]
+    held().coordinates().sum().backward()
+    assert affine.grad is not None
+    assert affine.grad.abs().sum() > 0

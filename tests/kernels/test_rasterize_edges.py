@@ -234,9 +234,9 @@ KEYPOINTS, WEIGHTS = torch.zeros(2, 4, 2), torch.ones(6)
         ({"keypoints": KEYPOINTS[0]}, r"keypoints \(4, 2\): expected \(N, K, 2\)"),
         ({"keypoints": torch.zeros(2, 4, 3)}, r"keypoints \(2, 4, 3\): expected \(N, K, 2\)$"),
         ({"keypoints": KEYPOINTS.bfloat16()}, r"keypoints \(2, 4, 2\): expected .*, got torch.bfloat16"),
-        ({"weights": WEIGHTS[:5]}, r"weights \(5,\): expected \(6,\) or \(2, 6\) for 6 edges of 4 keypoints"),
-        ({"weights": torch.ones(3, 6)}, r"weights \(3, 6\): expected \(6,\) or \(2, 6\) for"),
-        ({"weights": WEIGHTS.long()}, r"weights \(6,\): expected .* floating .*, got torch.int64"),
+        ({"weights": WEIGHTS[:5]}, r"weights \(5,\): expected \(6,\) or \(2, 6\), a weight for each edge"),
+        ({"weights": torch.ones(3, 6)}, r"weights \(3, 6\): expected \(6,\) or \(2, 6\), a"),
+        ({"weights": WEIGHTS.long()}, r"weights \(6,\): expected float32, .*, got torch.int64"),
         ({"weights": WEIGHTS.to("meta")}, r"weights \(6,\): expected device cpu as keypoints has, got meta"),
         ({"size": (8, 0)}, r"size \(8, 0\): expected \(H, W\) of at least 1, or a sequence of them"),
         ({"size": 8}, r"size 8: expected \(H, W\)"),
@@ -246,11 +246,15 @@ KEYPOINTS, WEIGHTS = torch.zeros(2, 4, 2), torch.ones(6)
         ({"size": (8.0, 8.0)}, r"size \(8\.0, 8\.0\): expected \(H, W\)"),
         ({"sigma": 0.0}, r"sigma 0\.0: expected a finite number above 0"),
         ({"sigma": float("inf")}, "sigma inf: expected a finite number above 0"),
+        ({"sigma": torch.tensor(-1.0)}, r"sigma -1\.0: expected a finite number above 0"),
+        ({"sigma": torch.ones(2)}, r"sigma \(2,\), torch.float32: expected a number above 0 or a floating tensor \(\)"),
+        ({"sigma": torch.tensor(1.0, requires_grad=True)}, "sigma: no gradient goes to it; expected a number"),
         ({"sigma": [1.0]}, r"sigma \[1\.0\]: expected a finite number above 0"),
         ({"size": [(8, 8), (4, 4)]}, r"sigma 1\.0: expected a sequence of 2 numbers, one for each size"),
         ({"size": [(8, 8)], "sigma": [1.0, 2.0]}, r"sigma \[1\.0, 2\.0\]: expected a sequence of 1 numbers"),
         ({"edges": torch.zeros(6, 3).long()}, r"edges \(6, 3\): expected \(E, 2\)$"),
         ({"edges": torch.zeros(6, 2)}, r"edges \(6, 2\): expected int64, got torch.float32"),
+        ({"edges": [(0, 1), (2, 4)]}, r"edges \(2, 2\): expected keypoint indices 0 to 3, found 0 to 4"),
         ({"edges": all_pairs(4) + 1}, r"edges \(6, 2\): expected keypoint indices 0 to 3, found 1 to 4"),
         ({"edges": all_pairs(4) - 1}, r"edges \(6, 2\): expected keypoint indices 0 to 3, found -1 to 2"),
         ({"edges": all_pairs(4).to("meta")}, r"edges \(6, 2\): expected device cpu as keypoints has, got meta"),
@@ -272,3 +276,17 @@ def test_wrong_types_are_named(name: str) -> None:
     arguments = {"keypoints": KEYPOINTS, "weights": WEIGHTS, "size": (8, 8), "sigma": 1.0, name: [1]}
     with pytest.raises(TypeError, match=f"{name}: expected a tensor"):
         rasterize_edges(**arguments)
+
+
+def test_edges_may_be_a_list_of_pairs_and_sigma_a_tensor() -> None:
+    keypoints, pairs = 6 * torch.rand(2, 4, 2), [(0, 1), [2, 3]]
+    run = partial(rasterize_edges, keypoints, torch.ones(2), (5, 6))
+    expected = run(1.5, edges=torch.tensor(pairs))
+    assert expected.max() > 0.1
+    assert torch.equal(run(torch.tensor(1.5), edges=pairs), expected)
+    module = EdgeRasterizer((5, 6), 1.5, edges=pairs)
+    assert torch.equal(module(keypoints, torch.ones(2)), expected)
+    for wrong in ([(0, 1, 2)], [0, 1], [(0, 1.5)]):
+        with pytest.raises(TypeError, match=r"edges: expected a tensor \(E, 2\) or a list of index pairs, got"):
+            run(1.5, edges=wrong)
+    assert not rasterize_edges(keypoints, torch.ones(0), (5, 6), 1.5, edges=[]).any()

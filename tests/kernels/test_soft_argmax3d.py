@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from measure import gradients
 from torch import Tensor
 
-from bkind3d_kernels import SoftArgmax3d, VoxelGrid, soft_argmax3d
+from bkind3d_kernels import SoftArgmax3d, VoxelGrid, soft_argmax2d, soft_argmax3d
 
 
 def scene(n=2, joints=3, shape=(4, 3, 5), seed=0, grids=1, scale=3.0):
@@ -152,6 +152,8 @@ LOGITS, GRID = torch.zeros(2, 3, 2, 2, 2), VoxelGrid.cube((0.0, 0.0, 0.0), 1.0, 
         ({"grid": GRID.to("meta")}, r"grid.affine \(1, 3, 4\): expected device cpu as logits has, got meta"),
         ({"temperature": 0.0}, r"temperature 0\.0: expected a finite number above 0"),
         ({"temperature": float("nan")}, "temperature nan: expected a finite number above 0"),
+        ({"temperature": torch.tensor(0.0)}, r"temperature 0\.0: expected a finite number above 0"),
+        ({"temperature": torch.ones(1)}, r"temperature \(1,\), torch.float32: expected a number above 0 or a floating"),
         ({"temperature": "hot"}, "temperature 'hot': expected a finite number above 0"),
         ({"backend": "cupy"}, "backend 'cupy': expected one of auto"),
     ],
@@ -180,3 +182,50 @@ def test_huge_logits_at_a_low_temperature(backend: str) -> None:
     grid = VoxelGrid(torch.eye(3, 4)[None], (3, 4, 5))
     got = soft_argmax3d(logits, grid, temperature=1e-3, backend=backend)
     torch.testing.assert_close(got, torch.tensor([[[2.0, 1.0, 3.0], [0.0, 3.0, 4.0]]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_temperature_may_be_a_tensor(dtype: torch.dtype) -> None:
+    logits, grid = scene()
+    logits = logits.to(dtype)
+    run = partial(soft_argmax3d, logits, grid, return_peak=True, return_covariance=True)
+    for a, b in zip(run(temperature=torch.tensor(0.5)), run(temperature=0.5)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    huge = torch.zeros(1, 1, 3, 4, 5)
+    huge[0, 0, 2, 1, 3] = 1e38
+    got = soft_argmax3d(huge, VoxelGrid(torch.eye(3, 4)[None], (3, 4, 5)), temperature=torch.tensor(1e-3))
+    assert got.tolist() == [[[2.0, 1.0, 3.0]]]
+
+
+def test_a_temperature_is_learned() -> None:
+    """Its gradient is that of differences."""
+    logits, grid = scene()
+    logits = logits.double()
+    module = SoftArgmax3d(temperature=torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64)))
+    assert [*module.state_dict()] == ["temperature"]
+    assert "temperature=learned" in repr(module)
+    module(logits, grid).square().sum().backward()
+    high, low = (soft_argmax3d(logits, grid, temperature=t).square().sum() for t in (0.7001, 0.6999))
+    torch.testing.assert_close(module.temperature.grad, (high - low) / 2e-4, rtol=1e-5, atol=1e-8)
+
+
+# ---- in two dimensions ----
+
+
+def test_soft_argmax2d_is_its_formula(backend: str) -> None:
+    logits = 2 * torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).double()
+    p = (logits / 0.8).flatten(2).softmax(-1).view_as(logits)
+    y, x = torch.meshgrid(torch.arange(5.0).double(), torch.arange(7.0).double(), indexing="ij")
+    xy = torch.stack([x, y], dim=-1)  # (H, W, 2)
+    mean = torch.einsum("njhw,hwc->njc", p, xy)
+    offset = xy - mean[:, :, None, None]
+    covariance = torch.einsum("njhw,njhwc,njhwd->njcd", p, offset, offset)
+    options = {"temperature": 0.8, "return_peak": True, "return_covariance": True, "backend": backend}
+    expected = mean, p.flatten(2).amax(-1), covariance
+    for a, b in zip(soft_argmax2d(logits, **options), expected):
+        torch.testing.assert_close(a, b)
+    (gradient,) = gradients(lambda z: soft_argmax2d(z, backend=backend), logits)
+    (same,) = gradients(lambda z: torch.einsum("njhw,hwc->njc", z.flatten(2).softmax(-1).view_as(z), xy), logits)
+    torch.testing.assert_close(gradient, same)
+    with pytest.raises(ValueError, match=r"logits \(3, 5, 7\): expected \(N, J, H, W\)"):
+        soft_argmax2d(logits[0])

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bkind3d_kernels import (
     VoxelGrid,
     group_norm_act,
+    library,
     linear_soft_argmax3d,
     rasterize_edges,
     soft_argmax3d,
@@ -62,15 +63,23 @@ def test_fake_tensors_go_through_forward_and_backward(name: str, chosen: str) ->
     assert fake[0].grad.shape == fake[0].shape
 
 
-# Inside vmap torch cannot be asked for the memory layout that group_norm_act returns.
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "group_norm_act"])
-def test_the_reference_can_be_mapped(name: str) -> None:
+# Inside vmap torch cannot be asked for the memory layout that the reference of group_norm_act returns, and it does not
+# take the lists of the compiled rasterize_edges.
+MAPPED = [(name, "reference") for name in OPERATIONS if name != "group_norm_act"]
+MAPPED += [(name, "auto") for name in OPERATIONS if name != "rasterize_edges"]
+if library.reason("_cpu") is not None:
+    MAPPED = MAPPED[:4]  # "auto" is the reference
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(("name", "chosen"), MAPPED)
+def test_operations_can_be_mapped(name: str, chosen: str) -> None:
     shapes, run = OPERATIONS[name]
     torch.manual_seed(0)
     inputs = [torch.rand(3, 1, *shape) for shape in shapes]
 
     def mapped(*sample: Tensor) -> Tensor:
-        return run("reference", *sample)
+        return run(chosen, *sample)
 
     expected = torch.stack([mapped(*sample) for sample in zip(*inputs, strict=True)])
     torch.testing.assert_close(torch.func.vmap(mapped)(*inputs), expected)

@@ -103,23 +103,23 @@ def load(path: Path | None = None) -> ctypes.CDLL:
 
 
 def _unproject(features: Any, q: Any, shape: Any, aggregation: str, unseen: str, mask: Any, weights: Any) -> Any:
-    return torch.ops.bkind3d_emulated.unproject(features, q, mask, weights, shape, aggregation, unseen)
+    return registration.call(NAMESPACE, "unproject", features, q, mask, weights, shape, aggregation, unseen)
 
 
 def _soft_argmax3d(logits: Tensor, temperature: float, covariance: bool) -> Any:
-    mean, peak, second, *_ = torch.ops.bkind3d_emulated.soft_argmax3d(logits, temperature, covariance)
+    mean, peak, second, *_ = registration.call(NAMESPACE, "soft_argmax3d", logits, temperature, covariance)
     return mean, peak, second if covariance else None
 
 
 def _rasterize_edges(keypoints: Tensor, weights: Tensor, edges: Tensor, sizes: Any, sigmas: Any) -> Any:
     flat = [length for size in sizes for length in size]
-    return torch.ops.bkind3d_emulated.rasterize_edges(keypoints, weights, edges, flat, sigmas)[0]
+    return registration.call(NAMESPACE, "rasterize_edges", keypoints, weights, edges, flat, sigmas)[0]
 
 
 def _group_norm_act(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, activation: str
 ) -> Tensor:
-    return torch.ops.bkind3d_emulated.group_norm_act(x, weight, bias, residual, groups, eps, activation)[0]
+    return registration.call(NAMESPACE, "group_norm_act", x, weight, bias, residual, groups, eps, activation)[0]
 
 
 _RUN = {
