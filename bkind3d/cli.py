@@ -22,6 +22,7 @@ from bkind3d.evaluation.actions import actions
 from bkind3d.evaluation.evaluate import evaluate
 from bkind3d.experiments.demo import demo
 from bkind3d.experiments.paper import paper
+from bkind3d.exports import FORMATS, export
 from bkind3d.predict import predict
 from bkind3d.report import build_report
 from bkind3d.report.render import render
@@ -95,6 +96,28 @@ def run_predict(
         force: Replace poses that exist.
     """
     for path in predict(run, recordings=recordings, shard=shard, batch=batch, force=force):
+        print(path)
+
+
+def run_export(
+    run: Path,
+    to: str,
+    recordings: list[str] | None = None,
+    start: str | None = None,
+    out: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write the poses of a run in the files of another tool: RUN/exports/<to>/.
+
+    Args:
+        run: Run folder with poses.
+        to: The tool.
+        recordings: Names of recordings with poses; all of them when left out.
+        start: When the recording began, with its time zone, such as 2026-03-01T14:30:00+01:00; NWB asks for it.
+        out: Folder for the files; RUN/exports/<to> when left out.
+        force: Replace files that exist.
+    """
+    for path in export(run, to, recordings=recordings, start=start, out=out, force=force):
         print(path)
 
 
@@ -175,6 +198,7 @@ def build_parser() -> ArgumentParser:
         verb.add_function_arguments(function, as_positional=True, skip={"progress", *flags})
         add_flags(verb, flags)
         verbs.add_subcommand(name, verb, help=summary)
+    verbs.add_subcommand("export", export_parser(), help="poses in the files of other tools")
     verbs.add_subcommand("check", check_parser(), help="look at a project before training")
     verbs.add_subcommand("train", train_parser(), help="train a run, or go on with one")
     verbs.add_subcommand("cache", cache_parser(), help="build the frame cache of a training, or a share of it")
@@ -193,6 +217,15 @@ def add_readers(parser: ArgumentParser) -> None:
         reader.add_function_arguments(function, as_positional=True, skip={"out"})
         reader.add_argument("--out", type=Path, required=True, help="folder for the project, made when missing")
         sets.add_subcommand(name, reader, help=summary)
+
+
+def export_parser() -> ArgumentParser:
+    """The parser of `bkind3d export`: a run, and the tool by its name."""
+    parser = ArgumentParser(description="Write the poses of a run in the files of another tool: RUN/exports/<to>/.")
+    parser.add_function_arguments(run_export, as_positional=True, skip={"to", "force"})
+    parser.add_argument("--to", required=True, choices=list(FORMATS), help="the tool; see docs/exports.md")
+    add_flags(parser, ("force",))
+    return parser
 
 
 def check_parser() -> ArgumentParser:
@@ -249,6 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_cache(settings)
         elif verb == "import":
             run_import(settings)
+        elif verb == "export":
+            run_export(**vars(settings))
         else:
             VERBS[verb][0](**vars(settings))
     except (InputError, BackendUnavailable) as error:
