@@ -86,14 +86,14 @@ def run_cache(config: Namespace) -> None:
 def run_predict(
     run: Path, recordings: list[str] | None = None, shard: str | None = None, batch: int = 16, force: bool = False
 ) -> None:
-    """Write the 3D keypoints of recordings to RUN/poses/<recording>.nc.
+    """Write the 3D keypoints of recordings to RUN/poses/<recording>.nc; those that are done are kept.
 
     Args:
         run: Run folder.
         recordings: Names of recordings; all of the project when left out.
         shard: "i/n", counted from 1: every n-th of them from the i-th on, for processes side by side or a job array.
         batch: Moments per forward pass; lower it when memory is short.
-        force: Replace poses that exist.
+        force: Do again what is done.
     """
     for path in predict(run, recordings=recordings, shard=shard, batch=batch, force=force):
         print(path)

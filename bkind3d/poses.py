@@ -46,6 +46,7 @@ class Poses:
             square over the views, in pixels of the videos; None where views have no keypoints of their own.
         on_body: (F, J) float32, share of the views that show the keypoint in which it lies on the moving body, 0 where
             no view shows it; None where the body is not told from the room.
+        step: of the training, whose networks found them; None where that is not known.
 
     Raises:
         InputError: a shape, a name or a number that does not fit.
@@ -61,6 +62,7 @@ class Poses:
     cameras: list[str] = field(default_factory=list)
     reprojection_error: np.ndarray | None = None
     on_body: np.ndarray | None = None
+    step: int | None = None
 
     def __post_init__(self) -> None:
         self.positions = np.asarray(self.positions, dtype=np.float32)
@@ -110,7 +112,8 @@ class Poses:
                 "units": self.units,
                 "recording": self.recording,
                 "cameras": " ".join(self.cameras),
-            },
+            }
+            | ({} if self.step is None else {"step": self.step}),
         )
 
     def save(self, path: str | Path) -> None:
@@ -169,6 +172,7 @@ def _from_xarray(data: xarray.Dataset, path: Path) -> Poses:
             names=[str(name) for name in data["keypoint"].values],
             frames=np.rint(data["time"].values * fps).astype(np.int64),
             cameras=str(data.attrs.get("cameras", "")).split(),
+            step=int(data.attrs["step"]) if "step" in data.attrs else None,
             **measured,
         )
     except InputError as error:

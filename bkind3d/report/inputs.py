@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from bkind3d.agreement import on_body
 from bkind3d.cameras import Cameras
 from bkind3d.errors import InputError
-from bkind3d.evaluation.stand_ins import on_body
 from bkind3d.health import Health, keypoint_health
 from bkind3d.poses import Poses
 from bkind3d.run import Inputs, open_inputs, open_run
