@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -25,6 +25,7 @@ from bkind3d.experiments.paper import paper
 from bkind3d.exports import FORMATS, export
 from bkind3d.predict import predict
 from bkind3d.report import build_report
+from bkind3d.report.film import film
 from bkind3d.report.render import render
 from bkind3d.run import open_inputs
 from bkind3d.shards import share
@@ -134,32 +135,52 @@ def run_report(run: Path, force: bool = False) -> None:
 def run_render(
     run: Path,
     recording: str | None = None,
+    overlay: bool = False,
+    cameras: list[str] | None = None,
+    speed: float | None = None,
     start: float = 0.0,
-    seconds: float = 4.0,
-    fps: float = 15.0,
-    size: int = 832,
-    max_bytes: int = 1_500_000,
+    seconds: float | None = None,
+    fps: float | None = None,
+    size: int | None = None,
+    max_bytes: int | None = None,
     out: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Write RUN/render.gif: up to four views with keypoints and active edges beside the turning 3D skeleton.
+    """Write RUN/render.gif, views beside the turning 3D skeleton, or with --overlay RUN/overlay.mp4, the videos.
 
     Args:
         run: Run folder.
         recording: Name of the recording; the first test recording when left out, else the first.
+        overlay: The original videos at full resolution with keypoints and edges over them, as H.264.
+        cameras: With --overlay: one camera fills the picture, several are a grid; all of them when left out.
+        speed: With --overlay: 0.25 shows it four times slower than it was; 1 when left out.
         start: Seconds into the recording.
-        seconds: Length; less where the recording ends before.
-        fps: Pictures per second.
-        size: Width in pixels.
-        max_bytes: Largest file wanted; fewer colours, then a smaller picture, until it fits.
-        out: File ending in .gif, .png (animated PNG) or .mp4; RUN/render.gif when left out.
+        seconds: Length; 4 when left out, with --overlay to the end of the recording.
+        fps: Pictures per second; 15 when left out. With --overlay they are the recording's.
+        size: Width in pixels; 832 when left out, with --overlay the videos' own.
+        max_bytes: Largest file wanted, 1500000 when left out; fewer colours, then a smaller picture, until it fits.
+        out: File ending in .gif, .png (animated PNG) or .mp4; with --overlay in .mp4.
         force: Replace an earlier file.
     """
-    path = render(
-        run, recording=recording, start=start, seconds=seconds, fps=fps, size=size, max_bytes=max_bytes, out=out,
-        force=force,
-    )  # fmt: skip
+    if overlay:
+        _left_out("with --overlay", fps=fps, max_bytes=max_bytes)
+        path = film(
+            run, recording=recording, cameras=cameras, start=start, seconds=seconds,
+            speed=1.0 if speed is None else speed, size=size, out=out, force=force,
+        )  # fmt: skip
+    else:
+        _left_out("without --overlay", cameras=cameras, speed=speed)
+        given = {"seconds": seconds, "fps": fps, "size": size, "max_bytes": max_bytes}
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        path = render(run, recording=recording, start=start, out=out, force=force, **chosen)
     print(f"{path}  ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+def _left_out(when: str, **options: object) -> None:
+    """Refuse options that have no meaning."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name}: has no meaning {when}; leave it out")
 
 
 VERBS: dict[str, tuple[Callable[..., object], str]] = {
@@ -168,7 +189,7 @@ VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "evaluate": (evaluate, "regress annotated joints from the keypoints"),
     "actions": (actions, "classify behaviour from the keypoints"),
     "report": (run_report, "one offline HTML page about a run"),
-    "render": (run_render, "a moving picture of a run, for a page or a talk"),
+    "render": (run_render, "a moving picture of a run, or its videos with the keypoints over them"),
     "paper": (paper, "the paper's tables on a subject of one's own choice"),
 }
 READERS: dict[str, Callable[..., Path]] = {"h36m": h36m_project, "rat7m": rat7m_project}
@@ -178,6 +199,7 @@ FLAGS = {
     "bias": "give the linear map a constant term (paper: none)",
     "scale": "allow scale in the aligned error (paper: none)",
     "per_joint": "print the error of each joint as well",
+    "overlay": "the original videos at full resolution with keypoints and edges over them, as H.264",
     "resume": "go on with the run in --out, with the settings it has",
 }
 

@@ -2,7 +2,8 @@
 
 ``config.yaml`` (effective settings), ``env.json`` (versions, device, backends), ``metrics.csv``, ``health.jsonl``,
 ``checkpoints/``, ``samples/*.png``, ``skeleton.json``, ``poses/<recording>.nc``, ``evaluation.json`` and
-``evaluation.csv``, ``actions.json``, ``exports/``, ``report.html``, ``render.gif``.
+``evaluation.csv``, ``actions.json``, ``exports/``, ``report.html``, ``render.gif``,
+``overlay.mp4``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from bkind3d_kernels import VoxelGrid
 # Everything that a run writes; nothing else in its folder is ever deleted.
 CONTENT = (
     "config.yaml", "env.json", "metrics.csv", "health.jsonl", "checkpoints", "samples", "skeleton.json", "poses",
-    "evaluation.json", "evaluation.csv", "actions.json", "exports", "report.html", "render.gif", "tensorboard",
+    "evaluation.json", "evaluation.csv", "actions.json", "exports", "report.html", "render.gif", "overlay.mp4",
+    "tensorboard",
 )  # fmt: skip
 
 
