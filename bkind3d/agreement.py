@@ -43,14 +43,22 @@ def on_body(positions: np.ndarray, projections: np.ndarray, masks: np.ndarray) -
     Raises:
         InputError: shapes that do not fit.
     """
+    hit, inside = seen_on_body(positions, projections, masks)
+    return hit.sum(axis=1) / np.maximum(inside.sum(axis=1), 1)
+
+
+def seen_on_body(positions: np.ndarray, projections: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which views see foreground at the pixel nearest to each keypoint, and which show that pixel, (F, M, J) bool each.
+
+    Arguments and errors as :func:`on_body`.
+    """
     pixels, depth = in_masks(positions, projections, masks)
     height, width = masks.shape[2:]
     nearest = np.floor(pixels.numpy() + 0.5)  # (F, M, J, 2), order (x, y)
     inside = (depth.numpy() > 0) & (nearest >= 0).all(axis=3) & (nearest < [width, height]).all(axis=3)
     x, y = np.moveaxis(np.where(inside[..., None], nearest, 0).astype(np.int64), 3, 0)
     frame, view = np.ogrid[: masks.shape[0], : masks.shape[1]]
-    hit = inside & (masks[frame[..., None], view[..., None], y, x] >= FOREGROUND)
-    return hit.sum(axis=1) / np.maximum(inside.sum(axis=1), 1)
+    return inside & (masks[frame[..., None], view[..., None], y, x] >= FOREGROUND), inside
 
 
 def in_masks(positions: np.ndarray, projections: np.ndarray, masks: np.ndarray) -> tuple[Tensor, Tensor]:

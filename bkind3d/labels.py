@@ -44,7 +44,7 @@ def load_labels(run: Path, keypoints: Sequence[str]) -> Labels:
             other characters than letters, digits and ``_``, or a colour is not of the form "#rrggbb".
     """
     path, names, colours = run / NAME, list(keypoints), palette(len(keypoints))
-    if not path.is_file():
+    if not path.is_file() or not keypoints:
         return Labels(names, colours)
     for key, row in _read(path).items():
         if key not in keypoints:

@@ -49,10 +49,13 @@ def draw(
     edges: np.ndarray,
     names: Sequence[str],
     weights: np.ndarray | None = None,
+    colours: np.ndarray | None = None,
 ) -> np.ndarray:
     """One moment: (M, H, W, 3) uint8 and (M, J, 2) -> (h, w, 3) uint8 with h and w even, as H.264 needs."""
     columns, scale = layout(len(images), images.shape[2])
-    return even(overlay(images, pixels, edges, scale=scale, weights=weights, names=names, columns=columns))
+    return even(
+        overlay(images, pixels, edges, scale=scale, weights=weights, names=names, columns=columns, colours=colours)
+    )
 
 
 def even(picture: np.ndarray) -> np.ndarray:

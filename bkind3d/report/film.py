@@ -16,7 +16,6 @@ from bkind3d.data.ledger import Ledger
 from bkind3d.errors import InputError
 from bkind3d.exports.track import Views
 from bkind3d.files import replacing
-from bkind3d.labels import load_labels
 from bkind3d.pictures import SHADOW, WHITE
 from bkind3d.poses import Poses
 from bkind3d.report.clip import even, write_video
@@ -82,11 +81,11 @@ def film(
     rows = _rows(poses, start, seconds)
     rate, step = _rate(poses, speed)
     rows = rows[::step]
-    labels, (edges, _) = load_labels(run, poses.names), files.active_edges()
+    edges, _ = files.active_edges()
     filmed = project.recording(poses.recording)
     info = probe_recording(filmed, project.cameras_of(filmed), Ledger.of_cache(Path(config.cache_directory)))
     opacity = opacities(poses.confidence)[rows]
-    pictures = _pictures(info, project, poses, rows, picked, size, edges, labels.colours, opacity)
+    pictures = _pictures(info, project, poses, rows, picked, size, edges, files.labels.colours, opacity)
     bar = tqdm(pictures, total=len(rows), desc=f"render {poses.recording}", disable=None if progress else True)
     try:
         with replacing(path) as scratch:
