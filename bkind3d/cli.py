@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -22,8 +22,10 @@ from bkind3d.evaluation.actions import actions
 from bkind3d.evaluation.evaluate import evaluate
 from bkind3d.experiments.demo import demo
 from bkind3d.experiments.paper import paper
+from bkind3d.exports import FORMATS, export
 from bkind3d.predict import predict
 from bkind3d.report import build_report
+from bkind3d.report.film import film
 from bkind3d.report.render import render
 from bkind3d.run import open_inputs
 from bkind3d.shards import share
@@ -85,16 +87,38 @@ def run_cache(config: Namespace) -> None:
 def run_predict(
     run: Path, recordings: list[str] | None = None, shard: str | None = None, batch: int = 16, force: bool = False
 ) -> None:
-    """Write the 3D keypoints of recordings to RUN/poses/<recording>.nc.
+    """Write the 3D keypoints of recordings to RUN/poses/<recording>.nc; those that are done are kept.
 
     Args:
         run: Run folder.
         recordings: Names of recordings; all of the project when left out.
         shard: "i/n", counted from 1: every n-th of them from the i-th on, for processes side by side or a job array.
         batch: Moments per forward pass; lower it when memory is short.
-        force: Replace poses that exist.
+        force: Do again what is done.
     """
     for path in predict(run, recordings=recordings, shard=shard, batch=batch, force=force):
+        print(path)
+
+
+def run_export(
+    run: Path,
+    to: str,
+    recordings: list[str] | None = None,
+    start: str | None = None,
+    out: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write the poses of a run in the files of another tool: RUN/exports/<to>/.
+
+    Args:
+        run: Run folder with poses.
+        to: The tool.
+        recordings: Names of recordings with poses; all of them when left out.
+        start: When the recording began, with its time zone, such as 2026-03-01T14:30:00+01:00; NWB asks for it.
+        out: Folder for the files; RUN/exports/<to> when left out.
+        force: Replace files that exist.
+    """
+    for path in export(run, to, recordings=recordings, start=start, out=out, force=force):
         print(path)
 
 
@@ -111,32 +135,52 @@ def run_report(run: Path, force: bool = False) -> None:
 def run_render(
     run: Path,
     recording: str | None = None,
+    overlay: bool = False,
+    cameras: list[str] | None = None,
+    speed: float | None = None,
     start: float = 0.0,
-    seconds: float = 4.0,
-    fps: float = 15.0,
-    size: int = 832,
-    max_bytes: int = 1_500_000,
+    seconds: float | None = None,
+    fps: float | None = None,
+    size: int | None = None,
+    max_bytes: int | None = None,
     out: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Write RUN/render.gif: up to four views with keypoints and active edges beside the turning 3D skeleton.
+    """Write RUN/render.gif, views beside the turning 3D skeleton, or with --overlay RUN/overlay.mp4, the videos.
 
     Args:
         run: Run folder.
         recording: Name of the recording; the first test recording when left out, else the first.
+        overlay: The original videos at full resolution with keypoints and edges over them, as H.264.
+        cameras: With --overlay: one camera fills the picture, several are a grid; all of them when left out.
+        speed: With --overlay: 0.25 shows it four times slower than it was; 1 when left out.
         start: Seconds into the recording.
-        seconds: Length; less where the recording ends before.
-        fps: Pictures per second.
-        size: Width in pixels.
-        max_bytes: Largest file wanted; fewer colours, then a smaller picture, until it fits.
-        out: File ending in .gif, .png (animated PNG) or .mp4; RUN/render.gif when left out.
+        seconds: Length; 4 when left out, with --overlay to the end of the recording.
+        fps: Pictures per second; 15 when left out. With --overlay they are the recording's.
+        size: Width in pixels; 832 when left out, with --overlay the videos' own.
+        max_bytes: Largest file wanted, 1500000 when left out; fewer colours, then a smaller picture, until it fits.
+        out: File ending in .gif, .png (animated PNG) or .mp4; with --overlay in .mp4.
         force: Replace an earlier file.
     """
-    path = render(
-        run, recording=recording, start=start, seconds=seconds, fps=fps, size=size, max_bytes=max_bytes, out=out,
-        force=force,
-    )  # fmt: skip
+    if overlay:
+        _left_out("with --overlay", fps=fps, max_bytes=max_bytes)
+        path = film(
+            run, recording=recording, cameras=cameras, start=start, seconds=seconds,
+            speed=1.0 if speed is None else speed, size=size, out=out, force=force,
+        )  # fmt: skip
+    else:
+        _left_out("without --overlay", cameras=cameras, speed=speed)
+        given = {"seconds": seconds, "fps": fps, "size": size, "max_bytes": max_bytes}
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        path = render(run, recording=recording, start=start, out=out, force=force, **chosen)
     print(f"{path}  ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+def _left_out(when: str, **options: object) -> None:
+    """Refuse options that have no meaning."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name}: has no meaning {when}; leave it out")
 
 
 VERBS: dict[str, tuple[Callable[..., object], str]] = {
@@ -145,7 +189,7 @@ VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "evaluate": (evaluate, "regress annotated joints from the keypoints"),
     "actions": (actions, "classify behaviour from the keypoints"),
     "report": (run_report, "one offline HTML page about a run"),
-    "render": (run_render, "a moving picture of a run, for a page or a talk"),
+    "render": (run_render, "a moving picture of a run, or its videos with the keypoints over them"),
     "paper": (paper, "the paper's tables on a subject of one's own choice"),
 }
 READERS: dict[str, Callable[..., Path]] = {"h36m": h36m_project, "rat7m": rat7m_project}
@@ -155,6 +199,7 @@ FLAGS = {
     "bias": "give the linear map a constant term (paper: none)",
     "scale": "allow scale in the aligned error (paper: none)",
     "per_joint": "print the error of each joint as well",
+    "overlay": "the original videos at full resolution with keypoints and edges over them, as H.264",
     "resume": "go on with the run in --out, with the settings it has",
 }
 
@@ -175,6 +220,7 @@ def build_parser() -> ArgumentParser:
         verb.add_function_arguments(function, as_positional=True, skip={"progress", *flags})
         add_flags(verb, flags)
         verbs.add_subcommand(name, verb, help=summary)
+    verbs.add_subcommand("export", export_parser(), help="poses in the files of other tools")
     verbs.add_subcommand("check", check_parser(), help="look at a project before training")
     verbs.add_subcommand("train", train_parser(), help="train a run, or go on with one")
     verbs.add_subcommand("cache", cache_parser(), help="build the frame cache of a training, or a share of it")
@@ -193,6 +239,15 @@ def add_readers(parser: ArgumentParser) -> None:
         reader.add_function_arguments(function, as_positional=True, skip={"out"})
         reader.add_argument("--out", type=Path, required=True, help="folder for the project, made when missing")
         sets.add_subcommand(name, reader, help=summary)
+
+
+def export_parser() -> ArgumentParser:
+    """The parser of `bkind3d export`: a run, and the tool by its name."""
+    parser = ArgumentParser(description="Write the poses of a run in the files of another tool: RUN/exports/<to>/.")
+    parser.add_function_arguments(run_export, as_positional=True, skip={"to", "force"})
+    parser.add_argument("--to", required=True, choices=list(FORMATS), help="the tool; see docs/exports.md")
+    add_flags(parser, ("force",))
+    return parser
 
 
 def check_parser() -> ArgumentParser:
@@ -249,6 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_cache(settings)
         elif verb == "import":
             run_import(settings)
+        elif verb == "export":
+            run_export(**vars(settings))
         else:
             VERBS[verb][0](**vars(settings))
     except (InputError, BackendUnavailable) as error:

@@ -31,10 +31,13 @@ FRAME_SHARE = 0.8
 # be hidden by another part of the same body, which is foreground too; what misses it in more than one view of five is
 # beside it.
 OFF_SHARE = 0.8
+# `unsure`: the mean peak probability is below this share of the keypoints' median. How high a peak can be depends on
+# the size of the heatmaps, so keypoints of one run are compared.
+UNSURE_SHARE = 0.25
 # `swaps`: told apart from the other keypoints, across views and moments, in less than this share of the trials.
 IDENTITY_SHARE = 0.5
 
-FLAGS = ("dead", "twin", "centre", "border", "off", "swaps")
+FLAGS = ("dead", "twin", "centre", "border", "unsure", "off", "swaps")
 
 
 @dataclass
@@ -143,18 +146,20 @@ def keypoint_health(
     at_centre = (np.linalg.norm(local, axis=2) < CENTRE_RADIUS).mean(axis=0)
     at_border = (_to_border(local, sides / sides.max() / 2, up) < BORDER_MARGIN).mean(axis=0)
     twin, twin_distance = _nearest_twin(local)
+    peak = np.nan_to_num(confidence.mean(axis=0))
     marks = {
         "dead": spread < DEAD_SPREAD,
         "twin": twin_distance < TWIN_DISTANCE,
         "centre": at_centre >= FRAME_SHARE,
         "border": at_border >= FRAME_SHARE,
+        "unsure": peak < UNSURE_SHARE * np.median(peak),
         "off": np.zeros(len(spread), bool) if seen is None else seen < OFF_SHARE,
         "swaps": np.zeros(len(spread), bool) if known is None else known < IDENTITY_SHARE,
     }
     return Health(
         frames=len(positions),
         spread=spread.tolist(),
-        peak=np.nan_to_num(confidence.mean(axis=0)).tolist(),
+        peak=peak.tolist(),
         at_centre=at_centre.tolist(),
         at_border=at_border.tolist(),
         twin=twin.tolist(),

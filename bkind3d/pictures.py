@@ -40,6 +40,7 @@ def overlay(
     weights: np.ndarray | None = None,
     names: Sequence[str] | None = None,
     columns: int | None = None,
+    colours: np.ndarray | None = None,
 ) -> np.ndarray:
     """Views side by side, enlarged, with keypoints as dots and edges as lines.
 
@@ -54,6 +55,7 @@ def overlay(
             largest.
         names: M view names, optional, written into the corner.
         columns: views in a row; default all M.
+        colours: (J, 3) uint8 of the keypoints; default :func:`palette`.
 
     Returns:
         (rows · H · scale + gaps, columns · W · scale + gaps, 3) uint8.
@@ -75,7 +77,8 @@ def overlay(
     if weights is not None and np.shape(weights) != (len(edges),):
         raise InputError(f"weights: expected ({len(edges)},), got {np.shape(weights)}")
     shares = np.ones(len(edges)) if weights is None else relative(weights)
-    views = [_draw_view(images[m], keypoints[m], edges, scale, sizes, shares) for m in range(len(images))]
+    colours = palette(keypoints.shape[1]) if colours is None else colours
+    views = [_draw_view(images[m], keypoints[m], edges, scale, sizes, shares, colours) for m in range(len(images))]
     if names is not None:
         for view, name in zip(views, names):
             _label(view, name)
@@ -138,7 +141,13 @@ def relative(weights: np.ndarray) -> np.ndarray:
 
 
 def _draw_view(
-    image: np.ndarray, points: np.ndarray, edges: np.ndarray, scale: int, sizes: np.ndarray, shares: np.ndarray
+    image: np.ndarray,
+    points: np.ndarray,
+    edges: np.ndarray,
+    scale: int,
+    sizes: np.ndarray,
+    shares: np.ndarray,
+    colours: np.ndarray,
 ) -> Image.Image:
     """One view, (H, W, 3) -> (H · scale, W · scale) with dots and lines."""
     height, width = image.shape[0] * scale, image.shape[1] * scale
@@ -148,7 +157,7 @@ def _draw_view(
     unit = max(1.0, min(height, width) / REFERENCE) * fineness
     at = (points + 0.5) * scale * fineness - 0.5  # Pillow cuts decimals off, so everything below is rounded first
     _draw_edges(canvas, at, edges, shares, unit)
-    _draw_dots(canvas, at, sizes, unit)
+    _draw_dots(canvas, at, sizes, unit, colours)
     return canvas.reduce(fineness)
 
 
@@ -170,9 +179,9 @@ def _draw_edges(canvas: Image.Image, at: np.ndarray, edges: np.ndarray, shares: 
             draw.line(line, fill=(*colour, opacity), width=2 * half + 1)  # Pillow puts even widths beside the line
 
 
-def _draw_dots(canvas: Image.Image, at: np.ndarray, sizes: np.ndarray, unit: float) -> None:
+def _draw_dots(canvas: Image.Image, at: np.ndarray, sizes: np.ndarray, unit: float, colours: np.ndarray) -> None:
     """Dots in their keypoints' colours, with a dark rim."""
-    draw, colours = ImageDraw.Draw(canvas), palette(len(at))
+    draw = ImageDraw.Draw(canvas)
     for j in np.flatnonzero(_near(at)):
         (x, y), radius = at[j], 4.2 * unit * sizes[j]
         for colour, r in ((SHADOW, radius), (tuple(colours[j].tolist()), radius - unit)):

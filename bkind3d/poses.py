@@ -2,7 +2,8 @@
 
 ``position(time, space, keypoint, individual)`` and ``confidence(time, keypoint, individual)``, with the attributes
 ``fps``, ``time_unit``, ``source_software``, ``ds_type`` and ``units`` (of length, which movement has no place for but
-keeps), so that the file opens there, in xarray and in any HDF5 reader.
+keeps), so that the file opens there, in xarray and in any HDF5 reader. Where they were measured, what the views say of
+each keypoint without a label, ``reprojection_error`` and ``on_body``, with the dimensions of ``confidence``.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ SPACE = ("x", "y", "z")
 INDIVIDUAL = "individual_0"
 POSITION_DIMS = ("time", "space", "keypoint", "individual")
 CONFIDENCE_DIMS = ("time", "keypoint", "individual")
+# What the views say of each keypoint; in the file where it was measured.
+AGREEMENT = ("reprojection_error", "on_body")
 
 
 def keypoint_names(count: int) -> list[str]:
@@ -38,6 +41,12 @@ class Poses:
         recording: name of the recording.
         names: J distinct keypoint names; default ``kp00``, ``kp01``, ...
         frames: (F,) int64, numbers on the recording's clock, increasing; default 0 ... F-1. Times are frames / fps.
+        cameras: names of the views that they were found in; empty where that is not known.
+        reprojection_error: (F, J) float32, how far the views' own keypoints lie from the projected one, root mean
+            square over the views, in pixels of the videos; None where views have no keypoints of their own.
+        on_body: (F, J) float32, share of the views that show the keypoint in which it lies on the moving body, 0 where
+            no view shows it; None where the body is not told from the room.
+        step: of the training, whose networks found them; None where that is not known.
 
     Raises:
         InputError: a shape, a name or a number that does not fit.
@@ -50,6 +59,10 @@ class Poses:
     recording: str
     names: list[str] = field(default_factory=list)
     frames: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    cameras: list[str] = field(default_factory=list)
+    reprojection_error: np.ndarray | None = None
+    on_body: np.ndarray | None = None
+    step: int | None = None
 
     def __post_init__(self) -> None:
         self.positions = np.asarray(self.positions, dtype=np.float32)
@@ -59,6 +72,11 @@ class Poses:
         count, joints = self.positions.shape[:2]
         if self.confidence.shape != (count, joints):
             raise InputError(f"confidence: expected shape {(count, joints)}, got {self.confidence.shape}")
+        for name in AGREEMENT:
+            if getattr(self, name) is not None:
+                setattr(self, name, np.asarray(getattr(self, name), dtype=np.float32))
+                if getattr(self, name).shape != (count, joints):
+                    raise InputError(f"{name}: expected shape {(count, joints)}, got {getattr(self, name).shape}")
         self.names = [str(name) for name in self.names] or keypoint_names(joints)
         if len(self.names) != joints or len(set(self.names)) != joints:
             raise InputError(f"names: expected {joints} distinct keypoint names, got {self.names}")
@@ -78,11 +96,13 @@ class Poses:
 
     def to_xarray(self) -> xarray.Dataset:
         """The same data as a movement ``poses`` data set."""
+        measured = {name: getattr(self, name) for name in AGREEMENT if getattr(self, name) is not None}
         return xarray.Dataset(
             {
                 "position": (POSITION_DIMS, self.positions.transpose(0, 2, 1)[..., None]),
                 "confidence": (CONFIDENCE_DIMS, self.confidence[..., None]),
-            },
+            }
+            | {name: (CONFIDENCE_DIMS, values[..., None]) for name, values in measured.items()},
             coords={"time": self.time, "space": list(SPACE), "keypoint": self.names, "individual": [INDIVIDUAL]},
             attrs={
                 "fps": self.fps,
@@ -91,7 +111,9 @@ class Poses:
                 "ds_type": "poses",
                 "units": self.units,
                 "recording": self.recording,
-            },
+                "cameras": " ".join(self.cameras),
+            }
+            | ({} if self.step is None else {"step": self.step}),
         )
 
     def save(self, path: str | Path) -> None:
@@ -135,6 +157,11 @@ def _from_xarray(data: xarray.Dataset, path: Path) -> Poses:
         lack = f"attribute {missing[0]} missing" if missing else "not 3D poses of one individual"
         raise InputError(f"{path}: {lack}; run `bkind3d predict` again")
     fps = float(data.attrs["fps"])
+    measured = {
+        name: data[name].transpose(*CONFIDENCE_DIMS).values[..., 0]
+        for name in AGREEMENT
+        if name in data and set(data[name].dims) == set(CONFIDENCE_DIMS)
+    }
     try:
         return Poses(
             positions=data["position"].transpose("time", "keypoint", "space", "individual").values[..., 0],
@@ -144,6 +171,9 @@ def _from_xarray(data: xarray.Dataset, path: Path) -> Poses:
             recording=str(data.attrs.get("recording", path.stem)),
             names=[str(name) for name in data["keypoint"].values],
             frames=np.rint(data["time"].values * fps).astype(np.int64),
+            cameras=str(data.attrs.get("cameras", "")).split(),
+            step=int(data.attrs["step"]) if "step" in data.attrs else None,
+            **measured,
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

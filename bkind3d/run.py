@@ -2,7 +2,8 @@
 
 ``config.yaml`` (effective settings), ``env.json`` (versions, device, backends), ``metrics.csv``, ``health.jsonl``,
 ``checkpoints/``, ``samples/*.png``, ``skeleton.json``, ``poses/<recording>.nc``, ``evaluation.json`` and
-``evaluation.csv``, ``actions.json``, ``report.html``, ``render.gif``.
+``evaluation.csv``, ``actions.json``, ``exports/``, ``report.html``, ``render.gif``,
+``overlay.mp4``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bkind3d.data import CachedRecording, FrameCache, Project, Volume, build_cac
 from bkind3d.data.foreground import body_size
 from bkind3d.data.window import look
 from bkind3d.errors import InputError
+from bkind3d.labels import NAME as LABELS
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.models.methods import METHODS
 from bkind3d.models.views import as_floats, foreground_only
@@ -31,7 +33,8 @@ from bkind3d_kernels import VoxelGrid
 # Everything that a run writes; nothing else in its folder is ever deleted.
 CONTENT = (
     "config.yaml", "env.json", "metrics.csv", "health.jsonl", "checkpoints", "samples", "skeleton.json", "poses",
-    "evaluation.json", "evaluation.csv", "actions.json", "report.html", "render.gif", "tensorboard",
+    "evaluation.json", "evaluation.csv", "actions.json", "exports", "report.html", "render.gif", "overlay.mp4",
+    "tensorboard",
 )  # fmt: skip
 
 
@@ -169,6 +172,8 @@ def create_run(path: Path, *, force: bool) -> None:
     """
     refuse_existing(path, force=force)
     try:
+        if (path / LABELS).exists():  # a user's own work, but its names are those of other keypoints
+            (path / LABELS).replace(path / "keypoints.old.yaml")
         for name in CONTENT:
             if (path / name).is_dir():
                 shutil.rmtree(path / name)

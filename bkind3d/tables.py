@@ -1,6 +1,8 @@
-"""Results as text for the terminal."""
+"""Results as text: for the terminal, and as CSV."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -31,3 +33,20 @@ def plain(value: Any) -> str:
 def times(size: Sequence[int]) -> str:
     """Width and height in pixels."""
     return f"{size[0]}×{size[1]}"
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV, in which no cell is a formula to a spreadsheet: text that could be one begins with an apostrophe."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([_harmless(cell) for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def _harmless(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return "'" + cell
+    return cell

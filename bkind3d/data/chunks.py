@@ -53,7 +53,7 @@ def probe_chunks(
     camera: str, paths: tuple[Path, ...], numbers: np.ndarray | None, ledger: Ledger | None
 ) -> VideoFootage:
     """The chunks that hold the frames of those numbers, or all of them, which must then be without a gap."""
-    chunks = sorted((_first_number(path), path) for path in paths)
+    chunks = sorted((first_number(path), path) for path in paths)
     firsts = np.array([first for first, _ in chunks])
     if numbers is None:
         numbers, even = np.append(firsts[1:] - 1, firsts[-1]), True  # each file up to the next
@@ -85,7 +85,7 @@ def probe_chunks(
     return VideoFootage(tuple(files))
 
 
-def _first_number(path: Path) -> int:
+def first_number(path: Path) -> int:
     """Number of a chunk's first frame, from the end of its name."""
     match = re.search(r"\d+$", path.stem)
     if match is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bkind3d.cameras import Cameras
-from bkind3d.data.chunks import VideoFootage, probe_chunks
+from bkind3d.data.chunks import VideoFootage, first_number, probe_chunks
 from bkind3d.data.images import ImageFootage, is_images, probe_images
 from bkind3d.data.index import Index, load_index
 from bkind3d.data.ledger import Ledger
@@ -65,6 +65,35 @@ def probe_recording(recording: Recording, cameras: Cameras, ledger: Ledger | Non
                 f"{times(size)}; calibrate at the video's size, or correct 'size' if only that is wrong"
             )
     return RecordingInfo(footage, index or _index_in_step(recording, footage))
+
+
+def frame_numbers(recording: Recording, cameras: Cameras, clock: np.ndarray) -> np.ndarray:
+    """Which frame of each camera's footage shows each moment, without a look at the footage.
+
+    Args:
+        recording: the recording.
+        cameras: that filmed it.
+        clock: (F,) numbers of moments on the recording's clock.
+
+    Returns:
+        (F, M) int64.
+
+    Raises:
+        InputError: the index cannot be read, or does not have all of these moments.
+    """
+    if recording.index is None:
+        sources = {camera: recording.videos[camera] for camera in cameras.names}
+        starts = [
+            (min(map(first_number, source)) if isinstance(source, tuple) else 0) + recording.offset(camera)
+            for camera, source in sources.items()
+        ]
+        return clock[:, None] + np.array(starts, dtype=np.int64)
+    index = load_index(recording.index, cameras.names)
+    rows = np.searchsorted(index.clock, clock).clip(max=len(index.clock) - 1)
+    absent = np.flatnonzero(index.clock[rows] != clock)
+    if len(absent):
+        raise InputError(f"{recording.index}: has no moment {clock[absent[0]]}, which there are poses of")
+    return index.frames[rows]
 
 
 def probe_masks(recording: Recording, info: RecordingInfo, ledger: Ledger | None = None) -> dict[str, Footage]:

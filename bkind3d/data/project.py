@@ -144,6 +144,8 @@ def load_project(path: Path | str) -> Project:
         raise InputError(f"{path}: units: {units!r} is not a unit of length; expected one of {', '.join(UNITS)}")
     calibration = _existing_file(path, "calibration", content["calibration"])
     cameras = load_toml(calibration, units)
+    for camera in cameras.names:
+        _check_names_files(f"{calibration}: camera", camera)
     rows = content["recordings"]
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: recordings: expected a list of at least one recording")
@@ -242,6 +244,12 @@ def _text(where: str, value: Any) -> str:
     return str(value)
 
 
+def _check_names_files(where: str, name: str) -> None:
+    """Refuse a name that files cannot have everywhere, or that a spreadsheet would take for a formula."""
+    if not re.fullmatch(r"[\w][\w.-]*", name, flags=re.ASCII):
+        raise InputError(f"{where}: name {name!r} names files: use letters, digits, '_', '-' and '.' only")
+
+
 def _existing_file(project: Path, where: str, value: Any) -> Path:
     file = project.parent / Path(_text(f"{project}: {where}", value)).expanduser()
     if not file.is_file():
@@ -273,8 +281,7 @@ def _recording(path: Path, index: int, row: Any, cameras: Cameras) -> Recording:
     where = f"{path}: recordings[{index}]"
     _check_keys(where, row, _RECORDING_KEYS, ("name", "split", "videos"))
     name = _text(f"{where}: name", row["name"])
-    if not re.fullmatch(r"[\w][\w.-]*", name, flags=re.ASCII):
-        raise InputError(f"{where}: name {name!r} names files: use letters, digits, '_', '-' and '.' only")
+    _check_names_files(where, name)
     where = f"{path}: recording {name!r}"
     if row["split"] not in SPLITS:
         raise InputError(f"{where}: split {row['split']!r} must be one of {', '.join(SPLITS)}")

@@ -10,8 +10,6 @@ is always a row of the table, and the caller adds an untrained network under the
 A joint that is NaN in the truth is left out of the fit and of the errors, and counted in the result.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +27,7 @@ from bkind3d.evaluation.regressors import (
     fit_regressor,
     mean_pose,
 )
-from bkind3d.tables import align, number, plain
+from bkind3d.tables import align, csv_text, number, plain
 
 MEAN_POSE = "mean pose"
 
@@ -187,13 +185,12 @@ def format_joints(document: Mapping[str, Any]) -> str:
 
 def joints_csv(document: Mapping[str, Any]) -> str:
     """The errors of each joint as CSV, one line for each predictor and joint; empty where a joint is not annotated."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["predictor", "joint", *METRICS, "units"])
-    for row in document["rows"]:
-        for k, joint in enumerate(document["joints"]):
-            writer.writerow([row["name"], joint, *(row["per_joint"][name][k] for name in METRICS), document["units"]])
-    return text.getvalue()
+    rows = [
+        [row["name"], joint, *(row["per_joint"][name][k] for name in METRICS), document["units"]]
+        for row in document["rows"]
+        for k, joint in enumerate(document["joints"])
+    ]
+    return csv_text([["predictor", "joint", *METRICS, "units"], *rows])
 
 
 def describe_options(document: Mapping[str, Any]) -> str:

@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bkind3d.data.window import HALF
+from bkind3d.agreement import FOREGROUND, in_masks, on_body
 from bkind3d.errors import InputError
 from bkind3d.evaluation.skeleton_summary import summarise_skeleton
 from bkind3d.tables import percent
 from bkind3d_kernels import rasterize_edges
-from bkind3d_kernels.geometry import project_points
 
-FOREGROUND = HALF + 1  # of 255: a pixel of a mask is foreground from here on
 RADII = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # pixels
 _BATCH = 64  # frames
 
@@ -36,12 +34,13 @@ def label_free(
     Args:
         positions: (F, J, 3) keypoints, finite, world units.
         projections: (M, 3, 4) world to pixels of the masks.
-        masks: (F, M, H, W) uint8, foreground from :data:`FOREGROUND` on.
+        masks: (F, M, H, W) uint8, foreground from :data:`~bkind3d.agreement.FOREGROUND` on.
         edges: (E, 2) active edges; E may be 0.
         radii: of the capsules to choose from, in pixels.
 
     Returns:
-        ``frames``, ``views``; ``on_body``, the mean of :func:`on_body`, and ``on_body_per_keypoint`` (J,);
+        ``frames``, ``views``; ``on_body``, the mean of :func:`~bkind3d.agreement.on_body`, and
+        ``on_body_per_keypoint`` (J,);
         ``rigidity``, 1 - the median over the edges of SD / mean of their lengths; ``overlap`` of
         :func:`silhouette_overlap` and its ``radius``. The last three are None without edges.
 
@@ -60,25 +59,6 @@ def label_free(
         "overlap": overlap,
         "radius": radius,
     }
-
-
-def on_body(positions: np.ndarray, projections: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Share of the views that see foreground at the pixel nearest to each keypoint, (F, J).
-
-    A view counts where the keypoint is in front of the camera and inside the picture; with no such view the share is 0.
-    Arguments as in :func:`label_free`.
-
-    Raises:
-        InputError: shapes that do not fit.
-    """
-    pixels, depth = _project(positions, projections, masks)
-    height, width = masks.shape[2:]
-    nearest = np.floor(pixels.numpy() + 0.5)  # (F, M, J, 2), order (x, y)
-    inside = (depth.numpy() > 0) & (nearest >= 0).all(axis=3) & (nearest < [width, height]).all(axis=3)
-    x, y = np.moveaxis(np.where(inside[..., None], nearest, 0).astype(np.int64), 3, 0)
-    frame, view = np.ogrid[: masks.shape[0], : masks.shape[1]]
-    hit = inside & (masks[frame[..., None], view[..., None], y, x] >= FOREGROUND)
-    return hit.sum(axis=1) / np.maximum(inside.sum(axis=1), 1)
 
 
 @torch.no_grad()
@@ -100,7 +80,7 @@ def silhouette_overlap(
     Raises:
         InputError: shapes that do not fit, or radii that are not positive.
     """
-    pixels, depth = _project(positions, projections, masks)
+    pixels, depth = in_masks(positions, projections, masks)
     if not len(radii) or min(radii) <= 0:
         raise InputError(f"radii: expected positive numbers of pixels, got {radii}")
     if not len(edges):
@@ -136,21 +116,6 @@ def _dice(pixels: Tensor, drawn: Tensor, pairs: Tensor, masks: np.ndarray, radii
         inside = near > threshold
         dice.append(2 * (inside & body).sum(dim=1) / (inside.sum(dim=1) + body.sum(dim=1)))
     return torch.stack(dice, dim=1)
-
-
-def _project(positions: np.ndarray, projections: np.ndarray, masks: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Pixels (F, M, J, 2) and depth (F, M, J) in float64, after a look at the shapes."""
-    if positions.ndim != 3 or positions.shape[2] != 3 or 0 in positions.shape or not np.isfinite(positions).all():
-        raise InputError(f"positions: expected finite positions of shape (F, J, 3), got {positions.shape}")
-    if projections.ndim != 3 or projections.shape[1:] != (3, 4):
-        raise InputError(f"projections: expected shape (M, 3, 4), got {projections.shape}")
-    if masks.ndim != 4 or masks.shape[:2] != (len(positions), len(projections)) or masks.dtype != np.uint8:
-        raise InputError(
-            f"masks: expected uint8 of shape ({len(positions)}, {len(projections)}, H, W), got {masks.dtype} of shape "
-            f"{masks.shape}"
-        )
-    points = torch.as_tensor(positions, dtype=torch.float64)[:, None]  # (F, 1, J, 3)
-    return project_points(torch.as_tensor(projections, dtype=torch.float64), points)
 
 
 def format_label_free(found: Mapping[str, float | None]) -> str:

@@ -28,11 +28,12 @@ from bkind3d.evaluation.evaluate import UNTRAINED, evaluate
 from bkind3d.evaluation.parts import DISTANCES, SHARES
 from bkind3d.evaluation.probe import MEAN_POSE, PAPER_ROWS, PAPER_SOURCE
 from bkind3d.experiments.subjects import SUBJECTS, Film, Subject
-from bkind3d.files import replacing, write_json, write_text
+from bkind3d.files import write_json, write_text
 from bkind3d.models.body import BODY_TERMS
 from bkind3d.models.methods import METHODS
 from bkind3d.processes import call_each
 from bkind3d.run import open_run
+from bkind3d.tables import csv_text
 from bkind3d.train import resume, train
 
 PARTS = DISTANCES | SHARES
@@ -377,10 +378,8 @@ def summary(run: Path) -> dict[str, Any]:
 
 def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """One line for each row and seed, numbers as they were measured."""
-    with replacing(path) as scratch, scratch.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(results[0]))
-        writer.writeheader()
-        writer.writerows(results)
+    columns = list(results[0])
+    write_text(path, csv_text([columns, *([result[column] for column in columns] for result in results)]))
 
 
 def markdown(

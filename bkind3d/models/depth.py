@@ -29,7 +29,7 @@ class DepthModel(DiscoveryModel):
             pixels, probability = locate(self.config.heatmap_gain * heatmaps, size)
             confidence = peak(probability)
             lifted = backproject(pixels, expected_depth(probability, depths, projections, grid), projections)
-        return Lifted(weighted_mean(lifted, confidence), confidence.mean(1))
+        return Lifted(weighted_mean(lifted, confidence), confidence.mean(1), detected=pixels)
 
 
 def center_depth(projections: Tensor, grid: VoxelGrid) -> Tensor:

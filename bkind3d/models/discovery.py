@@ -32,11 +32,13 @@ class Lifted:
         positions: (N, J, 3), world units.
         confidence: Largest probability of each heatmap, (N, J); of heatmaps of single views, their mean over views.
         penalties: Further terms of the training objective, unweighted scalars by their name in `LossConfig`.
+        detected: Keypoints of the single views (N, M, J, 2), image pixels; None where a method has none.
     """
 
     positions: Tensor
     confidence: Tensor
     penalties: dict[str, Tensor] = field(default_factory=dict)
+    detected: Tensor | None = None
 
 
 @dataclass
@@ -174,7 +176,7 @@ class DiscoveryModel(nn.Module, ABC):
         features = self.encoder(images.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         maps = self.geometry(features).unflatten(0, (n, m))
         found = self.lift(maps, projections, (height, width), grid)
-        return Keypoints(found.positions, found.confidence, found.penalties, features)
+        return Keypoints(found.positions, found.confidence, found.penalties, found.detected, features)
 
     def _around_body(self, projections: Tensor, images: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor]:
         """The world with the body in the middle of the grid: its projections, and what leads back from it (N, 1, 3).

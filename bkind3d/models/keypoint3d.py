@@ -40,7 +40,7 @@ class Keypoint3dModel(DiscoveryModel):
             lifted = backproject(pixels, expected_depth(probability, depths, projections, grid), projections)
             positions = weighted_mean(lifted, logits.mean((-2, -1)).softmax(2))
             spread = consistency_error(lifted, grid.side)
-        return Lifted(positions, peak(probability).mean(1), {"consistency": spread})
+        return Lifted(positions, peak(probability).mean(1), {"consistency": spread}, pixels)
 
     def point_scale(self, depth: Tensor, projections: Tensor, grid: VoxelGrid) -> Tensor:
         """Width of each Gaussian, 1 at the depth of the box's centre and ∝ 1 / depth, at most 10."""

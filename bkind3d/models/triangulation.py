@@ -30,7 +30,7 @@ class TriangulationModel(DiscoveryModel):
             confidence = peak(probability)
             positions = triangulate(detected, confidence, projections, box_center(grid), grid.side)
             error = reprojection_error(positions, detected, projections, size)
-        return Lifted(positions, confidence.mean(1), {"reprojection": error})
+        return Lifted(positions, confidence.mean(1), {"reprojection": error}, detected)
 
 
 def reprojection_error(positions: Tensor, detected: Tensor, projections: Tensor, size: tuple[int, int]) -> Tensor:

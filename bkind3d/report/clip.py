@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -48,10 +49,13 @@ def draw(
     edges: np.ndarray,
     names: Sequence[str],
     weights: np.ndarray | None = None,
+    colours: np.ndarray | None = None,
 ) -> np.ndarray:
     """One moment: (M, H, W, 3) uint8 and (M, J, 2) -> (h, w, 3) uint8 with h and w even, as H.264 needs."""
     columns, scale = layout(len(images), images.shape[2])
-    return even(overlay(images, pixels, edges, scale=scale, weights=weights, names=names, columns=columns))
+    return even(
+        overlay(images, pixels, edges, scale=scale, weights=weights, names=names, columns=columns, colours=colours)
+    )
 
 
 def even(picture: np.ndarray) -> np.ndarray:
@@ -62,13 +66,26 @@ def even(picture: np.ndarray) -> np.ndarray:
 def encode(pictures: Iterable[np.ndarray], fps: float) -> bytes:
     """H.264 in MP4 of (h, w, 3) uint8 pictures, h and w even."""
     memory = io.BytesIO()
-    with av.open(memory, "w", format="mp4") as container:
+    write_video(memory, pictures, fps, quality=24)
+    return memory.getvalue()
+
+
+def write_video(target: str | BinaryIO, pictures: Iterable[np.ndarray], fps: float, quality: int) -> None:
+    """Write H.264 in MP4 that browsers play, one picture at a time.
+
+    Args:
+        target: path, whose file then begins with its index, so that it plays while it is loaded; or a file.
+        pictures: (h, w, 3) uint8 each, h and w even.
+        fps: pictures per second.
+        quality: x264's constant rate factor, the smaller the better; 18 can hardly be told from the original.
+    """
+    options = {"movflags": "faststart"} if isinstance(target, str) else {}
+    with av.open(target, "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.options = {"crf": "24", "preset": "veryfast"}
+        stream.options = {"crf": str(quality), "preset": "veryfast"}
         stream.pix_fmt = "yuv420p"
         for index, picture in enumerate(pictures):
             if index == 0:
                 stream.height, stream.width = picture.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    return memory.getvalue()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from bkind3d.cameras import Cameras
-from bkind3d.pictures import INK, SHADOW, WHITE, palette
+from bkind3d.pictures import INK, SHADOW, WHITE
 from bkind3d.report.inputs import Scene, Shown, health_of
 from bkind3d.report.shots import sharpness, take_shots
 
@@ -59,9 +59,9 @@ def crop_grid(shown: Shown, scene: Scene, *, progress: bool = False) -> Grid:
     times = poses.time[chosen].tolist()
     cells = [
         [cell for f in range(len(chosen)) for cell in _cells(frames[f], cameras, f, positions[f, j], side, colour)]
-        for j, colour in enumerate(palette(len(poses.names)))
+        for j, colour in enumerate(shown.colours)
     ]
-    picture = draw_grid(cells, poses.names, flags, times)
+    picture = draw_grid(cells, poses.names, flags, times, shown.colours)
     return Grid(small_jpeg(picture, LARGEST), times, min(VIEWS, len(cameras)), side)
 
 
@@ -130,6 +130,7 @@ def draw_grid(
     names: Sequence[str],
     flags: Sequence[Sequence[str]],
     times: Sequence[float],
+    colours: np.ndarray,
 ) -> Image.Image:
     """The rows under each other: colour, name and flags of a keypoint, then its crops, moment by moment.
 
@@ -138,6 +139,7 @@ def draw_grid(
         names: J keypoint names.
         flags: J lists of health flags.
         times: of the moments, seconds.
+        colours: (J, 3) uint8 of the keypoints.
     """
     per_moment = len(cells[0]) // len(times)
     lefts = [
@@ -149,7 +151,7 @@ def draw_grid(
     draw = ImageDraw.Draw(sheet)
     for f, time in enumerate(times):
         draw.text((lefts[f * per_moment], 5), f"{time:.2f} s", fill=SOFT, font=ImageFont.load_default(size=13))
-    for j, (row, colour) in enumerate(zip(cells, palette(len(names)))):
+    for j, (row, colour) in enumerate(zip(cells, colours)):
         top = HEADER + j * (CELL + GAP)
         _draw_label(sheet, top, colour, names[j], flags[j])
         for left, cell in zip(lefts, row):

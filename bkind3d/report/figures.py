@@ -13,6 +13,7 @@ from bkind3d.pictures import as_floats
 
 BLUE, ORANGE, GREY = "#3465a4", "#c4621b", "#8a9099"
 TEXT = "#2b2f36"
+STRETCHES, PATH_POINTS = 300, 2000  # of a long recording
 
 
 def loss_curves(metrics: dict[str, np.ndarray]) -> dict[str, str]:
@@ -82,10 +83,43 @@ def health_curves(records: Sequence[tuple[int, Health]], colours: np.ndarray) ->
     return panels
 
 
-def _panel() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(3.8, 2.5), layout="constrained")
+def time_curves(time: np.ndarray, tracks: dict[str, np.ndarray]) -> dict[str, str]:
+    """Panels over the seconds of a recording: title -> SVG, median and the range of nine tenths of each short stretch.
+
+    Args:
+        time: (F,) seconds.
+        tracks: title -> (F,) values, NaN where there is none.
+    """
+    panels = {}
+    stretches = np.array_split(np.arange(len(time)), min(STRETCHES, len(time)))
+    for title, values in tracks.items():
+        figure, axis = _panel("seconds", width=5.8)
+        kept = [part[np.isfinite(values[part])] for part in stretches]
+        kept = [part for part in kept if len(part)]
+        middle = [float(time[part].mean()) for part in kept]
+        low, median, high = ([float(np.percentile(values[part], share)) for part in kept] for share in (5, 50, 95))
+        axis.fill_between(middle, low, high, color=BLUE, alpha=0.2, linewidth=0)
+        axis.plot(middle, median, color=BLUE, linewidth=1.2)
+        axis.set_ylim(bottom=0)
+        panels[title] = _svg(figure)
+    return panels
+
+
+def path_from_above(points: np.ndarray, unit: str) -> str:
+    """The way of the body over the ground, (F, 2) in length units, from its start (a dot): SVG."""
+    figure, axis = _panel(unit, height=3.4)
+    kept = points[np.isfinite(points).all(axis=1)]
+    kept = kept[:: max(1, len(kept) // PATH_POINTS)]
+    axis.plot(*kept.T, color=BLUE, linewidth=0.9)
+    axis.plot(*kept[:1].T, "o", color=ORANGE, markersize=5)
+    axis.set_aspect("equal", adjustable="datalim")
+    return _svg(figure)
+
+
+def _panel(label: str = "step", width: float = 3.8, height: float = 2.5) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
     axis = figure.subplots()
-    axis.set_xlabel("step", fontsize=8, color=TEXT)
+    axis.set_xlabel(label, fontsize=8, color=TEXT)
     _quiet(axis)
     return figure, axis
 

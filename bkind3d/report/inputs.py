@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from bkind3d.agreement import on_body
 from bkind3d.cameras import Cameras
 from bkind3d.errors import InputError
-from bkind3d.evaluation.stand_ins import on_body
 from bkind3d.health import Health, keypoint_health
+from bkind3d.labels import Labels, load_labels
 from bkind3d.poses import Poses
 from bkind3d.run import Inputs, open_inputs, open_run
 
@@ -63,6 +64,7 @@ class RunFiles:
     actions: dict[str, Any] | None
     poses: dict[str, Poses]
     samples: list[Path]
+    labels: Labels  # poses and skeleton have its names
 
     def active_edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Keypoint pairs (E, 2) of the active edges and their weights (E,); none where there is no skeleton.
@@ -84,6 +86,7 @@ class Shown:
     cameras: Cameras
     frames: np.ndarray  # (T, M, H, W, 3) uint8
     rows: np.ndarray  # (F,) of the frames, for each moment of the poses
+    colours: np.ndarray  # (J, 3) uint8 of the keypoints
 
 
 def run_inputs(run: Path) -> Scene:
@@ -116,17 +119,25 @@ def read_run(run: Path) -> RunFiles:
     config = run / "config.yaml"
     if not config.is_file():
         raise InputError(f"{run}: not a run folder (no config.yaml); make one with `bkind3d train`")
+    skeleton = _json(run / "skeleton.json")
+    poses = {path.stem: Poses.load(path) for path in sorted((run / "poses").glob("*.nc"))}
+    labels = load_labels(run, skeleton["keypoints"] if skeleton else next((one.names for one in poses.values()), []))
+    if skeleton:
+        skeleton["keypoints"] = labels.names
+    for one in poses.values():
+        one.names = labels.names if len(labels.names) == len(one.names) else one.names
     return RunFiles(
         path=run,
         config=config.read_text(encoding="utf-8"),
         environment=_json(run / "env.json"),
         metrics=_metrics(run / "metrics.csv"),
         health=_health(run / "health.jsonl"),
-        skeleton=_json(run / "skeleton.json"),
+        skeleton=skeleton,
         evaluation=_json(run / "evaluation.json"),
         actions=_json(run / "actions.json"),
-        poses={path.stem: Poses.load(path) for path in sorted((run / "poses").glob("*.nc"))},
+        poses=poses,
         samples=sorted((run / "samples").glob("*.png")),
+        labels=labels,
     )
 
 
@@ -140,7 +151,7 @@ def choose_recording(files: RunFiles, scene: Scene | None) -> Shown | None:
         poses, clock = files.poses[name], scene.clocks[name]
         if len(poses.frames) and np.isin(poses.frames, clock).all():
             rows = np.searchsorted(clock, poses.frames)
-            return Shown(poses, scene.splits[name], scene.cameras[name], scene.frames[name], rows)
+            return Shown(poses, scene.splits[name], scene.cameras[name], scene.frames[name], rows, files.labels.colours)
     return None
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from bkind3d.agreement import seen_on_body
 from bkind3d.errors import InputError
 from bkind3d.evaluation.action_classifier import MEASURES, spread_percent
 from bkind3d.evaluation.alignment import METRIC_TITLES, METRICS
@@ -27,11 +28,13 @@ from bkind3d.pictures import palette
 from bkind3d.report import clip, figures
 from bkind3d.report.crops import crop_grid
 from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, health_of, read_run, run_inputs
+from bkind3d.report.render import upright
 from bkind3d.report.scene import SCENE_FRAMES, scene_html
 from bkind3d.tables import percent
 
 NAME = "report.html"
 HISTORY_ROWS = 12
+QUALITY_ROWS = 500  # moments whose masks are looked at
 EVALUATION_KEYS = ("protocol", "options", "units", "joints", "rows", "masked", "paper", "paper_source", "note")
 PARTS_KEYS = ("size", "units", "rows", "edges")
 ACTIONS_KEYS = ("protocol", "options", "behaviours", "windows", "rows", "paper")
@@ -80,6 +83,8 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress
         facts=_facts(files, scene),
         obstacle=obstacle,
         crops=_crops(shown, scene, progress) if shown and scene else None,
+        quality=_quality(shown, scene) if shown and scene else None,
+        motion=_motion(shown, scene) if shown and scene else None,
         evaluated=files.evaluation is not None,
         parts=_parts(files.evaluation),
         results=_results(files.evaluation),
@@ -125,6 +130,79 @@ def _crops(shown: Shown, scene: Scene, progress: bool) -> dict[str, Any]:
         "moments": len(grid.times),
         "views": grid.views,
         "side": f"{grid.side:.3g} {scene.units}",
+    }
+
+
+def _quality(shown: Shown, scene: Scene) -> dict[str, Any]:
+    """What is known of each keypoint and each view without a label."""
+    poses, health = shown.poses, health_of(shown, scene)
+    confidence, error = np.nan_to_num(poses.confidence), poses.reprojection_error
+    low = (confidence < np.median(confidence) / 2).mean(axis=0)
+    views, on_body = _views(shown, scene)
+    return {
+        "frames": len(poses.frames),
+        "recording": poses.recording,
+        "split": shown.split,
+        "well": sum(not flags for flags in health.flags),
+        "error": error is not None,
+        "views": views,
+        "rows": [
+            {
+                "swatch": _swatch(shown.colours[j]),
+                "name": name,
+                "confidence": f"{health.peak[j]:.3f}",
+                "low": percent(float(low[j])),
+                "on_body": percent(on_body[j]),
+                "error": "–" if error is None else f"{np.nanmedian(error[:, j]):.1f} px",
+                "flags": ", ".join(health.flags[j]) or "none",
+                "well": not health.flags[j],
+            }
+            for j, name in enumerate(poses.names)
+        ],
+    }
+
+
+def _views(shown: Shown, scene: Scene) -> tuple[list[dict[str, str]], list[float | None]]:
+    """What each view shows of the keypoints, and the share of each keypoint's views that see the body there.
+
+    Nothing and None where the body is not told from the room.
+    """
+    poses = shown.poses
+    if scene.inputs is None or scene.inputs.body_size is None:
+        return [], [None] * len(poses.names)
+    recording = scene.inputs.cache.recording(poses.recording)
+    rows = np.unique(np.linspace(0, len(shown.rows) - 1, min(len(shown.rows), QUALITY_ROWS)).round().astype(int))
+    masks = recording.masks[shown.rows[rows]]
+    hit, inside = seen_on_body(poses.positions[rows], recording.projections.numpy(), masks)
+    by_view, by_keypoint = (hit.sum(axis=axes) / np.maximum(inside.sum(axis=axes), 1) for axes in ((0, 2), (0, 1)))
+    views = [
+        {"name": name, "shown": percent(float(inside[:, m].mean())), "on_body": percent(float(by_view[m]))}
+        for m, name in enumerate(shown.cameras.names)
+    ]
+    return views, by_keypoint.tolist()
+
+
+def _motion(shown: Shown, scene: Scene) -> dict[str, Any] | None:
+    """Speed, confidence and the way over the ground; None where there are no two moments."""
+    poses = shown.poses
+    if len(poses.frames) < 2:
+        return None
+    middle = np.median(poses.positions.astype(np.float64), axis=1)  # (F, 3), NaN where a keypoint is missing
+    speed = np.linalg.norm(np.diff(middle, axis=0), axis=1) / np.diff(poses.time)
+    tracks = {
+        f"Speed of the body ({scene.units} per second)": np.append(speed, np.nan),
+        "Confidence": np.median(poses.confidence, axis=1),
+    }
+    if poses.reprojection_error is not None:
+        tracks["Disagreement of the views (px)"] = np.median(poses.reprojection_error, axis=1)
+    ground = (middle @ upright(scene.up).T)[:, :2]
+    return {
+        "recording": poses.recording,
+        "seconds": f"{poses.time[-1] - poses.time[0]:.1f}",
+        "fps": f"{poses.fps:.4g}",
+        "panels": _panels(figures.time_curves(poses.time, tracks)),
+        "path": _svg_uri(figures.path_from_above(ground, scene.units)),
+        "units": scene.units,
     }
 
 
@@ -243,7 +321,7 @@ def _clip(shown: Shown, edges: np.ndarray, weights: np.ndarray, progress: bool) 
     pixels = clip.project_keypoints(shown.cameras, poses.positions[rows])  # (F, M, J, 2)
 
     def picture(f: int) -> np.ndarray:
-        return clip.draw(np.asarray(shown.frames[shown.rows[rows[f]]]), pixels[f], edges, names, weights)
+        return clip.draw(np.asarray(shown.frames[shown.rows[rows[f]]]), pixels[f], edges, names, weights, shown.colours)
 
     bar = tqdm(range(len(rows)), desc="report: clip", unit="frame", disable=None if progress else True)
     stills = [int(f) for f in np.linspace(0, len(rows) - 1, min(clip.STILLS, len(rows))).round()]
@@ -251,10 +329,11 @@ def _clip(shown: Shown, edges: np.ndarray, weights: np.ndarray, progress: bool) 
         "recording": poses.recording,
         "split": shown.split,
         "seconds": f"{len(rows) / rate:.1f}",
+        "filmed": f"{poses.fps:.4g}",
         "rate": f"{rate:.4g}",
         "video": _data_uri("video/mp4", clip.encode(map(picture, bar), rate)),
         "stills": [(f"{poses.time[rows[f]]:.2f} s", _jpeg(picture(f))) for f in stills],
-        "keypoints": _swatches(poses.names),
+        "keypoints": _swatches(shown),
     }
 
 
@@ -265,7 +344,7 @@ def _scene(shown: Shown, scene: Scene, edges: np.ndarray) -> dict[str, Any]:
     images = np.asarray(shown.frames[shown.rows[rows[0]]])
     side = float(scene.sides.max())
     return {
-        "html": scene_html(scene, shown.cameras, poses.positions[rows], edges, images, rate),
+        "html": scene_html(scene, shown.cameras, poses.positions[rows], edges, images, rate, shown.colours),
         "recording": poses.recording,
         "side": f"{side:.4g} {scene.units}",
     }
@@ -316,7 +395,8 @@ def _health_section(files: RunFiles, shown: Shown | None, scene: Scene | None) -
         names, source = _names(files, final), f"training step {step}"
     if final is None:
         return None
-    colours = palette(len(final.spread))
+    named = len(files.labels.colours) == len(final.spread)
+    colours = files.labels.colours if named else palette(len(final.spread))
     looked_for = {flag for health in (final, *(health for _, health in files.health)) for flag in health.looked_for}
     flags = [flag for flag in FLAGS if flag in looked_for]
     return {
@@ -365,8 +445,8 @@ def _thinned(records: Sequence[tuple[int, Health]]) -> list[tuple[int, Health]]:
     return [records[k] for k in picked]
 
 
-def _swatches(names: Sequence[str]) -> list[tuple[str, str]]:
-    return [(name, _swatch(colour)) for name, colour in zip(names, palette(len(names)))]
+def _swatches(shown: Shown) -> list[tuple[str, str]]:
+    return [(name, _swatch(colour)) for name, colour in zip(shown.poses.names, shown.colours)]
 
 
 def _swatch(colour: np.ndarray) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bkind3d.errors import InputError
 from bkind3d.files import write_bytes
-from bkind3d.pictures import GAP, as_floats, overlay, palette, relative
+from bkind3d.pictures import GAP, as_floats, overlay, relative
 from bkind3d.report.clip import encode, even, project_keypoints
 from bkind3d.report.crops import ASTRAY
 from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, health_of, read_run, run_inputs
@@ -52,6 +52,7 @@ class Clip:
         edges: (E, 2) keypoint pairs.
         weights: (E,) of the edges.
         names: of the M views.
+        colours: (J, 3) uint8 of the keypoints.
     """
 
     fps: float
@@ -62,6 +63,7 @@ class Clip:
     edges: np.ndarray
     weights: np.ndarray
     names: Sequence[str]
+    colours: np.ndarray
 
     @property
     def height(self) -> int:
@@ -186,6 +188,7 @@ def make_clip(
         edges=edges,
         weights=weights,
         names=cameras.names,
+        colours=shown.colours,
     )
 
 
@@ -252,7 +255,7 @@ def fit(clip: Clip, suffix: str, max_bytes: int, *, progress: bool = False) -> b
         bar = tqdm(draw(clip), total=len(clip.frames), desc="drawing", disable=None if progress else True)
         pictures = list(bar)
         for colours in palettes:
-            content = encoder(pictures, clip.fps, palette(clip.points.shape[1]), colours)
+            content = encoder(pictures, clip.fps, clip.colours, colours)
             if len(content) <= max_bytes or clip.height <= SMALLEST:
                 return content
         clip = clip.shrunk(float(np.clip(0.98 * math.sqrt(max_bytes / len(content)), 0.5, 0.95)))
@@ -263,7 +266,10 @@ def draw(clip: Clip) -> Iterator[np.ndarray]:
     columns, _ = _tiling(clip.frames.shape[1])
     stage, gap = Stage(clip, clip.height), np.full((clip.height, GAP, 3), 255, np.uint8)
     for f, (images, pixels) in enumerate(zip(clip.frames, clip.pixels)):
-        views = overlay(images, pixels, clip.edges, scale=1, weights=clip.weights, names=clip.names, columns=columns)
+        views = overlay(
+            images, pixels, clip.edges, scale=1, weights=clip.weights, names=clip.names, columns=columns,
+            colours=clip.colours,
+        )  # fmt: skip
         yield np.concatenate([views, gap, stage.draw(f)], axis=1)
 
 
@@ -301,7 +307,7 @@ class Stage:
             colour = 1 - (0.4 + 0.6 * share) * (1 - EDGE)  # mixed with white, not transparent: fewer colours
             axes.plot(*points[[i, j]].T, color=colour, linewidth=self.unit * (0.8 + 1.6 * share), zorder=2 + share)
         dots = {"depthshade": False, "zorder": 4, "edgecolors": "black", "linewidths": 0.9 * self.unit}
-        axes.scatter(*points.T, s=52 * self.unit**2, c=as_floats(palette(len(points))), **dots)
+        axes.scatter(*points.T, s=52 * self.unit**2, c=as_floats(self.clip.colours), **dots)
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 

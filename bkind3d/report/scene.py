@@ -12,7 +12,6 @@ import viser
 import viser.transforms
 
 from bkind3d.cameras import Cameras
-from bkind3d.pictures import palette
 from bkind3d.report.inputs import Scene
 
 SCENE_FRAMES = 300
@@ -23,7 +22,13 @@ INK, FAINT = (60, 66, 74), (160, 166, 174)
 
 
 def scene_html(
-    scene: Scene, cameras: Cameras, positions: np.ndarray, edges: np.ndarray, images: np.ndarray, fps: float
+    scene: Scene,
+    cameras: Cameras,
+    positions: np.ndarray,
+    edges: np.ndarray,
+    images: np.ndarray,
+    fps: float,
+    colours: np.ndarray,
 ) -> str:
     """Record a scene with a play bar.
 
@@ -36,6 +41,7 @@ def scene_html(
         edges: (E, 2) keypoint pairs.
         images: (M, H, W, 3) uint8, shown in the cameras' frustums.
         fps: frames per second of ``positions``.
+        colours: (J, 3) uint8 of the keypoints.
 
     Returns:
         A whole HTML document that needs no network.
@@ -49,16 +55,18 @@ def scene_html(
         server = viser.ViserServer(host="127.0.0.1", port=_free_port(), verbose=False)
         try:
             _add_surroundings(server, scene, cameras, images, side)
-            return _record(server, points, kept, edges, fps)
+            return _record(server, points, kept, edges, fps, colours[kept])
         finally:
             server.stop()
 
 
-def _record(server: viser.ViserServer, points: np.ndarray, kept: np.ndarray, edges: np.ndarray, fps: float) -> str:
+def _record(
+    server: viser.ViserServer, points: np.ndarray, kept: np.ndarray, edges: np.ndarray, fps: float, colours: np.ndarray
+) -> str:
     dots = server.scene.add_point_cloud(
         "/skeleton/keypoints",
         points[0, kept],
-        palette(points.shape[1])[kept],
+        colours,
         point_size=DOT,
         point_shape="circle",
         point_shading="flat",

@@ -81,6 +81,16 @@ def test_feet_on_the_floor_are_not_at_the_border(up, axis, sign):
     assert ["border" in each for each in flags] == [False, False, True, True]
 
 
+def test_a_keypoint_far_less_sure_than_the_others():
+    rng = np.random.default_rng(0)
+    positions = CENTER + rng.uniform(-0.3, 0.3, (50, 4, 3)) * SIDES
+    confidence = np.tile([0.2, 0.19, 0.025, 0.06], (50, 1))
+    health = keypoint_health(positions, confidence, CENTER, SIDES)
+    assert [("unsure" in flags) for flags in health.flags] == [False, False, True, False]
+    fainter = keypoint_health(positions, confidence / 10, CENTER, SIDES)
+    assert fainter.flags == health.flags
+
+
 def test_off_the_body_and_swaps():
     """Both are flagged below their thresholds only, and only where they were measured."""
     positions, confidence = wandering()
@@ -94,11 +104,11 @@ def test_off_the_body_and_swaps():
     health = keypoint_health(positions, confidence, CENTER, SIDES, on_body=on_body, identity=identity)
     assert health.flags == [[], [], ["swaps"], ["off"]]
     assert "2/4 healthy (1 off, 1 swaps)" in health.summary()
-    assert health.looked_for == ["dead", "twin", "centre", "border", "off", "swaps"]
+    assert health.looked_for == ["dead", "twin", "centre", "border", "unsure", "off", "swaps"]
     assert Health.from_dict(json.loads(json.dumps(health.to_dict()))) == health
     unknown = health_of(positions, confidence)
     assert (unknown.on_body, unknown.identity) == (None, None)
-    assert unknown.looked_for == ["dead", "twin", "centre", "border"]
+    assert unknown.looked_for == ["dead", "twin", "centre", "border", "unsure"]
 
 
 def test_records_of_earlier_versions_lack_what_was_not_measured():
@@ -135,7 +145,7 @@ def test_positions_that_are_not_finite_are_dead_and_nobodys_twin(bad):
     positions[5, 0], positions[9, 1] = bad, bad
     confidence[5, 0] = np.nan
     health = health_of(positions, confidence)
-    assert health.flags == [["dead"], ["dead"], [], []]
+    assert health.flags == [["dead", "unsure"], ["dead"], [], []]
     assert health.peak[0] == 0
 
 

@@ -355,7 +355,8 @@ class Spy(nn.Module):
     def detect(self, images: Tensor, projections: Tensor, grid: object) -> SimpleNamespace:
         brightness = images.mean((1, 2, 3, 4))[:, None, None].expand(-1, 1, 3)
         where = projections[:, 0, :, 3].expand(len(images), 1, 3)
-        return SimpleNamespace(positions=torch.cat([brightness, where], dim=1), confidence=torch.ones(len(images), 2))
+        positions = torch.cat([brightness, where], dim=1)
+        return SimpleNamespace(positions=positions, confidence=torch.ones(len(images), 2), detected=None)
 
 
 def test_prediction_takes_the_cameras_and_the_clock_of_each_recording(two_rigs: Project) -> None:

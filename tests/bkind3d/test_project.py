@@ -173,6 +173,14 @@ def test_impossible_calibration_names_file_and_camera(project_file) -> None:
     assert "camera 'cam2' has a video but is not in the calibration (cam0, cam1)" in refused(project_file)
 
 
+@pytest.mark.parametrize("name", ["cam/3", "..", "=cam3", "cam 3", ""])
+def test_cameras_whose_names_no_file_could_have(project_file, name: str) -> None:
+    calibration = project_file.parent / "calibration.toml"
+    calibration.write_text(calibration.read_text().replace('"cam0"', f'"{name}"'))
+    message = refused(project_file)
+    assert f"{calibration}: camera: name {name!r} names files: use letters, digits, '_', '-' and '.' only" in message
+
+
 def test_unwritable_project(project_file) -> None:
     with pytest.raises(InputError, match="the project file cannot be written"):
         save_project(load_project(project_file), project_file / "below" / "a file.yaml")

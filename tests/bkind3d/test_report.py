@@ -35,8 +35,8 @@ from bkind3d.report import build_report, clip, crops, page, shots
 from bkind3d.report.inputs import choose_recording, read_run, run_inputs
 
 SECTIONS = [
-    "crops", "parts", "results", "actions", "clip", "scene", "losses", "samples", "edges", "health",
-    "configuration", "versions",
+    "crops", "quality", "parts", "results", "actions", "motion", "clip", "scene", "losses", "samples", "edges",
+    "health", "configuration", "versions",
 ]  # fmt: skip
 
 
@@ -418,12 +418,39 @@ def test_unseen_motion_is_shown_where_there_is_any(full_report, scene, tmp_path)
     assert choose_recording(read_run(run), scene).poses.recording == "train"
 
 
+def test_names_the_clock_and_what_the_views_say(tmp_path, scene, with_frames):
+    """Of a recording at 60 frames per second whose keypoints have names, and one of them hardly any confidence."""
+    run = write_run(tmp_path / "run", scene, ["poses", "skeleton"])
+    (run / "keypoints.yaml").write_text('kp00: {name: nose, color: "#010203"}\n')
+    poses = Poses.load(run / "poses" / "test.nc")
+    confidence, error = np.full((FRAMES, JOINTS), 0.2), np.full((FRAMES, JOINTS), 3.26)
+    confidence[:, 2] = 0.025
+    dataclasses.replace(poses, fps=60.0, confidence=confidence, reprojection_error=error).save(
+        run / "poses" / "test.nc"
+    )  # fmt: skip
+    text = build_report(run).read_text(encoding="utf-8")
+    quality, motion, shown = (
+        re.search(f'<section id="{name}">.*?</section>', text, re.DOTALL)[0] for name in ("quality", "motion", "clip")
+    )
+    rows = re.findall(r"<tr><td>.*?</tr>", quality)
+    assert len(rows) == JOINTS
+    assert all(part in rows[0] for part in ("#010203", "nose", "0.200", "3.3 px", "none"))
+    assert all(part in rows[2] for part in ("kp02", "0.025", "100 %", "unsure"))
+    assert "0.7 s at 60 frames per second" in motion
+    assert len(re.findall("<img", motion)) == 4
+    assert "filmed at 60 frames per second" in shown
+    assert "30 pictures per second" in shown
+    assert "#010203" in shown
+
+
 def test_missing_parts_are_said_plainly(tmp_path, scene, with_frames):
     run = write_run(tmp_path / "run", scene, [])
     text = build_report(run).read_text(encoding="utf-8")
-    assert text.count('class="missing"') == len(SECTIONS) - 2  # the configuration is always there, behaviour if known
+    assert (
+        text.count('class="missing"') == len(SECTIONS) - 3
+    )  # configuration is always there, behaviour and movement if known
     assert "Behaviour" not in text
-    assert "Not evaluated yet" in text
+    assert "what the views say themselves" in text
     assert "4, 96 × 72 px each" in text
 
 
@@ -435,8 +462,8 @@ def test_without_frames_the_page_says_why_and_shows_the_rest(tmp_path, scene, mo
     run = write_run(tmp_path / "run", scene, ["health", "skeleton", "poses"])
     text = build_report(run).read_text(encoding="utf-8")
     assert "The frames cannot be shown: demo/cam0.mp4: no such video" in text
-    # That, crops, clip and 3D view; and parts, results, losses, samples and versions, which this run has not got.
-    assert text.count('class="missing"') == 9
+    # That, crops, quality, clip and 3D view; and parts, results, losses, samples and versions, which it has not got.
+    assert text.count('class="missing"') == 10
     assert "training step 2000" in text  # keypoint health from the training
 
 

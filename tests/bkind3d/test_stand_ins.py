@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from bkind3d.agreement import on_body
 from bkind3d.errors import InputError
-from bkind3d.evaluation.stand_ins import label_free, on_body, silhouette_overlap
+from bkind3d.evaluation.stand_ins import label_free, silhouette_overlap
 
 HEIGHT, WIDTH, FOCAL = 40, 60, 50.0
 STICK = np.array([[0, 1]])

@@ -1,6 +1,7 @@
 """Training: exact resumption, interruption, logs, and what it refuses."""
 
 import csv
+import dataclasses
 import json
 import os
 import pickle
@@ -393,11 +394,34 @@ def test_predict_and_evaluate(config: MakeConfig, tmp_path: Path, rig: Path) -> 
     assert (len(result["parts"]["mirror"]), result["parts"]["units"]) == (6, "m")
     assert 0.2 < result["parts"]["size"] < 0.7  # m, of an animal half a metre long
     assert parts[RANDOM_POINTS]["nearest_bone"] < 1e-9 < parts["BKinD-3D"]["nearest_bone"]
-    for again in (lambda: predict(run, progress=False), lambda: evaluate(run, progress=False)):
-        with pytest.raises(InputError, match="--force"):
-            again()
+    with pytest.raises(InputError, match="--force"):
+        evaluate(run, progress=False)
     with pytest.raises(InputError, match='"nowhere" is not in'):
         predict(run, recordings=["nowhere"], progress=False)
+
+
+def test_prediction_goes_on(config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train(config(steps=1), run, progress=False)
+    first, second = predict(run, progress=False)
+    poses = Poses.load(first)
+    assert (poses.step, poses.cameras) == (1, ["cam0", "cam1", "cam2", "cam3"])
+    assert poses.on_body is not None
+    assert 0 <= poses.on_body.min() <= poses.on_body.max() <= 1
+    second.unlink()
+    before = first.stat().st_mtime_ns
+    capsys.readouterr()
+    assert predict(run) == [first, second]
+    assert first.stat().st_mtime_ns == before
+    assert "test (1 of 1): 8 frames, " in capsys.readouterr().err
+    predict(run, recordings=["train"], force=True, progress=False)
+    assert first.stat().st_mtime_ns > before
+    dataclasses.replace(poses, step=7).save(first)
+    with pytest.raises(InputError, match=r"train\.nc: exists and is of training step 7, the newest are of step 1"):
+        predict(run, progress=False)
+    dataclasses.replace(poses, step=None).save(first)
+    with pytest.raises(InputError, match=r"does not say of which networks it is, .* give --force"):
+        predict(run, progress=False)
 
 
 def test_evaluation_without_edges(config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
