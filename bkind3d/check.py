@@ -27,6 +27,7 @@ from bkind3d.data import (
 from bkind3d.errors import InputError
 from bkind3d.memory import Estimate, estimate
 from bkind3d.run import follows_body
+from bkind3d.tables import aligned
 
 _SAME_PLACE = 1e-3  # of the distance to the volume: two cameras closer than this stand at one place
 _SHALLOW_ANGLE = 5.0  # degrees between the lines of sight, below which depth is hardly resolved
@@ -98,12 +99,12 @@ class CheckReport:
             info, gap = self.recordings[recording.name], self.gaps.get(recording.name)
             effective = f"{gap} frames = {gap / info.fps:.3f} s" if gap else "-"
             rows.append([recording.name, recording.split, str(info.frames), f"{info.fps:.6g}", effective])
-        lines += _table(rows)
+        lines += aligned(rows)
         rows = [["camera", "image", "to volume", "to next camera", "voxels seen"]]
         for camera in self.cameras:
             distances = [f"{camera.distance:.4g} {units}", f"{camera.nearest:.4g} {units}"]
             rows.append([camera.name, f"{camera.width}×{camera.height}", *distances, f"{camera.share:.1%}"])
-        lines += _table(rows)
+        lines += aligned(rows)
         rigs = list(self.project.rigs())
         if len(rigs) > 1:
             lines.append(f"{len(rigs)} calibrations; the cameras and voxels told of are those of {rigs[0].name}")
@@ -123,7 +124,7 @@ class CheckReport:
                 [row.camera, f"{row.share:.1%}", f"{row.empty:.0%}", f"{row.steady:.0%}", f"{row.agreeing:.0%}"]
                 for row in self.foreground
             ]
-            lines += _table(rows)
+            lines += aligned(rows)
         lines += [f"picture: {path}" for path in self.pictures]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return lines
@@ -296,8 +297,3 @@ def _widest_angle(cameras: Cameras, volume: Volume) -> float:
     """Greatest angle in degrees between the lines from the volume's centre to two cameras."""
     lines = torch.nn.functional.normalize(cameras.centers - torch.tensor(volume.center), dim=-1)
     return torch.rad2deg(torch.acos((lines @ lines.T).clamp(-1, 1)).max()).item()
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

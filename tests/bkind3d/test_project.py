@@ -101,7 +101,7 @@ def test_required_keys(project_file, key: str) -> None:
     ("changes", "message"),
     [
         ({"units": "inch"}, "units: 'inch' is not a unit of length; expected one of m, cm, mm, um"),
-        ({"units": "mm"}, "its [metadata] says units 'm', but 'mm' was asked for"),
+        ({"units": "mm"}, "calibration.toml: says units 'm', but 'mm' was asked for"),
         ({"calibration": "lost.toml"}, "lost.toml does not exist; paths are relative to the project file"),
         ({"up": [0, 0, 0]}, "up must be a direction"),
         ({"up": "z"}, "up must be three numbers"),
