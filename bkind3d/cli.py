@@ -23,6 +23,7 @@ from bkind3d.evaluation.actions import actions
 from bkind3d.evaluation.evaluate import evaluate
 from bkind3d.experiments.demo import demo
 from bkind3d.experiments.paper import paper
+from bkind3d.init import init_project
 from bkind3d.predict import predict
 from bkind3d.report import build_report
 from bkind3d.report.render import render
@@ -142,6 +143,7 @@ def run_render(
 
 VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "demo": (demo, "the whole way on a simulated subject or a filmed man"),
+    "init": (init_project, "a project file from a folder of videos and a calibration"),
     "predict": (run_predict, "3D keypoints of every frame"),
     "evaluate": (evaluate, "regress annotated joints from the keypoints"),
     "actions": (actions, "classify behaviour from the keypoints"),
