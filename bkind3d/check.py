@@ -10,6 +10,8 @@ import torch
 
 from bkind3d.cameras import Cameras
 from bkind3d.check_foreground import ForegroundCheck, check_foreground
+from bkind3d.check_motion import check_clocks, check_pictures, check_views, read_pictures
+from bkind3d.check_rig import Finding, check_files, check_lenses, check_places, summary
 from bkind3d.check_volume import draw_volume
 from bkind3d.config import Config, validate
 from bkind3d.data import (
@@ -34,6 +36,7 @@ _SHALLOW_ANGLE = 5.0  # degrees between the lines of sight, below which depth is
 _FAR = 50.0  # volume sides: a camera farther off than this hints at mixed units
 _JOINTS_SEEN = 0.5  # share of true joints in two images, below which truth or calibration is likely wrong
 _MOMENTS = 200  # of a recording that are looked at for that
+_LOOKED, _LOOKED_IN_ALL, _LEAST_LOOKED = 300, 3000, 60  # first moments of each recording whose pictures are looked at
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class CheckReport:
         foreground: one row per camera, of the first recording; empty where masks were not looked at.
         window: side of the windows that follow the body, pixels; 0 where the networks see whole frames.
         memory: what a training step takes; None where no settings of a run were given.
+        findings: of the rig and its first moments, green, amber and red; the warnings are amber ones beside them.
     """
 
     project: Project
@@ -79,6 +83,12 @@ class CheckReport:
     foreground: list[ForegroundCheck] = field(default_factory=list)
     window: int = 0
     memory: Estimate | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def fails(self) -> bool:
+        """Whether something is red: training on this would be a waste."""
+        return any(finding.level == "red" for finding in self.findings)
 
     @property
     def seen_by_two(self) -> float:
@@ -126,8 +136,10 @@ class CheckReport:
             ]
             lines += aligned(rows)
         lines += [f"picture: {path}" for path in self.pictures]
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        return lines
+        amber = [Finding("amber", warning) for warning in self.warnings]
+        order = ("green", "amber", "red")
+        findings = sorted([*self.findings, *amber], key=lambda finding: order.index(finding.level))
+        return lines + [finding.line() for finding in findings]
 
 
 def check_project(
@@ -166,9 +178,11 @@ def check_project(
             require_pairs(recording.name, index.clock, index.fps, gap)
             gaps[recording.name] = gap_in_frames(gap, index.fps)
         _check_truth(recording, project, recordings[recording.name])
-    volume = project.working_volume()
-    for rig in project.rigs().values():
-        require_visible(rig, volume)
+    found = {"files": check_files(recordings)}
+    found["lenses"] = [finding for rig in project.rigs().values() for finding in check_lenses(rig)]
+    volume = _volume(project, found)
+    found["places"] = [finding for rig in project.rigs().values() for finding in check_places(rig, volume)]
+    _look(project, recordings, volume, found)
     first = next(iter(project.rigs().values()))
     views = visible_views(first, volume, voxels)
     cameras = _camera_rows(first, volume)
@@ -191,7 +205,40 @@ def check_project(
         warnings=_warnings(project, volume, gaps) + [failure for row in masks for failure in row.failures()],
         foreground=masks,
         window=window,
+        findings=summary(found),
     )
+
+
+def _volume(project: Project, found: dict[str, list[Finding]]) -> Volume:
+    """The working volume, which two cameras see; where there is none, the error says what is wrong with the rig."""
+    try:
+        volume = project.working_volume()
+        for rig in project.rigs().values():
+            require_visible(rig, volume)
+        return volume
+    except InputError as error:
+        places = [finding for rig in project.rigs().values() for finding in check_places(rig)]
+        red = [finding.text for finding in [*found["files"], *found["lenses"], *places] if finding.level == "red"]
+        raise InputError("; ".join([str(error), *red])) from None
+
+
+def _look(
+    project: Project, recordings: dict[str, RecordingInfo], volume: Volume, found: dict[str, list[Finding]]
+) -> None:
+    """Look at the first moments of each recording."""
+    moments = max(_LEAST_LOOKED, min(_LOOKED, _LOOKED_IN_ALL // len(recordings)))
+    found |= {"pictures": [], "clocks": [], "views": []}
+    for recording in project.recordings:
+        info = recordings[recording.name]
+        pictures = read_pictures(info, moments)
+        rows = {"pictures": check_pictures(pictures)}
+        if (np.diff(info.index.clock[:moments]) == 1).all():
+            rows["clocks"] = check_clocks(pictures)
+        if not any(finding.level == "red" for finding in [*found["files"], *found["places"], *rows["pictures"]]):
+            rows["views"] = check_views(pictures, project.cameras_of(recording), volume)
+        for kind, findings in rows.items():
+            where = "" if len(recordings) == 1 else f"recording {recording.name!r}: "
+            found[kind] += [replace(finding, text=where + finding.text) for finding in findings]
 
 
 def check_run(project: Project, config: Config, out: Path | None = None) -> CheckReport:
@@ -276,8 +323,6 @@ def _camera_warnings(cameras: Cameras, volume: Volume) -> list[str]:
         if row.distance > _FAR * side:
             ratio = row.distance / side
             found.append(f"camera {row.name!r} is {ratio:.0f} volume sides away: are the units of both the same?")
-        if row.share == 0:
-            found.append(f"camera {row.name!r} sees nothing of the volume")
     if _widest_angle(cameras, volume) < _SHALLOW_ANGLE:
         found.append(f"all cameras look from within {_SHALLOW_ANGLE:g} degrees: depth is hardly resolved")
     return found

@@ -32,12 +32,16 @@ from bkind3d.shards import share
 from bkind3d.train import resume, train
 from bkind3d_kernels import BackendUnavailable
 
+FAILED = 1  # of a check that found something red
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the number of the signal
 
 
 def run_check(config: Namespace) -> None:
     """Look at a project before training: files, frame counts, calibration, what the cameras see, memory."""
-    check_run(load_project(config.file), settings_of(config), config.out).print()
+    report = check_run(load_project(config.file), settings_of(config), config.out)
+    report.print()
+    if report.fails:
+        sys.exit(FAILED)
 
 
 def settings_of(config: Namespace) -> Config:
