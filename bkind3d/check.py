@@ -11,7 +11,7 @@ import torch
 from bkind3d.cameras import Cameras
 from bkind3d.check_foreground import ForegroundCheck, check_foreground
 from bkind3d.check_motion import check_clocks, check_pictures, check_views, read_pictures
-from bkind3d.check_rig import Finding, check_files, check_lenses, check_places, summary
+from bkind3d.check_rig import Finding, check_files, check_lenses, check_places, in_order, summary
 from bkind3d.check_volume import draw_volume
 from bkind3d.config import Config, validate
 from bkind3d.data import (
@@ -137,9 +137,7 @@ class CheckReport:
             lines += aligned(rows)
         lines += [f"picture: {path}" for path in self.pictures]
         amber = [Finding("amber", warning) for warning in self.warnings]
-        order = ("green", "amber", "red")
-        findings = sorted([*self.findings, *amber], key=lambda finding: order.index(finding.level))
-        return lines + [finding.line() for finding in findings]
+        return lines + [finding.line() for finding in in_order([*self.findings, *amber])]
 
 
 def check_project(
@@ -227,18 +225,20 @@ def _look(
 ) -> None:
     """Look at the first moments of each recording."""
     moments = max(_LEAST_LOOKED, min(_LOOKED, _LOOKED_IN_ALL // len(recordings)))
-    found |= {"pictures": [], "clocks": [], "views": []}
     for recording in project.recordings:
         info = recordings[recording.name]
         pictures = read_pictures(info, moments)
-        rows = {"pictures": check_pictures(pictures)}
+        shown = check_pictures(pictures)
+        rows: dict[str, list[Finding] | None] = {"pictures": shown}
         if (np.diff(info.index.clock[:moments]) == 1).all():
             rows["clocks"] = check_clocks(pictures)
-        if not any(finding.level == "red" for finding in [*found["files"], *found["places"], *rows["pictures"]]):
+        if not any(finding.level == "red" for finding in [*found["files"], *found["places"], *shown]):
             rows["views"] = check_views(pictures, project.cameras_of(recording), volume)
+        where = "" if len(recordings) == 1 else f"recording {recording.name!r}: "
         for kind, findings in rows.items():
-            where = "" if len(recordings) == 1 else f"recording {recording.name!r}: "
-            found[kind] += [replace(finding, text=where + finding.text) for finding in findings]
+            if findings is not None:
+                told = [replace(finding, text=where + finding.text) for finding in findings]
+                found[kind] = found.get(kind, []) + told
 
 
 def check_run(project: Project, config: Config, out: Path | None = None) -> CheckReport:

@@ -27,6 +27,7 @@ _STILL = 0.01  # grey levels that a small picture changes by on average where no
 _STANDING = 0.5  # share of the frames that may be still while the others change
 _CHANGE = 12.0  # grey levels that a moving pixel changes by at least
 _LONGEST_LAG = 2.0  # seconds
+_SHORTEST = 4.0  # seconds of pictures that clocks are compared by
 _AGREED, _BETTER = 0.45, 0.1  # correlation of two clocks at their lag, and how much more that is than without it
 _WITHIN = 2  # frames that the lags of one camera against the others differ by
 _LEAST_LAG = 4  # frames: what is less is not told from how differently the same movement shows
@@ -34,7 +35,7 @@ _PLACES = 12  # moments that views are compared in
 _VOXELS = 32  # along the volume's longest side
 _FEWEST = 3  # moments in which something moves in every camera
 _GAIN = 0.15  # of what moves, that must meet the other views beyond what does as it is given
-_DISAGREE = 0.1  # of what moves, below which nothing fits together
+_ENOUGH = 0.3  # of what moves, that must meet them then
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,13 @@ def _change(frames: np.ndarray) -> np.ndarray:
 # --- clocks ---------------------------------------------------------------------------------------------------------
 
 
-def check_clocks(pictures: Pictures) -> list[Finding]:
-    """Cameras that are out of step with the others."""
+def check_clocks(pictures: Pictures) -> list[Finding] | None:
+    """Cameras that are out of step with the others; None where clocks cannot be compared."""
+    out_of_step = lags(pictures)
+    if out_of_step is None:
+        return None
     found = []
-    for camera, lag in lags(pictures).items():
+    for camera, lag in out_of_step.items():
         late = "after" if lag > 0 else "before"
         mend = f"raise its offset by {lag}" if lag > 0 else f"raise the offsets of all others by {-lag}"
         found.append(
@@ -123,20 +127,25 @@ def check_clocks(pictures: Pictures) -> list[Finding]:
     return found
 
 
-def lags(pictures: Pictures) -> dict[str, int]:
+def lags(pictures: Pictures) -> dict[str, int] | None:
     """Frames by which a camera shows movements later than the others, of those that are out of step.
 
     A camera is, where most of the others say so by about the same number of frames. Of two cameras, it is the first.
+    None where no two cameras see the same movements, or the pictures are too few.
     """
+    if pictures.seconds < _SHORTEST:
+        return None
     names = list(pictures.frames)
     signals = {camera: _signal(frames, pictures.fps) for camera, frames in pictures.frames.items()}
-    most = int(min(_LONGEST_LAG * pictures.fps, len(signals[names[0]]) // 3))
+    most = int(min(_LONGEST_LAG * pictures.fps, len(signals[names[0]]) // 4))
     votes: dict[str, list[int]] = {camera: [] for camera in names}
     for one, other in combinations(names, 2):
         lag = _lag(signals[one], signals[other], most)
         if lag is not None:
             votes[one].append(lag)
             votes[other].append(-lag)
+    if not any(votes.values()):
+        return None
     if len(names) == 2:
         del votes[names[1]]
     found = {}
@@ -176,11 +185,14 @@ def _correlation(one: np.ndarray, other: np.ndarray, lag: int) -> float:
 # --- views ----------------------------------------------------------------------------------------------------------
 
 
-def check_views(pictures: Pictures, cameras: Cameras, volume: Volume) -> list[Finding]:
-    """Cameras that show another one's view, or theirs upside down: what moves then has a larger hull without that."""
+def check_views(pictures: Pictures, cameras: Cameras, volume: Volume) -> list[Finding] | None:
+    """Cameras that show another one's view, or theirs upside down: what moves then has a larger hull without that.
+
+    None where too little moves.
+    """
     views = _Views(pictures, cameras, volume)
     if not views.enough:
-        return []
+        return None
     same = list(range(len(cameras)))
     given = views.agreement(same)
     scores: dict[str, float] = {}
@@ -192,14 +204,10 @@ def check_views(pictures: Pictures, cameras: Cameras, volume: Volume) -> list[Fi
     for place, name in enumerate(cameras.names):
         scores[f"{name!r} turned by 180°"] = views.agreement(same, turned=place)
     best = max(scores.values())
-    if best > given + _GAIN:
+    if best > max(_ENOUGH, given + _GAIN):
         guesses = " or ".join(text for text, score in scores.items() if score > best - _GAIN / 2)
         text = f"of what moves, {given:.0%} meets what moves in the other cameras, but {best:.0%} with {guesses}"
         return [Finding("red", f"{text}: do videos, names and calibration belong together?")]
-    if given < _DISAGREE:
-        text = f"of what moves in a camera, only {given:.0%} meets what moves in the others"
-        mend = "is the calibration of these recordings, are the clocks one, does the background move?"
-        return [Finding("amber", f"{text}: {mend}")]
     return []
 
 
@@ -226,7 +234,7 @@ class _Views:
             self.columns.append(np.minimum(nearest[:, 0], width - 1))
             self.rows.append(np.minimum(nearest[:, 1], height - 1))
             usual = depth[0][torch.from_numpy(self.sees[place])].median() if self.sees[place].any() else depth.max()
-            self.reach.append(int(np.ceil((spacing / 2 * small.intrinsics[0, 0, 0] / usual).item())))
+            self.reach.append(1 + max(0, int(np.ceil((spacing / 2 * small.intrinsics[0, 0, 0] / usual).item()))))
 
     def agreement(self, order: list[int], turned: int | None = None) -> float:
         """Median share of what moves in a view that meets the hull of what moves in all; the least of the views.

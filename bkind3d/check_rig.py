@@ -20,19 +20,21 @@ from bkind3d.data.matching import RecordingInfo
 from bkind3d.data.volume import Volume, meeting_point
 from bkind3d.errors import InputError
 
-Level = Literal["green", "amber", "red"]
+Level = Literal["grey", "green", "amber", "red"]
+LEVELS: tuple[Level, ...] = ("grey", "green", "amber", "red")
 
 _OFF_CENTRE = 0.2  # of the image, that a principal point lies beside its middle at most
 _NARROW, _WIDE = 3.0, 140.0  # degrees of the field of view, of lenses without the fisheye model
 _UNEQUAL = 1.25  # fx over fy
 _OTHER_UNITS = 8.0  # times as far from where the others look as they are, or as near
 _SEEN = 0.02  # of the volume that a camera must see
+_APART = 0.02  # of the distance to what is looked at, between two cameras
 _BLOCK = 1 << 22  # bytes hashed at a time
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One item of the check: what was found, and why and how to mend it where it is not green."""
+    """One item of the check: what was found, why and how to mend it; grey where it could not be looked at."""
 
     level: Level
     text: str
@@ -48,15 +50,30 @@ FINE = {
     "lenses": "principal points and fields of view fit the images",
     "places": "every camera stands outside of what the others look at, and looks at it",
     "pictures": "every camera shows something, and changes",
-    "clocks": "movements come at the same time in all cameras, as far as that can be told",
-    "views": "what moves in one camera moves in the others, as far as that can be told",
+    "clocks": "movements come at the same time in all cameras",
+    "views": "no other order of the videos, and none turned by 180°, fits better",
+}
+# And where nothing of the kind could be looked at.
+NOT_LOOKED_AT = {
+    "clocks": "not compared: that takes 4 s without gaps in which cameras see the same movements",
+    "views": "not compared: something must move in every camera, and what is red above be mended",
 }
 
 
 def summary(found: dict[str, list[Finding]]) -> list[Finding]:
-    """All findings: a green one of each kind that has none, then amber, then red ones."""
-    fine = [Finding("green", f"{kind}: {text}") for kind, text in FINE.items() if not found.get(kind)]
-    return fine + sorted((row for rows in found.values() for row in rows), key=lambda row: row.level == "red")
+    """All findings, the red ones last: a green one of each kind that has none, a grey one of each that is missing."""
+    rows = [finding for findings in found.values() for finding in findings]
+    for kind, text in FINE.items():
+        if kind not in found:
+            rows.append(Finding("grey", f"{kind}: {NOT_LOOKED_AT[kind]}"))
+        elif not found[kind]:
+            rows.append(Finding("green", f"{kind}: {text}"))
+    return in_order(rows)
+
+
+def in_order(findings: list[Finding]) -> list[Finding]:
+    """The worst last, where the eye is."""
+    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -144,11 +161,14 @@ def check_places(cameras: Cameras, volume: Volume | None = None) -> list[Finding
 
 
 def _meet(cameras: Cameras) -> bool:
-    """Whether all cameras see the point where their optical axes meet."""
+    """Whether all cameras see the point where their optical axes meet, and stand at places of their own."""
     try:
-        return bool(cameras.in_view(meeting_point(cameras)).all())
+        point = meeting_point(cameras)
     except InputError:
         return False
+    nearest = torch.pdist(cameras.centers).min().item() if len(cameras) > 1 else 0.0
+    apart = nearest > _APART * (cameras.centers - point).norm(dim=-1).max().item()
+    return apart and bool(cameras.in_view(point).all())
 
 
 _INVERTED = "x_cam = R X + t takes world to camera; a file of poses (camera to world) has R transposed and C for t"
