@@ -24,6 +24,7 @@ Size = tuple[int, int]  # width, height
 # The size of a camera's images where the format has none: one for all, or asked for by the camera's name.
 Sizes = Size | Callable[[str], Size] | None
 
+_LARGEST_ANGLE = 4 * np.pi  # radians: what is larger was meant in degrees
 _REQUIRED = ("matrix", "distortion", "rotation", "translation")
 
 
@@ -145,7 +146,14 @@ def read_lens(
     rotation = numbers("rotation", (3,), (3, 3))
     if not np.isfinite(rotation).all():
         raise InputError(f"{where}: rotation holds a value that is not a finite number")
-    rotation = Rotation.from_rotvec(rotation).as_matrix() if rotation.ndim == 1 else rotation
+    if rotation.ndim == 1:
+        angle = float(np.linalg.norm(rotation))
+        if angle > _LARGEST_ANGLE:
+            raise InputError(
+                f"{where}: {names['rotation']!r} is a Rodrigues vector whose length is an angle in radians, not "
+                f"{angle:.4g}: is it in degrees?"
+            )
+        rotation = Rotation.from_rotvec(rotation).as_matrix()
     matrix, size = numbers("matrix", (3, 3)), None
     if content.get(names["size"]) is not None:
         given = numbers("size", (2,), flat=True)

@@ -151,6 +151,8 @@ def load_project(path: Path | str) -> Project:
     videos = [row["videos"] for row in rows if isinstance(row, dict) and isinstance(row.get("videos"), dict)]
     footage = {str(camera): value for mapping in reversed(videos) for camera, value in mapping.items()}
     cameras = load_calibration(calibration, units, _sizes(path, footage))
+    for camera in cameras.names:
+        _require_file_name(f"{calibration}", f"camera {camera!r}", camera)
     recordings = _with_cameras(path, [_recording(path, index, row, cameras) for index, row in enumerate(rows)], cameras)
     names = [recording.name for recording in recordings]
     if len(set(names)) < len(names):
@@ -303,8 +305,7 @@ def _recording(path: Path, index: int, row: Any, cameras: Cameras) -> Recording:
     where = f"{path}: recordings[{index}]"
     _check_keys(where, row, _RECORDING_KEYS, ("name", "split", "videos"))
     name = _text(f"{where}: name", row["name"])
-    if not re.fullmatch(r"[\w][\w.-]*", name, flags=re.ASCII):
-        raise InputError(f"{where}: name {name!r} names files: use letters, digits, '_', '-' and '.' only")
+    _require_file_name(where, f"name {name!r}", name)
     where = f"{path}: recording {name!r}"
     if row["split"] not in SPLITS:
         raise InputError(f"{where}: split {row['split']!r} must be one of {', '.join(SPLITS)}")
@@ -372,6 +373,11 @@ def _with_cameras(path: Path, recordings: list[Recording], cameras: Cameras) -> 
                 f"{', '.join(cameras.names)}, and must be the same in every recording"
             )
     return [replace(row, cameras=rigs[row.calibration]) if row.calibration else row for row in recordings]
+
+
+def _require_file_name(where: str, what: str, name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name, flags=re.ASCII):
+        raise InputError(f"{where}: {what} names files: use letters, digits, '_', '-' and '.' only")
 
 
 def _camera_mapping(where: str, value: Any) -> dict[str, Any]:

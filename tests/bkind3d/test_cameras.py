@@ -256,6 +256,7 @@ def test_anipose_file(tmp_path) -> None:
         (("[ 0.0, 0.0, 1.0]]", "[ 0.0, 0.1, 1.0]]"), "camera 'cam_1': the last row of K is 0 0.1 1, expected 0 0 1"),
         (("rotation = [ 0.1, 0.2, -0.3]", "rotation = [ nan, 0.2, -0.3]"), "rotation holds a value that is not a"),
         (("rotation = [ 0.1, 0.2, -0.3]", "rotation = [[1,0,0],[0,1,0],[0,0,-1]]"), "mirrored"),
+        (("rotation = [ 0.1, 0.2, -0.3]", "rotation = [5, 11, -17]"), r"not 20.86: is it in degrees\?"),
         (("rotation = [ 0.1, 0.2, -0.3]", "rotation = [1, 2]"), "'rotation' must be 3 or 3×3 numbers, not 2"),
         (("translation = [ 0.0, 0.5, 2.5]", "translation = [ inf, 0.5, 2.5]"), "'cam_1': translation holds a value"),
         (("translation", "position"), r"\[cam_0\] \(camera 'cam_1'\) lacks 'translation'"),

@@ -209,3 +209,12 @@ def test_bad_truth(project_file) -> None:
         load_truth(recording, project)
     with pytest.raises(InputError, match="recording 'take' has no 'truth'"):
         load_truth(dataclasses.replace(recording, truth=None), project)
+
+
+@pytest.mark.parametrize("name", ["cam/1", "top cam", "..", "=cam"])
+def test_camera_names_that_name_no_file(project_file, name: str) -> None:
+    """They are in the names of pictures and tables that the check and the report write."""
+    calibration = project_file.parent / "calibration.toml"
+    calibration.write_text(calibration.read_text().replace('"cam1"', f'"{name}"'))
+    text = refused(project_file)
+    assert f"calibration.toml: camera {name!r} names files: use letters, digits" in text
