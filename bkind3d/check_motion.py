@@ -34,7 +34,7 @@ _LEAST_LAG = 4  # frames: what is less is not told from how differently the same
 _PLACES = 12  # moments that views are compared in
 _VOXELS = 32  # along the volume's longest side
 _FEWEST = 3  # moments in which something moves in every camera
-_GAIN = 0.15  # of what moves, that must meet the other views beyond what does as it is given
+_GAIN = 0.1  # of what moves, that must meet the other views beyond what does as it is given
 _ENOUGH = 0.3  # of what moves, that must meet them then
 
 
