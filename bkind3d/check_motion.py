@@ -22,6 +22,7 @@ from bkind3d.data.matching import RecordingInfo
 from bkind3d.data.volume import Volume
 
 SIDE = 96  # pixels of the longer side of the small pictures
+_DECODED = 1500  # frames after the first, in which the moments must lie
 _DARK, _EVEN = 16.0, 2.0  # grey levels: the brightest pixels of a black camera; the spread of an even picture
 _STILL = 0.01  # grey levels that a small picture changes by on average where nothing is new, as after re-encoding
 _STANDING = 0.5  # share of the frames that may be still while the others change
@@ -52,14 +53,16 @@ class Pictures:
 
 
 def read_pictures(info: RecordingInfo, moments: int) -> Pictures:
-    """The first moments of a recording.
+    """The first moments of a recording, fewer where many frames lie between them, which must all be decoded.
 
     Raises:
         InputError: a frame cannot be read.
     """
     frames = {}
+    wanted = info.index.frames[:moments]
+    wanted = wanted[(wanted - wanted[0]).max(1) < _DECODED]
     for place, (camera, footage) in enumerate(info.footage.items()):
-        numbers, back = np.unique(info.index.frames[:moments, place], return_inverse=True)
+        numbers, back = np.unique(wanted[:, place], return_inverse=True)
         frames[camera] = np.stack([_small(frame) for _, frame in footage.read(numbers)])[back]
     return Pictures(frames, info.fps)
 

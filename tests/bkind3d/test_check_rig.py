@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_rig import DISTORTION, counted_frames, ring, write_project, write_video
 
+from bkind3d import cli
 from bkind3d.cameras import Cameras
 from bkind3d.check import check_project
 from bkind3d.check_motion import Pictures, check_clocks, check_pictures, check_views, lags, read_pictures
@@ -235,3 +236,21 @@ def test_an_error_of_the_volume_names_the_cause(tmp_path: Path) -> None:
     path = write_project(tmp_path, inverted(ring(4), range(4)), volume=None)
     with pytest.raises(InputError, match=r"volume: .*; the extrinsics of all cameras look inverted"):
         check_project(load_project(path), gap=1)
+
+
+def test_moments_that_lie_far_apart_are_not_all_decoded(tmp_path: Path) -> None:
+    project = load_project(write_project(tmp_path))
+    info = probe_recording(project.recordings[0], project.cameras)
+    index = dataclasses.replace(info.index, frames=info.index.frames * np.array([[1], *([[1]] * 4), *([[400]] * 7)]))
+    small = read_pictures(dataclasses.replace(info, index=index), 12)
+    assert {len(frames) for frames in small.frames.values()} == {5}
+
+
+def test_the_command_fails_where_something_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_project(tmp_path)
+    monkeypatch.setattr(cli, "check_run", lambda project, config, out: check_project(project, gap=1, voxels=4))
+    cli.main(["check", str(path)])
+    shutil.copy(tmp_path / "cam0.mkv", tmp_path / "cam1.mkv")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["check", str(path)])
+    assert caught.value.code == 1
