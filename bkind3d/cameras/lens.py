@@ -50,6 +50,9 @@ class Calibration:
         format: its title.
         lenses: at least one.
         units: "m", "cm", "mm" or "um"; None where the format has none.
+
+    Raises:
+        InputError: there is no camera.
     """
 
     files: tuple[Path, ...]
@@ -58,6 +61,8 @@ class Calibration:
     units: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.lenses:
+            raise InputError(f"{self.files[0]}: {self.format} without a camera")
         object.__setattr__(self, "lenses", sorted(self.lenses, key=lambda lens: natural_key(lens.name)))
 
     def cameras(self, units: str | None = None, sizes: Sizes = None) -> Cameras:

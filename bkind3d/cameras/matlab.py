@@ -34,6 +34,8 @@ _RAT7M = {
 _DANNCE = {"matrix": "K", "rotation": "r", "translation": "t"}
 # The variables of a file that are read: what else is in it may be large.
 _VARIABLES = ("params", "camParams", "camnames", "imageSize", "cameras", "K", "r", "t", "RDistort", "TDistort")
+# What h5py and scipy raise on damaged files.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, MatReadError)
 
 
 def read_mat(path: Path) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def read_mat(path: Path) -> dict[str, Any]:
                 wanted = [name for name in file if name in _VARIABLES or name.startswith("subject")]
                 return {name: _plain(file, file[name]) for name in wanted}
         return scipy.io.loadmat(path, simplify_cells=True, variable_names=_VARIABLES)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, MatReadError) as error:
+    except _UNREADABLE as error:
         raise ValueError(" ".join(str(error).split())) from None
 
 

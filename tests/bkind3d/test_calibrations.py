@@ -146,6 +146,7 @@ def test_cameras_ignored_and_not_yet_placed(tmp_path: Path) -> None:
             r"a.json \(camera 'a'\) lacks 'dist'; expected K, dist, R, t",
         ),
         ("a.json", b'{"cameras": [{"K": 1}]}', "lacks 'name'"),
+        ("a.toml", b"[cameras.1]\nmatrix = 1\nignore = true\n", "Caliscope TOML without a camera"),
     ],
 )
 def test_what_is_no_calibration_is_told_so(name: str, content: bytes, words: str, tmp_path: Path) -> None:
@@ -154,6 +155,20 @@ def test_what_is_no_calibration_is_told_so(name: str, content: bytes, words: str
     with pytest.raises(InputError, match=words) as caught:
         read_calibration(path)
     assert str(caught.value).startswith(str(path))
+
+
+def test_damaged_matlab_files_are_told_so(tmp_path: Path) -> None:
+    """32 bytes of every 512 of an HDF5 file, one place at a time."""
+    layout = LAYOUTS["dannce73"]
+    path = layout.write(tmp_path, poses_of(layout))
+    whole, told = path.read_bytes(), 0
+    for place in range(0, len(whole), 512):
+        path.write_bytes(whole[:place] + b"\xa5" * 32 + whole[place + 32 :])
+        try:
+            read(layout, path)
+        except InputError as error:
+            told += str(error).startswith(str(path))
+    assert told > 5
 
 
 def test_folders_with_none_or_two(tmp_path: Path) -> None:
