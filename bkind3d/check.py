@@ -10,6 +10,8 @@ import torch
 
 from bkind3d.cameras import Cameras
 from bkind3d.check_foreground import ForegroundCheck, check_foreground
+from bkind3d.check_motion import check_clocks, check_pictures, check_views, read_pictures
+from bkind3d.check_rig import Finding, check_files, check_lenses, check_places, in_order, summary
 from bkind3d.check_volume import draw_volume
 from bkind3d.config import Config, validate
 from bkind3d.data import (
@@ -27,12 +29,14 @@ from bkind3d.data import (
 from bkind3d.errors import InputError
 from bkind3d.memory import Estimate, estimate
 from bkind3d.run import follows_body
+from bkind3d.tables import aligned
 
 _SAME_PLACE = 1e-3  # of the distance to the volume: two cameras closer than this stand at one place
 _SHALLOW_ANGLE = 5.0  # degrees between the lines of sight, below which depth is hardly resolved
 _FAR = 50.0  # volume sides: a camera farther off than this hints at mixed units
 _JOINTS_SEEN = 0.5  # share of true joints in two images, below which truth or calibration is likely wrong
 _MOMENTS = 200  # of a recording that are looked at for that
+_LOOKED, _LOOKED_IN_ALL, _LEAST_LOOKED = 300, 3000, 60  # first moments of each recording whose pictures are looked at
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class CheckReport:
         foreground: one row per camera, of the first recording; empty where masks were not looked at.
         window: side of the windows that follow the body, pixels; 0 where the networks see whole frames.
         memory: what a training step takes; None where no settings of a run were given.
+        findings: of the rig and its first moments, green, amber and red; the warnings are amber ones beside them.
     """
 
     project: Project
@@ -78,6 +83,12 @@ class CheckReport:
     foreground: list[ForegroundCheck] = field(default_factory=list)
     window: int = 0
     memory: Estimate | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def fails(self) -> bool:
+        """Whether something is red: training on this would be a waste."""
+        return any(finding.level == "red" for finding in self.findings)
 
     @property
     def seen_by_two(self) -> float:
@@ -98,12 +109,12 @@ class CheckReport:
             info, gap = self.recordings[recording.name], self.gaps.get(recording.name)
             effective = f"{gap} frames = {gap / info.fps:.3f} s" if gap else "-"
             rows.append([recording.name, recording.split, str(info.frames), f"{info.fps:.6g}", effective])
-        lines += _table(rows)
+        lines += aligned(rows)
         rows = [["camera", "image", "to volume", "to next camera", "voxels seen"]]
         for camera in self.cameras:
             distances = [f"{camera.distance:.4g} {units}", f"{camera.nearest:.4g} {units}"]
             rows.append([camera.name, f"{camera.width}×{camera.height}", *distances, f"{camera.share:.1%}"])
-        lines += _table(rows)
+        lines += aligned(rows)
         rigs = list(self.project.rigs())
         if len(rigs) > 1:
             lines.append(f"{len(rigs)} calibrations; the cameras and voxels told of are those of {rigs[0].name}")
@@ -123,10 +134,10 @@ class CheckReport:
                 [row.camera, f"{row.share:.1%}", f"{row.empty:.0%}", f"{row.steady:.0%}", f"{row.agreeing:.0%}"]
                 for row in self.foreground
             ]
-            lines += _table(rows)
+            lines += aligned(rows)
         lines += [f"picture: {path}" for path in self.pictures]
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        return lines
+        amber = [Finding("amber", warning) for warning in self.warnings]
+        return lines + [finding.line() for finding in in_order([*self.findings, *amber])]
 
 
 def check_project(
@@ -165,9 +176,11 @@ def check_project(
             require_pairs(recording.name, index.clock, index.fps, gap)
             gaps[recording.name] = gap_in_frames(gap, index.fps)
         _check_truth(recording, project, recordings[recording.name])
-    volume = project.working_volume()
-    for rig in project.rigs().values():
-        require_visible(rig, volume)
+    found = {"files": check_files(recordings)}
+    found["lenses"] = [finding for rig in project.rigs().values() for finding in check_lenses(rig)]
+    volume = _volume(project, found)
+    found["places"] = [finding for rig in project.rigs().values() for finding in check_places(rig, volume)]
+    _look(project, recordings, volume, found)
     first = next(iter(project.rigs().values()))
     views = visible_views(first, volume, voxels)
     cameras = _camera_rows(first, volume)
@@ -190,7 +203,42 @@ def check_project(
         warnings=_warnings(project, volume, gaps) + [failure for row in masks for failure in row.failures()],
         foreground=masks,
         window=window,
+        findings=summary(found),
     )
+
+
+def _volume(project: Project, found: dict[str, list[Finding]]) -> Volume:
+    """The working volume, which two cameras see; where there is none, the error says what is wrong with the rig."""
+    try:
+        volume = project.working_volume()
+        for rig in project.rigs().values():
+            require_visible(rig, volume)
+        return volume
+    except InputError as error:
+        places = [finding for rig in project.rigs().values() for finding in check_places(rig)]
+        red = [finding.text for finding in [*found["files"], *found["lenses"], *places] if finding.level == "red"]
+        raise InputError("; ".join([str(error), *red])) from None
+
+
+def _look(
+    project: Project, recordings: dict[str, RecordingInfo], volume: Volume, found: dict[str, list[Finding]]
+) -> None:
+    """Look at the first moments of each recording."""
+    moments = max(_LEAST_LOOKED, min(_LOOKED, _LOOKED_IN_ALL // len(recordings)))
+    for recording in project.recordings:
+        info = recordings[recording.name]
+        pictures = read_pictures(info, moments)
+        shown = check_pictures(pictures)
+        rows: dict[str, list[Finding] | None] = {"pictures": shown}
+        if (np.diff(info.index.clock[:moments]) == 1).all():
+            rows["clocks"] = check_clocks(pictures)
+        if not any(finding.level == "red" for finding in [*found["files"], *found["places"], *shown]):
+            rows["views"] = check_views(pictures, project.cameras_of(recording), volume)
+        where = "" if len(recordings) == 1 else f"recording {recording.name!r}: "
+        for kind, findings in rows.items():
+            if findings is not None:
+                told = [replace(finding, text=where + finding.text) for finding in findings]
+                found[kind] = found.get(kind, []) + told
 
 
 def check_run(project: Project, config: Config, out: Path | None = None) -> CheckReport:
@@ -275,8 +323,6 @@ def _camera_warnings(cameras: Cameras, volume: Volume) -> list[str]:
         if row.distance > _FAR * side:
             ratio = row.distance / side
             found.append(f"camera {row.name!r} is {ratio:.0f} volume sides away: are the units of both the same?")
-        if row.share == 0:
-            found.append(f"camera {row.name!r} sees nothing of the volume")
     if _widest_angle(cameras, volume) < _SHALLOW_ANGLE:
         found.append(f"all cameras look from within {_SHALLOW_ANGLE:g} degrees: depth is hardly resolved")
     return found
@@ -296,8 +342,3 @@ def _widest_angle(cameras: Cameras, volume: Volume) -> float:
     """Greatest angle in degrees between the lines from the volume's centre to two cameras."""
     lines = torch.nn.functional.normalize(cameras.centers - torch.tensor(volume.center), dim=-1)
     return torch.rad2deg(torch.acos((lines @ lines.T).clamp(-1, 1)).max()).item()
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from bkind3d.calib import convert_calibration, show_calibration
 from bkind3d.check import check_run
 from bkind3d.config import Config, validate
 from bkind3d.data import load_project
@@ -23,6 +24,7 @@ from bkind3d.evaluation.evaluate import evaluate
 from bkind3d.experiments.demo import demo
 from bkind3d.experiments.paper import paper
 from bkind3d.exports import FORMATS, export
+from bkind3d.init import init_project
 from bkind3d.predict import predict
 from bkind3d.report import build_report
 from bkind3d.report.film import film
@@ -32,12 +34,16 @@ from bkind3d.shards import share
 from bkind3d.train import resume, train
 from bkind3d_kernels import BackendUnavailable
 
+FAILED = 1  # of a check that found something red
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the number of the signal
 
 
 def run_check(config: Namespace) -> None:
     """Look at a project before training: files, frame counts, calibration, what the cameras see, memory."""
-    check_run(load_project(config.file), settings_of(config), config.out).print()
+    report = check_run(load_project(config.file), settings_of(config), config.out)
+    report.print()
+    if report.fails:
+        sys.exit(FAILED)
 
 
 def settings_of(config: Namespace) -> Config:
@@ -185,6 +191,7 @@ def _left_out(when: str, **options: object) -> None:
 
 VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "demo": (demo, "the whole way on a simulated subject or a filmed man"),
+    "init": (init_project, "a project file from a folder of videos and a calibration"),
     "predict": (run_predict, "3D keypoints of every frame"),
     "evaluate": (evaluate, "regress annotated joints from the keypoints"),
     "actions": (actions, "classify behaviour from the keypoints"),
@@ -192,6 +199,7 @@ VERBS: dict[str, tuple[Callable[..., object], str]] = {
     "render": (run_render, "a moving picture of a run, or its videos with the keypoints over them"),
     "paper": (paper, "the paper's tables on a subject of one's own choice"),
 }
+CALIB: dict[str, Callable[..., None]] = {"convert": convert_calibration, "show": show_calibration}
 READERS: dict[str, Callable[..., Path]] = {"h36m": h36m_project, "rat7m": rat7m_project}
 # Switches, given by their name alone.
 FLAGS = {
@@ -215,11 +223,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="bkind3d", description="3D keypoints from calibrated multi-view video.")
     verbs = parser.add_subcommands(required=True, dest="verb")
     for name, (function, summary) in VERBS.items():
-        flags = [parameter for parameter in inspect.signature(function).parameters if parameter in FLAGS]
-        verb = ArgumentParser(description=(function.__doc__ or summary).splitlines()[0])
-        verb.add_function_arguments(function, as_positional=True, skip={"progress", *flags})
-        add_flags(verb, flags)
-        verbs.add_subcommand(name, verb, help=summary)
+        verbs.add_subcommand(name, parser_of(function), help=summary)
     verbs.add_subcommand("export", export_parser(), help="poses in the files of other tools")
     verbs.add_subcommand("check", check_parser(), help="look at a project before training")
     verbs.add_subcommand("train", train_parser(), help="train a run, or go on with one")
@@ -227,14 +231,33 @@ def build_parser() -> ArgumentParser:
     readers = ArgumentParser(description="Write a project file that names the files of a published data set.")
     verbs.add_subcommand("import", readers, help="a project from a published data set")
     add_readers(readers)
+    calib = ArgumentParser(description="A calibration of any known format; see docs/calibrations.md.")
+    verbs.add_subcommand("calib", calib, help="show a calibration of any known format, or convert it to Anipose TOML")
+    tasks = calib.add_subcommands(required=True, dest="task")
+    for name, function in CALIB.items():
+        tasks.add_subcommand(name, parser_of(function), help=summary_of(function))
     return parser
+
+
+def summary_of(function: Callable[..., object]) -> str:
+    """The first line of what a function says of itself."""
+    return (function.__doc__ or function.__name__).splitlines()[0]
+
+
+def parser_of(function: Callable[..., object]) -> ArgumentParser:
+    """The parser of a verb that one function does."""
+    flags = [parameter for parameter in inspect.signature(function).parameters if parameter in FLAGS]
+    verb = ArgumentParser(description=summary_of(function))
+    verb.add_function_arguments(function, as_positional=True, skip={"progress", *flags})
+    add_flags(verb, flags)
+    return verb
 
 
 def add_readers(parser: ArgumentParser) -> None:
     """Add a subcommand for each data set."""
     sets = parser.add_subcommands(required=True, dest="dataset")
     for name, function in READERS.items():
-        summary = (function.__doc__ or name).splitlines()[0]
+        summary = summary_of(function)
         reader = ArgumentParser(description=summary)
         reader.add_function_arguments(function, as_positional=True, skip={"out"})
         reader.add_argument("--out", type=Path, required=True, help="folder for the project, made when missing")
@@ -306,6 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_import(settings)
         elif verb == "export":
             run_export(**vars(settings))
+        elif verb == "calib":
+            CALIB[settings.task](**vars(settings[settings.task]))
         else:
             VERBS[verb][0](**vars(settings))
     except (InputError, BackendUnavailable) as error:

@@ -15,6 +15,12 @@ def align(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, indented, every column to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
 def number(value: float | None) -> str:
     """A number with four digits; a dash where there is none."""
     return "–" if value is None else f"{value:.4g}"

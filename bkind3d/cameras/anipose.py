@@ -1,64 +1,53 @@
-"""Anipose's calibration.toml (also written by sleap-anipose, Lightning Pose and Caliscope), in and out.
+"""TOML: Anipose's calibration (also sleap-anipose, Lightning Pose, Pose2Sim, Caliscope's export), in and out.
 
 One table per camera: ``name``, ``size`` (width, height), ``matrix`` (K), ``distortions`` (k1 k2 p1 p2 [k3]),
-``rotation`` (Rodrigues vector, or a 3 × 3 matrix), ``translation``. The format does not record units: the caller names
-them, and ``save_toml`` writes them into ``[metadata]``.
+``rotation`` (Rodrigues vector, or a 3 × 3 matrix), ``translation``, ``fisheye``. The format does not record units: the
+caller names them, and ``save_toml`` writes them into ``[metadata]``. Caliscope's own ``camera_array.toml`` has the same
+keys in ``[cameras.N]``, without names: its exports call them ``cam_N``.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from scipy.spatial.transform import Rotation
 
 from bkind3d.cameras.cameras import Cameras
+from bkind3d.cameras.lens import Calibration, Lens, read_lens
 from bkind3d.errors import InputError
 from bkind3d.files import write_text
 
-_REQUIRED = ("name", "size", "matrix", "distortions", "rotation", "translation")
+
+def read_anipose(path: Path, content: dict[str, Any]) -> Calibration | None:
+    """Anipose's tables; None where there are none."""
+    tables = {key: table for key, table in content.items() if _is_camera(table)}
+    if not tables:
+        return None
+    lenses = []
+    for key, table in tables.items():
+        where = f"{path}: [{key}]"
+        if "name" not in table:
+            raise InputError(f"{where} lacks 'name', by which cameras and videos are matched")
+        lenses.append(_lens(where, str(table["name"]), table))
+    metadata = content.get("metadata")
+    units = metadata.get("units") if isinstance(metadata, dict) else None
+    return Calibration((path,), "Anipose TOML", lenses, units)
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sorting key that counts: cam_2 before cam_10."""
-    parts = re.findall(r"\d+|\D+", name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-
-
-def load_toml(path: Path | str, units: str) -> Cameras:
-    """Read an Anipose calibration; the cameras come in the natural order of their names.
-
-    Args:
-        path: the TOML file.
-        units: length unit of its translations, "m", "cm", "mm" or "um" (the format does not say).
-
-    Raises:
-        InputError: the file cannot be read, a table lacks a key, a camera is a fisheye, or a value is impossible.
-    """
-    path = Path(path)
-    tables = _read_tables(path)
-    written = tables.get("metadata", {}).get("units", units)
-    if written != units:
-        raise InputError(f"{path}: its [metadata] says units {written!r}, but {units!r} was asked for; make them agree")
-    rows = [_camera_row(path, key, table) for key, table in tables.items() if _is_camera(table)]
-    if not rows:
-        raise InputError(f"{path}: no camera tables ([cam_0] with name, size, matrix, ...) found")
-    rows.sort(key=lambda row: natural_key(row["names"]))
-    stacked = {key: [row[key] for row in rows] for key in rows[0]}
-    names = tuple(stacked.pop("names"))
-    try:
-        return Cameras(names=names, units=units, **{key: torch.tensor(np.stack(v)) for key, v in stacked.items()})
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+def read_caliscope(path: Path, content: dict[str, Any]) -> Calibration | None:
+    """Caliscope's own tables, but for cameras that it was told to ignore."""
+    tables = content.get("cameras")
+    if not isinstance(tables, dict) or not any(map(_is_camera, tables.values())):
+        return None
+    used = {key: table for key, table in tables.items() if isinstance(table, dict) and not table.get("ignore", False)}
+    lenses = [_lens(f"{path}: [cameras.{key}]", f"cam_{key}", table) for key, table in used.items()]
+    return Calibration((path,), "Caliscope TOML", lenses)
 
 
 def save_toml(cameras: Cameras, path: Path | str) -> None:
-    """Write an Anipose calibration that :func:`load_toml` reads back to the same cameras.
+    """Write an Anipose calibration that :func:`bkind3d.cameras.load_calibration` reads back to the same cameras.
 
     Raises:
         InputError: the file cannot be written.
@@ -66,15 +55,16 @@ def save_toml(cameras: Cameras, path: Path | str) -> None:
     lines = []
     for index, name in enumerate(cameras.names):
         rotation = Rotation.from_matrix(cameras.rotation[index].numpy()).as_rotvec()
+        fisheye = bool(cameras.fisheye[index])
         lines += [
             f"[cam_{index}]",
             f"name = {json.dumps(name, ensure_ascii=False)}",
             f"size = {cameras.image_size[index].tolist()}",
             f"matrix = {cameras.intrinsics[index].tolist()}",
-            f"distortions = {cameras.distortion[index].tolist()}",
+            f"distortions = {cameras.distortion[index, : 4 if fisheye else 5].tolist()}",
             f"rotation = {rotation.tolist()}",
             f"translation = {cameras.translation[index].tolist()}",
-            "fisheye = false",
+            f"fisheye = {json.dumps(fisheye)}",
             "",
         ]
     lines += ["[metadata]", f'units = "{cameras.units}"', ""]
@@ -84,56 +74,9 @@ def save_toml(cameras: Cameras, path: Path | str) -> None:
         raise InputError(f"{path}: the calibration cannot be written ({error.strerror})") from None
 
 
-def _read_tables(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            tables = tomllib.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: the calibration cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file ({error})") from None
-    return {key: table for key, table in tables.items() if isinstance(table, dict)}
+def _lens(where: str, name: str, table: dict[str, Any]) -> Lens:
+    return read_lens(where, name, table, {"distortion": "distortions"}, fisheye=bool(table.get("fisheye", False)))
 
 
-def _is_camera(table: dict[str, Any]) -> bool:
-    return any(key in table for key in ("matrix", "rotation", "translation"))
-
-
-def _camera_row(path: Path, key: str, table: dict[str, Any]) -> dict[str, Any]:
-    where = f"{path}: [{key}]"
-    missing = [field for field in _REQUIRED if field not in table]
-    if missing:
-        raise InputError(f"{where} lacks {missing[0]!r}; expected {', '.join(_REQUIRED)}")
-    if table.get("fisheye", False):
-        raise InputError(f"{where} is a fisheye camera, whose lens model is not supported; calibrate it as a pinhole")
-    distortion = _numbers(where, table, "distortions", (4,), (5,))
-    rotation = _numbers(where, table, "rotation", (3,), (3, 3))
-    if not np.isfinite(rotation).all():
-        raise InputError(f"{where} (camera {table['name']!r}): rotation holds a value that is not a finite number")
-    return {
-        "names": str(table["name"]),
-        "image_size": _image_size(where, table),
-        "intrinsics": _numbers(where, table, "matrix", (3, 3)),
-        "distortion": np.pad(distortion, (0, 5 - len(distortion))),
-        "rotation": Rotation.from_rotvec(rotation).as_matrix() if rotation.ndim == 1 else rotation,
-        "translation": _numbers(where, table, "translation", (3,)),
-    }
-
-
-def _image_size(where: str, table: dict[str, Any]) -> np.ndarray:
-    size = _numbers(where, table, "size", (2,))
-    if not np.isfinite(size).all() or (size != np.round(size)).any():
-        raise InputError(f"{where}: 'size' must be two whole numbers, width and height, not {table['size']}")
-    return size.astype(np.int64)
-
-
-def _numbers(where: str, table: dict[str, Any], field: str, *shapes: tuple[int, ...]) -> np.ndarray:
-    expected = " or ".join("×".join(map(str, shape)) for shape in shapes)
-    try:
-        value = np.array(table[field], dtype=np.float64)
-    except (ValueError, TypeError):
-        raise InputError(f"{where}: {field!r} must be {expected} numbers") from None
-    if value.shape not in shapes:
-        got = "×".join(map(str, value.shape)) or "one"
-        raise InputError(f"{where}: {field!r} must be {expected} numbers, not {got}")
-    return value
+def _is_camera(table: Any) -> bool:
+    return isinstance(table, dict) and any(key in table for key in ("matrix", "rotation", "translation"))

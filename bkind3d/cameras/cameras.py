@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from kornia.geometry import calibration
+from kornia.geometry.camera.distortion_kannala_brandt import (
+    distort_points_kannala_brandt,
+    undistort_points_kannala_brandt,
+)
 from torch import Tensor
 
 from bkind3d.errors import InputError
@@ -31,11 +35,12 @@ class Cameras:
     Args:
         names: M different names.
         intrinsics: K with skew, (M, 3, 3), in pixels of an image of ``image_size``.
-        distortion: OpenCV's k1, k2, p1, p2, k3, (M, 5); all zero for a pinhole.
+        distortion: OpenCV's k1, k2, p1, p2, k3, (M, 5); all zero for a pinhole. Of a fisheye its k1, k2, k3, k4, and 0.
         rotation: world to camera, (M, 3, 3), determinant +1.
         translation: t of ``x_cam = R X + t``, (M, 3), in ``units``.
         image_size: width and height in pixels, (M, 2) int64.
         units: length unit of the world, one of "m", "cm", "mm", "um".
+        fisheye: which cameras have OpenCV's fisheye model in place of the polynomial, (M,) bool; none when left out.
 
     Raises:
         InputError: a value is not a number, K is not an upper triangle ending in 0 0 1, a rotation is not orthonormal
@@ -49,13 +54,16 @@ class Cameras:
     translation: Tensor
     image_size: Tensor
     units: str
+    fisheye: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
-        for field in ("intrinsics", "distortion", "rotation", "translation"):
-            value = torch.as_tensor(getattr(self, field)).detach().to("cpu", torch.float64)
-            object.__setattr__(self, field, value)
+        for name in ("intrinsics", "distortion", "rotation", "translation"):
+            value = torch.as_tensor(getattr(self, name)).detach().to("cpu", torch.float64)
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "image_size", torch.as_tensor(self.image_size).to("cpu", torch.int64))
+        fisheye = torch.as_tensor(self.fisheye).to("cpu", torch.bool)
+        object.__setattr__(self, "fisheye", fisheye if len(fisheye) else fisheye.new_zeros(len(self.names)))
         _validate(self)
 
     def __len__(self) -> int:
@@ -80,7 +88,8 @@ class Cameras:
 
     def pinhole(self) -> Cameras:
         """The same cameras without lens distortion: the cameras of undistorted frames."""
-        return dataclasses.replace(self, distortion=torch.zeros_like(self.distortion))
+        straight, none = torch.zeros_like(self.distortion), torch.zeros_like(self.fisheye)
+        return dataclasses.replace(self, distortion=straight, fisheye=none)
 
     def select(self, names: Sequence[str]) -> Cameras:
         """The named cameras, in that order.
@@ -152,6 +161,8 @@ class Cameras:
         raw = self._to_rays(flat)
         identity = torch.eye(3, dtype=torch.float64).expand(len(self), 3, 3)
         rays = calibration.undistort_points(raw, identity, self.distortion, num_iters=_UNDISTORT_ITERATIONS)
+        if self.fisheye.any():
+            rays = torch.where(self.fisheye[:, None, None], undistort_points_kannala_brandt(raw, self._fisheye()), rays)
         error = (self._to_pixels(self._distort(rays)) - flat).abs().amax(-1)
         solved = (error < _UNDISTORT_TOLERANCE) & self._unfolded(rays)
         return torch.where(solved[..., None], self._to_pixels(rays), torch.nan).reshape(pixels.shape)
@@ -181,10 +192,18 @@ class Cameras:
         divisor = torch.where(depth.abs() < _SMALLEST_DEPTH, _SMALLEST_DEPTH, depth)
         return camera[..., :2] / divisor[..., None], depth
 
-    # kornia's lens model ignores the skew, so it is asked for normalised rays (K = I) and K is applied here.
+    # kornia's lens models ignore the skew, so they are asked for normalised rays (K = I) and K is applied here.
     def _distort(self, rays: Tensor) -> Tensor:
         identity = torch.eye(3, dtype=torch.float64).expand(len(self), 3, 3)
-        return calibration.distort_points(rays, identity, self.distortion)
+        bent = calibration.distort_points(rays, identity, self.distortion)
+        if self.fisheye.any():
+            bent = torch.where(self.fisheye[:, None, None], distort_points_kannala_brandt(rays, self._fisheye()), bent)
+        return bent
+
+    def _fisheye(self) -> Tensor:
+        """kornia's parameters (M, 1, 8): focal lengths 1, principal point 0, k1 to k4."""
+        lens = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64).expand(len(self), 4)
+        return torch.cat([lens, self.distortion[:, :4]], dim=1)[:, None]
 
     def _to_pixels(self, rays: Tensor) -> Tensor:
         return rays @ self.intrinsics[:, :2, :2].transpose(1, 2) + self.intrinsics[:, None, :2, 2]
@@ -194,18 +213,31 @@ class Cameras:
         return torch.linalg.solve(self.intrinsics[:, :2, :2], shifted).transpose(1, 2)
 
     def _unfolded(self, rays: Tensor) -> Tensor:
-        """(M, P) bool: the radial polynomial still grows at these rays (M, P, 2)."""
-        limit = torch.tensor([_growth_limit(row) for row in self.distortion.numpy()])
+        """(M, P) bool: the lens polynomial still grows at these rays (M, P, 2)."""
+        pairs = zip(self.distortion.numpy(), self.fisheye.tolist())
+        limit = torch.tensor([_fisheye_limit(row) if fisheye else _growth_limit(row) for row, fisheye in pairs])
         return rays.square().sum(-1) < limit[:, None]
 
 
-_TENSORS = ("intrinsics", "distortion", "rotation", "translation", "image_size")
+_TENSORS = ("intrinsics", "distortion", "rotation", "translation", "image_size", "fisheye")
 
 
 def _growth_limit(distortion: np.ndarray) -> float:
     """Squared radius s at which r (1 + k1 s + k2 s² + k3 s³), s = r², stops growing; infinity if never."""
     k1, k2, _, _, k3 = distortion
-    roots = np.roots([7 * k3, 5 * k2, 3 * k1, 1])
+    return _first_root([7 * k3, 5 * k2, 3 * k1, 1])
+
+
+def _fisheye_limit(distortion: np.ndarray) -> float:
+    """Squared radius tan²θ at which θ (1 + k1 θ² + k2 θ⁴ + k3 θ⁶ + k4 θ⁸) stops growing; infinity from 90° on."""
+    k1, k2, k3, k4, _ = distortion
+    angle = np.sqrt(_first_root([9 * k4, 7 * k3, 5 * k2, 3 * k1, 1]))
+    return float(np.tan(angle) ** 2) if angle < np.pi / 2 else np.inf
+
+
+def _first_root(coefficients: list[float]) -> float:
+    """Least positive root of a polynomial; infinity if there is none."""
+    roots = np.roots(coefficients)
     real = roots[np.abs(roots.imag) < 1e-9].real
     return float(min(real[real > 0], default=np.inf))
 
@@ -220,20 +252,27 @@ def _validate(cameras: Cameras) -> None:
         raise InputError(f"calibration: camera {twice!r} is defined twice; give every camera its own name")
     if cameras.units not in UNITS:
         raise InputError(f"units: {cameras.units!r} is not a unit of length; expected one of {', '.join(UNITS)}")
-    shapes = {"intrinsics": (3, 3), "distortion": (5,), "rotation": (3, 3), "translation": (3,), "image_size": (2,)}
-    for field, shape in shapes.items():
-        if tuple(getattr(cameras, field).shape) != (count, *shape):
-            expected, got = (count, *shape), tuple(getattr(cameras, field).shape)
-            raise InputError(f"calibration: {field} must have shape {expected}, not {got}")
+    shapes: dict[str, tuple[int, ...]] = {
+        "intrinsics": (3, 3),
+        "distortion": (5,),
+        "rotation": (3, 3),
+        "translation": (3,),
+        "image_size": (2,),
+        "fisheye": (),
+    }
+    for name, shape in shapes.items():
+        if tuple(getattr(cameras, name).shape) != (count, *shape):
+            expected, got = (count, *shape), tuple(getattr(cameras, name).shape)
+            raise InputError(f"calibration: {name} must have shape {expected}, not {got}")
     for index in range(count):
         _validate_one(cameras, index)
 
 
 def _validate_one(cameras: Cameras, index: int) -> None:
     where = f"camera {cameras.names[index]!r}"
-    for field in _TENSORS:
-        if not torch.isfinite(getattr(cameras, field)[index].double()).all():
-            raise InputError(f"{where}: {field} holds a value that is not a finite number; calibrate it again")
+    for name in _TENSORS:
+        if not torch.isfinite(getattr(cameras, name)[index].double()).all():
+            raise InputError(f"{where}: {name} holds a value that is not a finite number; calibrate it again")
     matrix, rotation = cameras.intrinsics[index], cameras.rotation[index]
     if matrix[2].tolist() != [0, 0, 1]:
         last = " ".join(f"{value:g}" for value in matrix[2].tolist())

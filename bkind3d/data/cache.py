@@ -249,6 +249,8 @@ def _key(source: _Source, digests: dict[Path, str]) -> str:
         "boxes": source.boxes,
         "size": source.network.image_size.tolist(),
     }
+    if source.cameras.fisheye.any():
+        content["fisheye"] = source.cameras.fisheye.tolist()
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -56,6 +56,20 @@ def probe_images(camera: str, pattern: Path, numbers: np.ndarray) -> ImageFootag
     return ImageFootage(pattern, numbers, (width, height))
 
 
+def image_size(pattern: Path) -> tuple[int, int]:
+    """Width and height of the first of numbered images.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    name = re.compile(re.sub(r"%(0\d+)?d", r"\\d+", re.escape(pattern.name).replace(r"\%", "%")))
+    first = min((path for path in pattern.parent.iterdir() if name.fullmatch(path.name)), default=None)
+    if first is None:
+        raise InputError(f"{pattern}: there is no such image")
+    height, width = read_image(first).shape[:2]
+    return width, height
+
+
 def read_image(path: Path) -> np.ndarray:
     """An image, (H, W, 3) uint8 RGB.
 

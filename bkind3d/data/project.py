@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bkind3d.cameras import UNITS, Cameras, load_toml
-from bkind3d.data.images import is_images
+from bkind3d.cameras import UNITS, Cameras, load_calibration, read_calibration
+from bkind3d.data.images import image_size, is_images
+from bkind3d.data.video import video_size
 from bkind3d.data.volume import Triple, Volume, propose_volume
 from bkind3d.errors import InputError
 from bkind3d.files import write_text
@@ -39,7 +40,7 @@ class Recording:
         offsets: camera name to the index, in that camera's video, of the recording's frame 0; 0 where not named.
         truth: npz file with the true joints, for evaluation only.
         frames: number of frames to use; None uses all, which asks that all videos end together.
-        calibration: Anipose TOML file of this recording alone; None takes the project's.
+        calibration: file or folder of this recording's own calibration; None takes the project's.
         cameras: loaded from it.
         index: npz file that says which frame of each camera shows which moment (:class:`bkind3d.data.index.Index`).
         masks: camera name to masks of the body (white on black), frame for frame as the videos; for every camera, or
@@ -67,7 +68,8 @@ class Recording:
         for source in [*self.videos.values(), *self.masks.values()]:
             for path in source if isinstance(source, tuple) else (source,):
                 found += sorted(path.parent.iterdir()) if is_images(path) else [path]
-        return found + [path for path in (self.truth, self.calibration, self.index) if path is not None]
+        found += [] if self.calibration is None else read_calibration(self.calibration).files
+        return found + [path for path in (self.truth, self.index) if path is not None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Project:
         path: the project file.
         name: of the project.
         units: length unit of the calibration, the volume and the truth: "m", "cm", "mm" or "um".
-        calibration: Anipose TOML file, for every recording that has none of its own.
+        calibration: file or folder of it, of any known format, for every recording that has none of its own.
         cameras: loaded from it, in the natural order of their names, which are the same in all recordings.
         recordings: at least one.
         volume: the box to look into, in ``units``; None has it proposed (see :meth:`working_volume`).
@@ -100,7 +102,7 @@ class Project:
 
     def files(self) -> list[Path]:
         """Every file that the project names, and all in its folders of images."""
-        named = [self.calibration]
+        named = [*read_calibration(self.calibration).files]
         for recording in self.recordings:
             named += recording.files()
         return named
@@ -142,13 +144,15 @@ def load_project(path: Path | str) -> Project:
     units = content["units"]
     if units not in UNITS:
         raise InputError(f"{path}: units: {units!r} is not a unit of length; expected one of {', '.join(UNITS)}")
-    calibration = _existing_file(path, "calibration", content["calibration"])
-    cameras = load_toml(calibration, units)
-    for camera in cameras.names:
-        _check_names_files(f"{calibration}: camera", camera)
     rows = content["recordings"]
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: recordings: expected a list of at least one recording")
+    calibration = _existing(path, "calibration", content["calibration"])
+    videos = [row["videos"] for row in rows if isinstance(row, dict) and isinstance(row.get("videos"), dict)]
+    footage = {str(camera): value for mapping in reversed(videos) for camera, value in mapping.items()}
+    cameras = load_calibration(calibration, units, _sizes(path, footage))
+    for camera in cameras.names:
+        _require_file_name(f"{calibration}", f"camera {camera!r}", camera)
     recordings = _with_cameras(path, [_recording(path, index, row, cameras) for index, row in enumerate(rows)], cameras)
     names = [recording.name for recording in recordings]
     if len(set(names)) < len(names):
@@ -244,17 +248,37 @@ def _text(where: str, value: Any) -> str:
     return str(value)
 
 
-def _check_names_files(where: str, name: str) -> None:
-    """Refuse a name that files cannot have everywhere, or that a spreadsheet would take for a formula."""
-    if not re.fullmatch(r"[\w][\w.-]*", name, flags=re.ASCII):
-        raise InputError(f"{where}: name {name!r} names files: use letters, digits, '_', '-' and '.' only")
+def _existing(project: Path, where: str, value: Any) -> Path:
+    """A file, or a folder."""
+    path = project.parent / Path(_text(f"{project}: {where}", value)).expanduser()
+    if not path.exists():
+        raise InputError(f"{project}: {where}: the file {path} does not exist; paths are relative to the project file")
+    return path
 
 
 def _existing_file(project: Path, where: str, value: Any) -> Path:
-    file = project.parent / Path(_text(f"{project}: {where}", value)).expanduser()
+    file = _existing(project, where, value)
     if not file.is_file():
-        raise InputError(f"{project}: {where}: the file {file} does not exist; paths are relative to the project file")
+        raise InputError(f"{project}: {where}: {file} is no file")
     return file
+
+
+def _sizes(project: Path, footage: Mapping[str, Any]) -> Callable[[str], tuple[int, int]]:
+    """Image sizes by camera, of footage as the project file names it: for calibrations that have none."""
+
+    def size(camera: str) -> tuple[int, int]:
+        if camera not in footage:
+            raise InputError(
+                f"{project}: camera {camera!r} of the calibration has no video; add it under 'videos', or remove the "
+                "camera from the calibration"
+            )
+        source = footage[camera]
+        if not isinstance(source, Path | tuple):
+            source = _source(project, f"video of camera {camera!r}", source)
+        first = source[0] if isinstance(source, tuple) else source
+        return image_size(first) if is_images(first) else video_size(first)
+
+    return size
 
 
 def _volume(path: Path, content: Any) -> Volume | None:
@@ -281,7 +305,7 @@ def _recording(path: Path, index: int, row: Any, cameras: Cameras) -> Recording:
     where = f"{path}: recordings[{index}]"
     _check_keys(where, row, _RECORDING_KEYS, ("name", "split", "videos"))
     name = _text(f"{where}: name", row["name"])
-    _check_names_files(where, name)
+    _require_file_name(where, f"name {name!r}", name)
     where = f"{path}: recording {name!r}"
     if row["split"] not in SPLITS:
         raise InputError(f"{where}: split {row['split']!r} must be one of {', '.join(SPLITS)}")
@@ -316,7 +340,9 @@ def _recording(path: Path, index: int, row: Any, cameras: Cameras) -> Recording:
         offsets=_offsets(where, row.get("offsets", {}), cameras),
         truth=optional("truth"),
         frames=frames,
-        calibration=optional("calibration"),
+        calibration=None
+        if row.get("calibration") is None
+        else _existing(path, f"recording {name!r}: calibration", row["calibration"]),
         index=optional("index"),
         masks=footage("masks", masks),
     )
@@ -335,7 +361,11 @@ def _source(project: Path, where: str, value: Any) -> Source:
 
 def _with_cameras(path: Path, recordings: list[Recording], cameras: Cameras) -> list[Recording]:
     """The recordings with their own cameras loaded, each calibration once."""
-    rigs = {row.calibration: load_toml(row.calibration, cameras.units) for row in recordings if row.calibration}
+    rigs = {
+        row.calibration: load_calibration(row.calibration, cameras.units, _sizes(path, row.videos))
+        for row in recordings
+        if row.calibration
+    }
     for calibration, rig in rigs.items():
         if rig.names != cameras.names:
             raise InputError(
@@ -343,6 +373,11 @@ def _with_cameras(path: Path, recordings: list[Recording], cameras: Cameras) -> 
                 f"{', '.join(cameras.names)}, and must be the same in every recording"
             )
     return [replace(row, cameras=rigs[row.calibration]) if row.calibration else row for row in recordings]
+
+
+def _require_file_name(where: str, what: str, name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name, flags=re.ASCII):
+        raise InputError(f"{where}: {what} names files: use letters, digits, '_', '-' and '.' only")
 
 
 def _camera_mapping(where: str, value: Any) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def test_required_keys(project_file, key: str) -> None:
     ("changes", "message"),
     [
         ({"units": "inch"}, "units: 'inch' is not a unit of length; expected one of m, cm, mm, um"),
-        ({"units": "mm"}, "its [metadata] says units 'm', but 'mm' was asked for"),
+        ({"units": "mm"}, "calibration.toml: says units 'm', but 'mm' was asked for"),
         ({"calibration": "lost.toml"}, "lost.toml does not exist; paths are relative to the project file"),
         ({"up": [0, 0, 0]}, "up must be a direction"),
         ({"up": "z"}, "up must be three numbers"),
@@ -217,3 +217,12 @@ def test_bad_truth(project_file) -> None:
         load_truth(recording, project)
     with pytest.raises(InputError, match="recording 'take' has no 'truth'"):
         load_truth(dataclasses.replace(recording, truth=None), project)
+
+
+@pytest.mark.parametrize("name", ["cam/1", "top cam", "..", "=cam"])
+def test_camera_names_that_name_no_file(project_file, name: str) -> None:
+    """They are in the names of pictures and tables that the check and the report write."""
+    calibration = project_file.parent / "calibration.toml"
+    calibration.write_text(calibration.read_text().replace('"cam1"', f'"{name}"'))
+    text = refused(project_file)
+    assert f"calibration.toml: camera {name!r} names files: use letters, digits" in text
