@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
-from bkind3d.cameras.cameras import Cameras
-from bkind3d.errors import InputError
+from bkind3d.cameras.cameras import LARGEST_IMAGE, Cameras
+from bkind3d.documents import broken_file, read_toml
+from bkind3d.errors import InputError, shown
 from bkind3d.files import write_text
 
 _REQUIRED = ("name", "size", "matrix", "distortions", "rotation", "translation")
@@ -44,7 +44,9 @@ def load_toml(path: Path | str, units: str) -> Cameras:
     tables = _read_tables(path)
     written = tables.get("metadata", {}).get("units", units)
     if written != units:
-        raise InputError(f"{path}: its [metadata] says units {written!r}, but {units!r} was asked for; make them agree")
+        raise InputError(
+            f"{path}: its [metadata] says units {shown(written)}, but {units!r} was asked for; make them agree"
+        )
     rows = [_camera_row(path, key, table) for key, table in tables.items() if _is_camera(table)]
     if not rows:
         raise InputError(f"{path}: no camera tables ([cam_0] with name, size, matrix, ...) found")
@@ -52,7 +54,8 @@ def load_toml(path: Path | str, units: str) -> Cameras:
     stacked = {key: [row[key] for row in rows] for key in rows[0]}
     names = tuple(stacked.pop("names"))
     try:
-        return Cameras(names=names, units=units, **{key: torch.tensor(np.stack(v)) for key, v in stacked.items()})
+        with broken_file("impossible cameras"):
+            return Cameras(names=names, units=units, **{key: torch.tensor(np.stack(v)) for key, v in stacked.items()})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -85,14 +88,7 @@ def save_toml(cameras: Cameras, path: Path | str) -> None:
 
 
 def _read_tables(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            tables = tomllib.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: the calibration cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file ({error})") from None
-    return {key: table for key, table in tables.items() if isinstance(table, dict)}
+    return {key: table for key, table in read_toml(path).items() if isinstance(table, dict)}
 
 
 def _is_camera(table: dict[str, Any]) -> bool:
@@ -109,9 +105,9 @@ def _camera_row(path: Path, key: str, table: dict[str, Any]) -> dict[str, Any]:
     distortion = _numbers(where, table, "distortions", (4,), (5,))
     rotation = _numbers(where, table, "rotation", (3,), (3, 3))
     if not np.isfinite(rotation).all():
-        raise InputError(f"{where} (camera {table['name']!r}): rotation holds a value that is not a finite number")
+        raise InputError(f"{where} (camera {shown(table['name'])}): rotation holds a value that is not a finite number")
     return {
-        "names": str(table["name"]),
+        "names": _name(where, table["name"]),
         "image_size": _image_size(where, table),
         "intrinsics": _numbers(where, table, "matrix", (3, 3)),
         "distortion": np.pad(distortion, (0, 5 - len(distortion))),
@@ -120,10 +116,24 @@ def _camera_row(path: Path, key: str, table: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _name(where: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise InputError(f"{where}: 'name' must be a text, not {shown(value)}")
+    return str(value)
+
+
+def _holds_truth(value: Any) -> bool:
+    """Whether true or false stands where numbers belong: numpy takes them for 1 and 0."""
+    return any(_holds_truth(item) for item in value) if isinstance(value, list) else isinstance(value, bool)
+
+
 def _image_size(where: str, table: dict[str, Any]) -> np.ndarray:
     size = _numbers(where, table, "size", (2,))
-    if not np.isfinite(size).all() or (size != np.round(size)).any():
-        raise InputError(f"{where}: 'size' must be two whole numbers, width and height, not {table['size']}")
+    if not (np.abs(size) <= LARGEST_IMAGE).all() or (size != np.round(size)).any():
+        raise InputError(
+            f"{where}: 'size' must be two whole numbers up to {LARGEST_IMAGE}, width and height, not "
+            f"{shown(table['size'])}"
+        )
     return size.astype(np.int64)
 
 
@@ -131,9 +141,9 @@ def _numbers(where: str, table: dict[str, Any], field: str, *shapes: tuple[int, 
     expected = " or ".join("×".join(map(str, shape)) for shape in shapes)
     try:
         value = np.array(table[field], dtype=np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise InputError(f"{where}: {field!r} must be {expected} numbers") from None
-    if value.shape not in shapes:
+    if value.shape not in shapes or _holds_truth(table[field]):
         got = "×".join(map(str, value.shape)) or "one"
         raise InputError(f"{where}: {field!r} must be {expected} numbers, not {got}")
     return value

@@ -275,7 +275,7 @@ def test_bad_calibration_files_are_refused(tmp_path, edit: tuple[str, str], mess
 
 
 def test_more_calibration_refusals(tmp_path) -> None:
-    with pytest.raises(InputError, match=r"missing.toml: the calibration cannot be read \(No such file"):
+    with pytest.raises(InputError, match=r"missing.toml: cannot be read \(No such file"):
         load_toml(tmp_path / "missing.toml", "m")
     with pytest.raises(InputError, match="no camera tables"):
         load_toml(toml(tmp_path, names=(), extra="[metadata]\nadjusted = true\n"), "m")
