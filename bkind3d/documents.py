@@ -161,7 +161,7 @@ class _Loader(_CLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what :class:`_Loader` would take for something else."""
+    """Quotes texts that :class:`_Loader`, or a reader of YAML 1.1, would take for something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -180,9 +180,9 @@ _CORE = (
     ),
     ("merge", r"<<", ["<"]),
 )
-for _class in (_Loader, _Dumper):
-    _class.yaml_implicit_resolvers = {}
-    for _tag, _pattern, _first in _CORE:
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in _CORE:
+    for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
