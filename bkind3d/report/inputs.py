@@ -137,13 +137,18 @@ def read_run(run: Path) -> RunFiles:
 
     names = sorted(f"poses/{path.name}" for path in (run / "poses").glob("*.nc"))
     poses = {Path(name).stem: part(name, Poses.load, None) for name in names}
+    skeleton = part("skeleton.json", _skeleton, None)
+    for name, found in poses.items():
+        if skeleton and found and len(found.names) != len(skeleton["keypoints"]):
+            missing.append(f"{run / 'skeleton.json'}: is not of the keypoints of poses/{name}.nc")
+            skeleton = None
     return RunFiles(
         path=run,
         config=read_text(config, 1 << 20),
         environment=part("env.json", read_json, None),
         metrics=part("metrics.csv", _metrics, {}),
         health=part("health.jsonl", _health, []),
-        skeleton=part("skeleton.json", _skeleton, None),
+        skeleton=skeleton,
         evaluation=part("evaluation.json", read_json, None),
         actions=part("actions.json", read_json, None),
         poses={name: found for name, found in poses.items() if found is not None},
