@@ -129,8 +129,9 @@ def make(folder: Path) -> None:
 
 
 def of_run(path: Path) -> object:
-    """A report of the run that a file belongs to, without frames."""
+    """A report of the run that a file belongs to, without frames and curves, which take most of the time."""
     files = read_run(path.parent)
+    files.metrics, files.health = {}, []
     page.render(files, None)
     if files.missing:
         raise InputError(files.missing[0])
@@ -292,6 +293,7 @@ def try_kind(name: str, folder: Path, seconds: float, most: int, seed: int, repo
     data = good.read_bytes()
     trial(kind, good)  # which imports what is needed
     assert trial(kind, good)[0] == "taken", trial(kind, good)
+    page.figures.edge_matrix = lambda *arguments: ""  # a picture of numbers that were checked, which takes 0.3 s
     random = np.random.default_rng(seed)
     counts: dict[str, Any] = dict.fromkeys(COLUMNS, 0) | {"kind": name, "slowest_s": 0.0}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

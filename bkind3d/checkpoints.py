@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bkind3d.documents import read_json
 from bkind3d.errors import InputError, brief, first_line
-from bkind3d.files import write_json
+from bkind3d.files import flush_folder, write_json
 from bkind3d.models.discovery import DiscoveryModel
 
 WEIGHTS = "model.safetensors"
@@ -42,6 +42,12 @@ def checkpoints(path: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def remove_partial(path: Path) -> None:
+    """Remove checkpoints that a kill has left half written."""
+    for folder in (path / "checkpoints").glob("step_*.partial"):
+        shutil.rmtree(folder)
+
+
 def latest_checkpoint(path: Path) -> tuple[int, Path]:
     """Step and folder of the newest checkpoint.
 
@@ -50,7 +56,10 @@ def latest_checkpoint(path: Path) -> tuple[int, Path]:
     """
     found = checkpoints(path)
     if not found:
-        raise InputError(f"{path / 'checkpoints'}: no checkpoint; train first with `bkind3d train`")
+        raise InputError(
+            f"{path / 'checkpoints'}: no checkpoint yet; if nothing trains this run, start it again with "
+            f"`bkind3d train --force --out {path}`"
+        )
     return found[-1]
 
 
@@ -75,13 +84,15 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, seconds: flo
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(partial / STATE, {"step": step, "seconds": seconds, "pairs": pairs})
+            flush_folder(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for _, folder in checkpoints(run)[:-keep]:
                 shutil.rmtree(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{final}: not written ({first_line(error)}); earlier checkpoints are kept") from error
+        kept = "earlier checkpoints are kept" if checkpoints(run) else "there is none before it"
+        raise InputError(f"{final}: not written ({first_line(error)}); {kept}") from error
     accelerator.wait_for_everyone()
 
 

@@ -101,6 +101,9 @@ def predict(
     model, _ = load_model(run, config)
     model.to(available_device())
     for name, path in zip(names, paths, strict=True):
-        path.parent.mkdir(exist_ok=True)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path.parent}: cannot be written ({error.strerror})") from error
         predict_recording(model, inputs, name, batch=batch, progress=progress).save(path)
     return paths
