@@ -86,7 +86,8 @@ def unproject(
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     q = grid.voxel_to_pixel(projections).to(dtype)
     if view_weights is not None:
-        view_weights = view_weights.to(dtype).reshape(*features.shape[:2], -1).expand(features.shape[:3])
+        of_channels = view_weights if view_weights.ndim == 3 else view_weights[..., None]
+        view_weights = of_channels.to(dtype).expand(features.shape[:3])
     run = backends.implementation("unproject", backend, features.device, features.dtype)
     volume, counts = run(features, q, grid.shape, aggregation, unseen, view_mask, view_weights)
     return (volume, counts) if return_counts else volume
