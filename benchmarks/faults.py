@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -129,10 +130,11 @@ def make(folder: Path) -> None:
 
 
 def of_run(path: Path) -> object:
-    """A report of the run that a file belongs to, without frames and curves, which take most of the time."""
+    """A report of the run that a file belongs to, without pictures and curves, which take most of the time."""
     files = read_run(path.parent)
-    files.metrics, files.health = {}, []
-    page.render(files, None)
+    files.metrics, files.health, files.samples = {}, [], []
+    with mock.patch.object(page.figures, "edge_matrix", return_value=""):
+        page.render(files, None)
     if files.missing:
         raise InputError(files.missing[0])
     return files
@@ -293,7 +295,6 @@ def try_kind(name: str, folder: Path, seconds: float, most: int, seed: int, repo
     data = good.read_bytes()
     trial(kind, good)  # which imports what is needed
     assert trial(kind, good)[0] == "taken", trial(kind, good)
-    page.figures.edge_matrix = lambda *arguments: ""  # a picture of numbers that were checked, which takes 0.3 s
     random = np.random.default_rng(seed)
     counts: dict[str, Any] = dict.fromkeys(COLUMNS, 0) | {"kind": name, "slowest_s": 0.0}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -319,7 +320,7 @@ def try_kind(name: str, folder: Path, seconds: float, most: int, seed: int, repo
 
 def measure(name: str, folder: Path, seconds: float, most: int, seed: int = 0) -> tuple[dict[str, Any], list[Any]]:
     """The counts of a kind, and what went wrong: (bytes, words). The good files in `folder` stay as they are."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(shutil.copytree(folder, Path(scratch) / "files", symlinks=True))
