@@ -357,12 +357,12 @@ def main() -> None:
         for name in arguments.kinds:
             counts, wrong = measure(name, Path(scratch), arguments.seconds, arguments.most, arguments.seed)
             rows.append(counts)
+            write_csv(arguments.out / "faults.csv", COLUMNS, rows)
             print(*(f"{column} {counts[column]}" for column in COLUMNS), sep="  ", flush=True)
             for number, (data, words) in enumerate(wrong[:5]):
                 print("   ", words[:300].replace("\n", " | "), flush=True)
                 (arguments.out / "wrong").mkdir(exist_ok=True)
                 (arguments.out / "wrong" / f"{name.replace(' ', '-')}-{number}").write_bytes(data)
-    write_csv(arguments.out / "faults.csv", COLUMNS, rows)
 
 
 if __name__ == "__main__":
