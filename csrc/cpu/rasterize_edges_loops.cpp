@@ -456,15 +456,12 @@ BKIND3D_FN ivec<T> load_winners(const I* p, int count) {
   return v;
 }
 
-// What no edge has as its index, in winners that are not the forward pass's own, is no winner.
 template <class T, class I>
-BKIND3D_FN int read(const EdgeMap& map, int64 count, int64 sample, int64 x, int64 y0, int64 y1, Pixels<T>& pixels) {
-  const ivec<T> none = ivec<T>{} - 1, end = ivec<T>{} + Index<T>(count);
+BKIND3D_FN int read(const EdgeMap& map, int64 sample, int64 x, int64 y0, int64 y1, Pixels<T>& pixels) {
   const int columns = int(least(map.width - x, lanes<T>));
   for (int64 y = y0; y < y1; ++y) {
     const T* grad = (const T*)map.grad + sample * map.grad_stride[0] + y * map.grad_stride[1] + x * map.grad_stride[2];
-    const ivec<T> w = load_winners<T>((const I*)map.winners + (sample * map.height + y) * map.width + x, columns);
-    pixels.winner[y - y0] = select(w < end, w, none);
+    pixels.winner[y - y0] = load_winners<T>((const I*)map.winners + (sample * map.height + y) * map.width + x, columns);
     pixels.grad[y - y0] = load_gradient(grad, map.grad_stride[2], columns);
   }
   return int(y1 - y0);
@@ -513,7 +510,7 @@ int64 backward(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, in
     for (int64 x = 0; x < map.width; x += lanes<T>) {
       // The tile's winners one after the other, each with all of its pixels.
       Pixels<T> pixels;
-      const int rows = read<T, I>(map, a.count, sample, x, y, least(y + backward_rows, band_end), pixels);
+      const int rows = read<T, I>(map, sample, x, y, least(y + backward_rows, band_end), pixels);
       for (int r = 0; r < rows;) {
         const int lane = first_lane(pixels.winner[r] >= 0);
         if (lane < 0) {
@@ -521,6 +518,11 @@ int64 backward(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, in
           continue;
         }
         const int64 e = ((const Index<T>*)&pixels.winner[r])[lane];
+        if (e >= a.count) {  // no edge's: not the winners of the forward pass
+          const ivec<T> w = pixels.winner[r];
+          pixels.winner[r] = select(w == ivec<T>{} + Index<T>(e), ivec<T>{} - 1, w);
+          continue;
+        }
         const Record sums = add_up(edges, inverses, e, iota<T>() + (T(x) - cx), T(y) - cy, pixels, r, rows);
         // A record of its own, or what has been found before.
         if (slot[e] < 0) {
