@@ -7,12 +7,11 @@ as accelerate does, and read as tensors and numbers alone: nothing in a checkpoi
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bkind3d.errors import InputError, first_line
-from bkind3d.files import write_json
+from bkind3d.documents import read_json
+from bkind3d.errors import InputError, brief, first_line
+from bkind3d.files import flush_folder, write_json
 from bkind3d.models.discovery import DiscoveryModel
 
 WEIGHTS = "model.safetensors"
@@ -42,6 +42,12 @@ def checkpoints(path: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def remove_partial(path: Path) -> None:
+    """Remove checkpoints that a kill has left half written."""
+    for folder in (path / "checkpoints").glob("step_*.partial"):
+        shutil.rmtree(folder)
+
+
 def latest_checkpoint(path: Path) -> tuple[int, Path]:
     """Step and folder of the newest checkpoint.
 
@@ -50,7 +56,10 @@ def latest_checkpoint(path: Path) -> tuple[int, Path]:
     """
     found = checkpoints(path)
     if not found:
-        raise InputError(f"{path / 'checkpoints'}: no checkpoint; train first with `bkind3d train`")
+        raise InputError(
+            f"{path / 'checkpoints'}: no checkpoint yet; if nothing trains this run, start it again with "
+            f"`bkind3d train --force --out {path}`"
+        )
     return found[-1]
 
 
@@ -75,13 +84,15 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, seconds: flo
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(partial / STATE, {"step": step, "seconds": seconds, "pairs": pairs})
+            flush_folder(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for _, folder in checkpoints(run)[:-keep]:
                 shutil.rmtree(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{final}: not written ({first_line(error)}); earlier checkpoints are kept") from error
+        kept = "earlier checkpoints are kept" if checkpoints(run) else "there is none before it"
+        raise InputError(f"{final}: not written ({first_line(error)}); {kept}") from error
     accelerator.wait_for_everyone()
 
 
@@ -106,16 +117,14 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> tuple[int, float,
             _without_code(folder)
         accelerator.wait_for_everyone()
         accelerator.load_state(str(folder))
-        state = json.loads((folder / STATE).read_text())
+        state = _state(folder)
         recent = load_file(folder / RECENT)
         count = len(recent["positions"])
         observed = [{name: rows[step] for name, rows in recent.items()} for step in range(count)]
-        return int(state["step"]), float(state["seconds"]), observed
+        return state["step"], float(state["seconds"]), observed
     except InputError:
         raise
-    except (
-        OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError
-    ) as error:  # fmt: skip
+    except Exception as error:  # accelerate, torch and safetensors have many words for a file that is broken
         raise InputError(corrupt(folder, error)) from error
 
 
@@ -134,9 +143,20 @@ def pairs_per_step(folder: Path) -> int | None:
         InputError: The checkpoint cannot be read.
     """
     try:
-        return json.loads((folder / STATE).read_text()).get("pairs")
-    except (OSError, ValueError) as error:
+        return _state(folder).get("pairs")
+    except InputError as error:
         raise InputError(corrupt(folder, error)) from error
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """Where the run was: `step`, `seconds`, and `pairs`, which earlier versions do not say."""
+    state = read_json(folder / STATE)
+    numbers = [state.get("step"), state.get("seconds"), state.get("pairs", 1)]
+    if not all(isinstance(value, int | float) and 0 <= value < 1 << 53 for value in numbers):
+        raise InputError(f"{STATE} does not say where the run was")
+    if not all(isinstance(value, int) for value in (state["step"], state.get("pairs", 1))) or state.get("pairs") == 0:
+        raise InputError(f"{STATE} does not say where the run was")
+    return state
 
 
 def load_weights(model: DiscoveryModel, file: Path) -> None:
@@ -148,11 +168,13 @@ def load_weights(model: DiscoveryModel, file: Path) -> None:
     own = model.state_dict()
     try:
         model.load_state_dict({name: torch.zeros_like(own[name]) for name in LATER_BUFFERS} | load_file(file))
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # as above
         raise InputError(corrupt(file, error)) from error
 
 
 def corrupt(path: Path, error: Exception) -> str:
     """One line for a checkpoint that cannot be used."""
     folder = path if path.is_dir() else path.parent
-    return f"{path}: corrupt or foreign checkpoint ({first_line(error)}); remove {folder} to use the one before it"
+    return (
+        f"{path}: corrupt or foreign checkpoint ({brief(first_line(error))}); remove {folder} to use the one before it"
+    )

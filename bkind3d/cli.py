@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -14,11 +15,12 @@ from jsonargparse import ArgumentParser, Namespace
 
 from bkind3d.calib import convert_calibration, show_calibration
 from bkind3d.check import check_run
-from bkind3d.config import Config, validate
+from bkind3d.config import Config, read_settings, validate
 from bkind3d.data import load_project
 from bkind3d.data.h36m import h36m_project
 from bkind3d.data.rat7m import rat7m_project
-from bkind3d.errors import InputError, Terminated
+from bkind3d.documents import read_yaml
+from bkind3d.errors import InputError, Terminated, brief
 from bkind3d.evaluation.actions import actions
 from bkind3d.evaluation.evaluate import evaluate
 from bkind3d.experiments.demo import demo
@@ -306,17 +308,36 @@ def cache_parser() -> ArgumentParser:
     return parser
 
 
+def check_settings_files(arguments: Sequence[str]) -> None:
+    """Read the files that `--config` names as `config.yaml` is read, before the parser does.
+
+    Raises:
+        InputError: One of them cannot be read, or a setting in it is unknown or of another type.
+    """
+    for argument, following in pairwise([*arguments, ""]):
+        name, _, value = argument.partition("=")
+        if name == "--config":
+            path = Path(value or following)
+            content = read_yaml(path)
+            known = {key: content[key] for key in content if key in Config.__dataclass_fields__}
+            try:
+                read_settings(Config, known)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
+
+
 def refuse(message: str) -> NoReturn:
     """End with one line and exit code 2."""
-    print(f"bkind3d: error: {message}", file=sys.stderr)
+    print(f"bkind3d: error: {' '.join(brief(message, 2000).split(chr(10)))}", file=sys.stderr)
     sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends with one line and exit code 2."""
     parser = build_parser()
-    namespace = parser.parse_args(arguments)
     try:
+        check_settings_files(sys.argv[1:] if arguments is None else arguments)
+        namespace = parser.parse_args(arguments)
         verb = namespace.verb
         settings = parser.instantiate(namespace)[verb]
         if verb == "check":

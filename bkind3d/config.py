@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
-from bkind3d.errors import InputError
+from bkind3d.documents import dump_yaml, read_yaml
+from bkind3d.errors import InputError, brief, shown
 from bkind3d.files import write_text
 from bkind3d.models.body import BODY_TERMS
 from bkind3d.models.config import ModelConfig
@@ -19,6 +22,7 @@ from bkind3d.models.methods import METHOD_PENALTIES, METHODS, NAMES, PENALTIES, 
 from bkind3d_kernels.backends import BACKENDS
 
 Settings = TypeVar("Settings")
+_LARGEST = 2**53  # that a number may be, either way
 
 
 @dataclass
@@ -205,7 +209,11 @@ def validate(config: Config) -> None:
     Raises:
         InputError: Names the setting, what it is, and what was expected.
     """
+    read_settings(Config, dataclasses.asdict(config))  # each of its type
     data, model, loss, train = config.data, config.model, config.loss, config.train
+    for name, value, most in _sizes(config):
+        if value > most:
+            raise InputError(f"{name}: expected {most} at most, got {value}")
     stride, levels = COARSEST_STRIDE[model.encoder], len(model.edge_strides)
     side = data.window or min(data.height, data.width)
     rules: list[tuple[str, Any, bool, str]] = [
@@ -294,6 +302,16 @@ def validate(config: Config) -> None:
             raise InputError(f"{name}: expected {expected}, got {value}")
 
 
+def _sizes(config: Config) -> Iterator[tuple[str, int, int]]:
+    """Settings that memory or time grow with, and what none of them exceeds in any use."""
+    most = {"height": 8192, "width": 8192, "window": 8192, "keypoints": 1024, "voxels": 1024, "batch": 1 << 16}
+    for section in ("data", "model", "loss", "train"):
+        for name, value in vars(getattr(config, section)).items():
+            for size in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(size, int):
+                    yield f"{section}.{name}", size, most.get(name, 1 << 14 if section == "model" else 1 << 40)
+
+
 def _multiple(value: int, of: int) -> bool:
     return value >= of and value % of == 0
 
@@ -317,29 +335,104 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the effective settings of a run as YAML."""
-    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False), durable=True)
+    write_text(path, dump_yaml(to_dict(config)), durable=True)
 
 
 def load_config(path: Path) -> Config:
-    """Read what `save_config` wrote.
+    """Read what `save_config` wrote, or a user has changed in it.
 
     Raises:
-        InputError: The file is missing, is not YAML, or holds an unknown or missing setting.
+        InputError: The file is missing, is not YAML, or holds an unknown setting or one of another type.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a run folder holds config.yaml from its start")
+    content = read_yaml(path)
+    data = content.get("data")
+    if isinstance(data, dict):  # an earlier version knew no foreground, nor a box around the body
+        data.setdefault("foreground", False)
+        data.setdefault("box", 0.0)
+    content.setdefault("method", "volumetric")  # an earlier version knew no other
+    if "project" not in content:
+        raise InputError(f"{path}: not the config.yaml of a run: it lacks 'project'")
     try:
-        raw = yaml.safe_load(path.read_text())
-        sections = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "train": TrainConfig}
-        fixed: dict[str, Any] = {}
-        for name, section in sections.items():
-            values = {key: tuple(v) if isinstance(v, list) and key != "gap" else v for key, v in raw.pop(name).items()}
-            if name == "data":  # an earlier version knew no foreground
-                values.setdefault("foreground", False)
-                values.setdefault("box", 0.0)  # nor a box around the body
-            fixed[name] = section(**values)
-        raw.setdefault("method", "volumetric")  # an earlier version knew no other
-        cache = raw.pop("cache")
-        return Config(project=Path(raw.pop("project")), cache=Path(cache) if cache else None, **raw, **fixed)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a run folder holds config.yaml from its start") from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not the config.yaml of a run ({str(error).splitlines()[0]})") from error
+        config = read_settings(Config, content)
+        validate(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return config
+
+
+def read_settings(kind: type[Settings], content: Any, where: str = "") -> Settings:
+    """Make settings of plain values, each of the type that the dataclass says; those left out take their defaults.
+
+    Args:
+        kind: A dataclass of settings.
+        content: Values by name, as they come from YAML.
+        where: Name of the section, in messages.
+
+    Raises:
+        InputError: Names the setting that is unknown or of another type.
+    """
+    if not isinstance(content, dict):
+        raise InputError(f"{where or 'settings'}: expected names and values, not {shown(content)}")
+    types = get_type_hints(kind)
+    dot = f"{where}." if where else ""
+    for key in content:
+        if key not in types:
+            near = difflib.get_close_matches(str(key)[:100], types, n=1)
+            mend = f"did you mean {dot}{near[0]}?" if near else f"it has {', '.join(types)}"
+            raise InputError(f"{dot}{brief(str(key), 100)}: no such setting; {mend}")
+    return kind(**{key: _typed(types[key], value, f"{dot}{key}") for key, value in content.items()})
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """A plain value as the type of a setting."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return read_settings(kind, value, where)
+    try:
+        return _as(kind, value)
+    except _OtherTypeError:
+        raise InputError(f"{where}: expected {_described(kind)}, not {shown(value)}") from None
+
+
+class _OtherTypeError(Exception):
+    """The value is not of this type."""
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """A plain value as a type; numbers may be texts such as 2e-3, which some YAML writers make of them."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if isinstance(kind, UnionType):
+        for choice in inner:
+            with contextlib.suppress(_OtherTypeError):
+                return _as(choice, value)
+    elif origin is Literal:
+        if isinstance(value, str) and value in inner:
+            return value
+    elif origin in (tuple, list):
+        if isinstance(value, list | tuple):
+            return origin(_as(inner[0], item) for item in value)
+    elif kind is Path:
+        if isinstance(value, str | Path) and str(value).strip() and "\0" not in str(value):
+            return Path(value)
+    elif kind in (int, float):
+        if not isinstance(value, bool) and isinstance(value, str | int | kind):
+            with contextlib.suppress(ValueError, OverflowError):
+                if abs(number := kind(value)) < _LARGEST:
+                    return number
+    elif isinstance(value, kind):
+        return value
+    raise _OtherTypeError
+
+
+def _described(kind: Any) -> str:
+    """A type in words."""
+    if isinstance(kind, UnionType):
+        return " or ".join(_described(choice) for choice in get_args(kind))
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin in (tuple, list):
+        return f"a list, each {_described(inner[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+    return words.get(kind, "null")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import uuid
@@ -18,16 +19,18 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         path: of the file.
         durable: the file is whole or absent even after a power cut.
     """
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    remove_leftovers(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield scratch
         if durable:
             _flush(scratch)
         os.replace(scratch, path)
-        if durable:
-            _flush(path.parent)
-    finally:
+    except BaseException:
         scratch.unlink(missing_ok=True)
+        raise
+    if durable:
+        _flush(path.parent)
 
 
 def write_text(path: Path, content: str, *, durable: bool = False) -> None:
@@ -45,6 +48,30 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write what JSON can hold."""
     write_text(path, json.dumps(content, indent=1))
+
+
+def flush_folder(folder: Path) -> None:
+    """Have all files of a folder on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes have begun to write to a file."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        writer = leftover.name.split(".")[-3]
+        if not (writer.isdecimal() and _is_running(int(writer))):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _flush(path: Path) -> None:

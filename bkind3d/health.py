@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bkind3d.errors import InputError
+from bkind3d.errors import InputError, shown
 
 # A keypoint is `dead` when its RMS distance from its own mean position is below this (in sides): it does not follow
 # anything; or when a position is not finite.
@@ -75,12 +75,32 @@ class Health:
         Raises:
             InputError: a key is missing.
         """
+        if not isinstance(data, dict):
+            raise InputError(f"health record: expected names and values, not {shown(data)}")
         missing = [item.name for item in fields(cls) if item.name not in data and item.default is MISSING]
         if missing:
             raise InputError(f"health record: key {missing[0]!r} is missing")
         known = {item.name: data[item.name] for item in fields(cls) if item.name in data}
         known["twin_distance"] = [float("inf") if value is None else value for value in known["twin_distance"]]
         return cls(**known)
+
+    def require(self, joints: int) -> None:
+        """Refuse a record that is not of so many keypoints.
+
+        Raises:
+            InputError: names the list.
+        """
+        for item in fields(self):
+            values = getattr(self, item.name)
+            if item.name == "frames" or (values is None and item.default is None):
+                continue
+            kind = list if item.name == "flags" else int if item.name == "twin" else (int, float)
+            if not isinstance(values, list) or len(values) != joints or not all(isinstance(v, kind) for v in values):
+                raise InputError(f"health record: {item.name} must be a list of {joints}, one for each keypoint")
+        if any(flag not in FLAGS for flags in self.flags for flag in flags) or not isinstance(self.frames, int):
+            raise InputError(f"health record: flags must be of {', '.join(FLAGS)}, frames a whole number")
+        if not all(-1 <= twin < joints for twin in self.twin):
+            raise InputError("health record: a twin is a keypoint's place, or -1")
 
     @property
     def looked_for(self) -> list[str]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from bkind3d.config import Config
-from bkind3d.errors import InputError, first_line
+from bkind3d.documents import broken_file, read_text
+from bkind3d.errors import InputError
 from bkind3d.files import write_json, write_text
 from bkind3d.health import Health
 from bkind3d.models.discovery import DiscoveryModel
@@ -56,8 +57,8 @@ def append_health(run: Path, step: int, health: Health) -> None:
 def _step_of(line: str) -> float:
     """Step of a line of health.jsonl; infinite for half a line, from a crash."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, RecursionError):
         return math.inf
 
 
@@ -71,10 +72,10 @@ def cut_logs(run: Path, step: int) -> None:
     """
     health, metrics = run / HEALTH, run / METRICS
     with _logs_of_a_run(health):
-        lines = health.read_text().splitlines(keepends=True) if health.exists() else []
+        lines = read_text(health).splitlines(keepends=True) if health.exists() else []
         before = [line for line in lines if _step_of(line) <= step]
     with _logs_of_a_run(metrics):
-        rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
+        rows = list(csv.DictReader(read_text(metrics).splitlines())) if metrics.exists() else []
         kept = [row for row in rows if None not in row.values() and float(row["step"]) <= step]
     write_text(health, "".join(before))
     text = io.StringIO(newline="")
@@ -87,11 +88,10 @@ def cut_logs(run: Path, step: int) -> None:
 @contextmanager
 def _logs_of_a_run(path: Path) -> Iterator[None]:
     try:
-        yield
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: not the log of a run ({first_line(error)}); move it away, and the run goes on without it"
-        ) from error
+        with broken_file(f"{path}: not the log of a run"):
+            yield
+    except InputError as error:
+        raise InputError(f"{error}; move it away, and the run goes on without it") from error
 
 
 def write_environment(path: Path, config: Config, device: torch.device) -> dict[str, object]:

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import xarray
 
+from bkind3d.documents import broken_file
 from bkind3d.errors import InputError
 from bkind3d.files import replacing
+from bkind3d.foreign import read_netcdf
 
 SPACE = ("x", "y", "z")
 INDIVIDUAL = "individual_0"
@@ -141,11 +143,13 @@ class Poses:
         if not path.is_file():
             raise InputError(f"{path}: no such pose file; run `bkind3d predict` to make it")
         try:
-            with xarray.open_dataset(path, engine="h5netcdf", decode_timedelta=False, phony_dims="sort") as opened:
-                data = opened.load()
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-            raise InputError(f"{path}: not a readable netCDF file; run `bkind3d predict` again") from error
-        return _from_xarray(data, path)
+            content = read_netcdf(path)
+        except InputError as error:
+            raise InputError(f"{error}; run `bkind3d predict` again") from None
+        with broken_file(f"{path}: not a file of poses"):
+            variables = {name: (part["dims"], part["data"]) for name, part in content["variables"].items()}
+            data = xarray.Dataset(variables, attrs=content["attributes"])
+            return _from_xarray(data, path)
 
 
 def _from_xarray(data: xarray.Dataset, path: Path) -> Poses:

@@ -132,7 +132,10 @@ def predict(
         began = time.perf_counter()
         poses = predict_recording(model, inputs, name, batch=batch, progress=progress)
         poses.step = step
-        paths[name].parent.mkdir(exist_ok=True)
+        try:
+            paths[name].parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{paths[name].parent}: cannot be written ({error.strerror})") from error
         poses.save(paths[name])
         if progress:
             count, rate = len(poses.frames), len(poses.frames) / (time.perf_counter() - began)

@@ -8,21 +8,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bkind3d.checkpoints import WEIGHTS, latest_checkpoint, load_weights
-from bkind3d.config import Config, load_config
+from bkind3d.checkpoints import WEIGHTS, checkpoints, latest_checkpoint, load_weights
+from bkind3d.config import Config, load_config, save_config
 from bkind3d.data import CachedRecording, FrameCache, Project, Volume, build_cache, load_project
 from bkind3d.data.foreground import body_size
 from bkind3d.data.window import look
-from bkind3d.errors import InputError
+from bkind3d.errors import InputError, brief
+from bkind3d.files import remove_leftovers
 from bkind3d.labels import NAME as LABELS
 from bkind3d.models.discovery import DiscoveryModel
 from bkind3d.models.methods import METHODS
@@ -36,6 +42,7 @@ CONTENT = (
     "evaluation.json", "evaluation.csv", "actions.json", "exports", "report.html", "render.gif", "overlay.mp4",
     "tensorboard",
 )  # fmt: skip
+EARLIER, LOCK = ".earlier", ".lock"
 
 
 @dataclass
@@ -145,12 +152,36 @@ def refuse_existing(path: Path, *, force: bool) -> None:
     Raises:
         InputError: There is a run already and `force` is not set, or something that is not a run.
     """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(_is_begun(entry) for entry in path.iterdir())):
         return
-    if not ((path / "config.yaml").is_file() and (path / "checkpoints").is_dir()):
+    if not is_run(path):
         raise InputError(f"{path}: exists and is not a run folder; choose another --out")
+    if not force and not checkpoints(path):
+        kept = f"; the run before it is in {path / EARLIER}" if (path / EARLIER).is_dir() else ""
+        raise InputError(
+            f"{path}: this run exists and has no checkpoint; start it again with --force, or choose another --out{kept}"
+        )
     if not force:
         raise InputError(f"{path}: this run exists; go on with --resume, choose another --out, or give --force")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's, in any state that a kill can leave."""
+    for folder in (path, path / EARLIER):
+        if (folder / "config.yaml").is_file():
+            if (folder / "checkpoints").is_dir():
+                return True
+            with contextlib.suppress(InputError):
+                load_config(folder / "config.yaml")
+                return True
+    return False
+
+
+def _is_begun(entry: Path) -> bool:
+    """Whether an entry of a folder is what a run that was killed at once leaves: no work of anybody."""
+    if entry.name in ("checkpoints", "samples") and entry.is_dir():  # versions before made these first
+        return not any(entry.iterdir())
+    return entry.name == LOCK or any(fnmatch(entry.name, f".{name}.*.part") for name in CONTENT)
 
 
 def refuse_results(*paths: Path, force: bool) -> None:
@@ -164,27 +195,107 @@ def refuse_results(*paths: Path, force: bool) -> None:
             raise InputError(f"{path}: exists; give --force to replace it")
 
 
-def create_run(path: Path, *, force: bool) -> None:
-    """Make an empty run folder, in place of an earlier run if `force` is set.
+def create_run(path: Path, config: Config, *, force: bool) -> None:
+    """Make a run folder with its settings, in place of an earlier run if `force` is set.
+
+    An earlier run that has checkpoints is moved to `.earlier` in the folder, where it stays until :func:`let_go` is
+    called. Its settings go first and come back last: as long as a folder has none of its own, it is as it was.
 
     Raises:
         InputError: As `refuse_existing`, or the place is not writable.
     """
     refuse_existing(path, force=force)
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        bring_back(path)
         if (path / LABELS).exists():  # a user's own work, but its names are those of other keypoints
             (path / LABELS).replace(path / "keypoints.old.yaml")
+        if checkpoints(path):
+            let_go(path)
+            _move(path, path / EARLIER)
         for name in CONTENT:
-            if (path / name).is_dir():
-                shutil.rmtree(path / name)
-            else:
-                (path / name).unlink(missing_ok=True)
-        (path / "checkpoints").mkdir(parents=True)
+            remove_leftovers(path / name)
+            _remove(path / name)
+        save_config(config, path / "config.yaml")
+        (path / "checkpoints").mkdir()
         (path / "samples").mkdir()
-        if not os.access(path, os.W_OK):
-            raise InputError(f"{path}: not writable; choose another --out")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a run's files, settings first."""
+    target.mkdir(exist_ok=True)
+    for name in CONTENT:
+        if (source / name).exists():
+            (source / name).rename(target / name)
+
+
+def bring_back(path: Path) -> None:
+    """Put an earlier run back in its place, where what was to replace it was killed before it had settings."""
+    earlier = path / EARLIER
+    if (path / "config.yaml").exists() or not earlier.is_dir():
+        return
+    for name in reversed(CONTENT):
+        if (earlier / name).exists():
+            _remove(path / name)
+            (earlier / name).rename(path / name)
+    shutil.rmtree(earlier)
+
+
+def let_go(path: Path) -> None:
+    """Remove the earlier run of a folder that has a checkpoint of the new one, and what killed processes have left."""
+    _remove(path / EARLIER)
+    for name in CONTENT:
+        remove_leftovers(path / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a run folder for this process while it trains; made where it is missing, and removed again if left empty.
+
+    The system lets go of the lock when the process ends, however that happens: a lock of a dead process is none. In a
+    training of several processes the first one alone calls this.
+
+    Raises:
+        InputError: Another process trains in it, or it cannot be written.
+    """
+    lock = path / LOCK
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = brief(file.read(200).strip() or "unknown", 120)
+            raise InputError(f"{path}: another process trains this run ({holder}); wait for it, or end it") from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        if not (lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())):  # its holder has just ended
+            with alone(path):
+                yield
+            return
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds something
+                path.rmdir()
 
 
 def open_run(path: Path) -> Config:
@@ -194,6 +305,10 @@ def open_run(path: Path) -> Config:
         InputError: There is no such run.
     """
     if not (path / "config.yaml").is_file():
+        if (path / EARLIER / "config.yaml").is_file():
+            with alone(path):
+                bring_back(path)
+            return load_config(path / "config.yaml")
         raise InputError(f"{path}: not a run folder (no config.yaml); make one with `bkind3d train`")
     return load_config(path / "config.yaml")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import signal
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,10 +27,12 @@ from tqdm import tqdm
 from bkind3d.checkpoints import (
     OBJECTIVE,
     WEIGHTS,
+    checkpoints,
     latest_checkpoint,
     load_checkpoint,
     load_weights,
     pairs_per_step,
+    remove_partial,
     save_checkpoint,
     save_networks,
 )
@@ -45,7 +48,7 @@ from bkind3d.models.discovery import DiscoveryModel, Reconstruction
 from bkind3d.models.methods import PENALTIES
 from bkind3d.models.views import as_floats, foreground_only
 from bkind3d.pictures import sample_sheet
-from bkind3d.run import build_model, create_run, open_inputs, open_run, refuse_existing
+from bkind3d.run import alone, build_model, create_run, let_go, open_inputs, open_run, refuse_existing
 from bkind3d_kernels.geometry import VoxelGrid, project_points
 
 HEALTH_FRAMES = 400
@@ -429,9 +432,10 @@ class Trainer:
         self.wrapped.train()
 
     def _diverged(self) -> str:
+        good = "the checkpoints before are good" if checkpoints(self.run) else "there is no checkpoint before"
         return (
             f"{self.run}: the loss or a weight is not finite at step {self.step}; lower train.lr or set "
-            "train.precision to no; the checkpoints before are good"
+            f"train.precision to no; {good}"
         )
 
     def _save_weights(self, models: list[torch.nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
@@ -451,6 +455,7 @@ class Trainer:
         keep = self.config.train.keep
         save_checkpoint(self.accelerator, self.run, self.step, self.seconds, keep, pairs=self.pairs_per_step)
         if self.accelerator.is_main_process:
+            let_go(self.run)
             write_skeleton(self.run, self.model)
         self.saved = self.step
 
@@ -466,6 +471,8 @@ class Trainer:
         self.recent.extend(row for row in observed if len(row["positions"]) == 2 * self.config.train.batch)
         self.saved = self.step
         if self.accelerator.is_main_process:
+            remove_partial(self.run)
+            let_go(self.run)
             cut_logs(self.run, step)
         self.accelerator.wait_for_everyone()
 
@@ -491,14 +498,19 @@ def train(config: Config, run: Path, *, force: bool = False, progress: bool = Tr
     refuse_existing(run, force=force)
     config.project = config.project.resolve()
     config.cache = config.cache_directory.resolve()
-    trainer = Trainer(config, run, progress=progress)
-    if trainer.accelerator.is_main_process:
-        create_run(run, force=force)
-        save_config(config, run / "config.yaml")
-        environment = write_environment(run, config, trainer.accelerator.device)
-        tqdm.write(f"encoder: {environment['encoder']}; perceptual network: {environment['perceptual_network']}")
-    trainer.accelerator.wait_for_everyone()
-    return _guarded(trainer)
+    with _held(run):
+        trainer = Trainer(config, run, progress=progress)
+        if trainer.accelerator.is_main_process:
+            create_run(run, config, force=force)
+            environment = write_environment(run, config, trainer.accelerator.device)
+            tqdm.write(f"encoder: {environment['encoder']}; perceptual network: {environment['perceptual_network']}")
+        trainer.accelerator.wait_for_everyone()
+        return _guarded(trainer)
+
+
+def _held(run: Path) -> AbstractContextManager[None]:
+    """The run folder for this training alone; its first process holds it."""
+    return alone(run) if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
 def resume(run: Path, *, steps: int | None = None, progress: bool = True) -> bool:
@@ -519,15 +531,16 @@ def resume(run: Path, *, steps: int | None = None, progress: bool = True) -> boo
         Terminated: As `train`.
     """
     config = open_run(run)
-    pairs = pairs_per_step(latest_checkpoint(run)[1])
-    if steps is not None:
-        config.train.steps = steps
-    validate(config)
-    trainer = Trainer(config, run, progress=progress, pairs=pairs)
-    trainer.restore()
-    if trainer.accelerator.is_main_process:
-        save_config(config, run / "config.yaml")
-    return _guarded(trainer)
+    with _held(run):
+        pairs = pairs_per_step(latest_checkpoint(run)[1])
+        if steps is not None:
+            config.train.steps = steps
+        validate(config)
+        trainer = Trainer(config, run, progress=progress, pairs=pairs)
+        trainer.restore()
+        if trainer.accelerator.is_main_process:
+            save_config(config, run / "config.yaml")
+        return _guarded(trainer)
 
 
 def _guarded(trainer: Trainer) -> bool:

@@ -85,7 +85,9 @@ def unproject(
     _check(features, projections, grid, aggregation, unseen, view_mask, view_weights)
     q = exact(grid.voxel_to_pixel(projections), features)
     if view_weights is not None:
-        view_weights = exact(view_weights, features).reshape(*features.shape[:2], -1).expand(features.shape[:3])
+        of_channels = exact(view_weights, features)
+        of_channels = of_channels if of_channels.ndim == 3 else of_channels[..., None]
+        view_weights = of_channels.expand(features.shape[:3])
     run = backends.implementation("unproject", backend, features.device, features.dtype)
     volume, counts = run(features, q, grid.shape, aggregation, unseen, view_mask, view_weights)
     return (volume, counts) if return_counts else volume

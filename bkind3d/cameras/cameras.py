@@ -19,9 +19,11 @@ from kornia.geometry.camera.distortion_kannala_brandt import (
 )
 from torch import Tensor
 
-from bkind3d.errors import InputError
+from bkind3d.errors import InputError, shown
 
 UNITS = ("m", "cm", "mm", "um")
+LARGEST_IMAGE = 1 << 16  # pixels along a side
+_LONGEST_NAME = 100
 _ORTHONORMAL_TOLERANCE = 1e-4  # calibration files carry five digits or more
 _UNDISTORT_ITERATIONS = 100
 _UNDISTORT_TOLERANCE = 1e-3  # px, after distorting again
@@ -247,6 +249,9 @@ def _validate(cameras: Cameras) -> None:
     count = len(cameras.names)
     if count == 0:
         raise InputError("calibration: there are no cameras")
+    for name in cameras.names:
+        if not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
+            raise InputError(f"calibration: {shown(name)} is not a name of a camera: 1 to {_LONGEST_NAME} letters")
     if len(set(cameras.names)) != count:
         twice = next(name for name in cameras.names if cameras.names.count(name) > 1)
         raise InputError(f"calibration: camera {twice!r} is defined twice; give every camera its own name")
@@ -279,8 +284,9 @@ def _validate_one(cameras: Cameras, index: int) -> None:
         raise InputError(f"{where}: the last row of K is {last}, expected 0 0 1; a transposed K is a usual cause")
     if matrix[1, 0] != 0 or matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
         raise InputError(f"{where}: K must be upper triangular with positive focal lengths (fx s cx; 0 fy cy; 0 0 1)")
-    if (cameras.image_size[index] < 1).any():
-        raise InputError(f"{where}: image size {tuple(cameras.image_size[index].tolist())} must be positive")
+    if ((cameras.image_size[index] < 1) | (cameras.image_size[index] > LARGEST_IMAGE)).any():
+        size = tuple(cameras.image_size[index].tolist())
+        raise InputError(f"{where}: image size {size} must be positive, {LARGEST_IMAGE} at most")
     error = (rotation @ rotation.T - torch.eye(3)).abs().max().item()
     if error > _ORTHONORMAL_TOLERANCE:
         raise InputError(f"{where}: the rotation is not orthonormal (R Rᵀ is off by {error:.2g}); calibrate it again")

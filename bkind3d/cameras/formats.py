@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import h5py
 
 from bkind3d.cameras.anipose import read_anipose, read_caliscope
 from bkind3d.cameras.cameras import Cameras
@@ -19,7 +15,9 @@ from bkind3d.cameras.lens import Calibration, Sizes
 from bkind3d.cameras.matlab import read_dannce, read_h36m_hdf5, read_mat, read_rat7m
 from bkind3d.cameras.opencv import parse_yaml, read_easymocap, read_jarvis
 from bkind3d.cameras.qualisys import read_qualisys
-from bkind3d.errors import InputError, reason
+from bkind3d.documents import json_of, toml_of
+from bkind3d.errors import InputError, brief, reason
+from bkind3d.foreign import is_hdf5
 
 # How a file is laid out, and the readers of the formats that are laid out so. A reader gives None where a file is not
 # of its format, and complains where it is and something is wrong in it.
@@ -139,7 +137,7 @@ def _parse(path: Path) -> tuple[str, Any]:
     try:
         with path.open("rb") as file:
             head = file.read(128)
-        if head.startswith(b"MATLAB 5.0") or h5py.is_hdf5(path):
+        if head.startswith(b"MATLAB 5.0") or is_hdf5(path):
             return _parse_mat(path)
         if head.startswith(_PICKLE):
             raise InputError(
@@ -169,14 +167,14 @@ def _parse_text(path: Path, text: str) -> tuple[str, Any]:
         if start == "<":
             return "XML", ElementTree.fromstring(text)
         if start == "{":
-            return "JSON", json.loads(text)
+            return "JSON", json_of(text)
         if text.startswith("%YAML") or suffix in (".yml", ".yaml"):
             return "YAML", parse_yaml(text)
         if suffix == ".toml":
-            return "TOML", tomllib.loads(text)
+            return "TOML", toml_of(text)
     except (ValueError, SyntaxError, RecursionError) as error:
-        return "none", " ".join(str(error).split())
+        return "none", brief(" ".join(str(error).split()))
     try:
-        return "TOML", tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+        return "TOML", toml_of(text)
+    except (ValueError, RecursionError):
         return "text", text

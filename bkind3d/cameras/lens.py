@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
-from bkind3d.cameras.cameras import UNITS, Cameras
+from bkind3d.cameras.cameras import LARGEST_IMAGE, UNITS, Cameras
 from bkind3d.errors import InputError
 
 Size = tuple[int, int]  # width, height
@@ -162,8 +162,11 @@ def read_lens(
     matrix, size = numbers("matrix", (3, 3)), None
     if content.get(names["size"]) is not None:
         given = numbers("size", (2,), flat=True)
-        if not np.isfinite(given).all() or (given != np.round(given)).any():
-            raise InputError(f"{where}: {names['size']!r} must be two whole numbers, width and height, not {given}")
+        if not (np.abs(given) <= LARGEST_IMAGE).all() or (given != np.round(given)).any():
+            raise InputError(
+                f"{where}: {names['size']!r} must be two whole numbers up to {LARGEST_IMAGE}, width and height, not "
+                f"{given}"
+            )
         size = int(given[0]), int(given[1])
     return Lens(
         name=name,
@@ -190,16 +193,21 @@ def one_subject(path: Path, subjects: dict[str, Any]) -> Any:
     return next(iter(subjects.values()))
 
 
+def _holds_truth(value: Any) -> bool:
+    """Whether true or false stands where numbers belong: numpy takes them for 1 and 0."""
+    return any(map(_holds_truth, value)) if isinstance(value, list) else isinstance(value, bool)
+
+
 def _numbers(where: str, key: str, value: Any, shapes: tuple[tuple[int, ...], ...], flat: bool) -> np.ndarray:
     """Numbers of one of the shapes; a row or a column of a matrix counts as a vector."""
     expected = " or ".join("×".join(map(str, shape)) for shape in shapes)
     try:
         array = np.array(value, dtype=np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise InputError(f"{where}: {key!r} must be {expected} numbers") from None
     if flat or 1 in array.shape:
         array = array.reshape(-1)
-    if array.shape not in shapes:
+    if array.shape not in shapes or _holds_truth(value):
         got = "×".join(map(str, array.shape)) or "one"
         raise InputError(f"{where}: {key!r} must be {expected} numbers, not {got}")
     return array

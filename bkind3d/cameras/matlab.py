@@ -18,11 +18,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-import scipy.io
-from scipy.io.matlab import MatReadError
 
+from bkind3d import foreign
 from bkind3d.cameras.lens import Calibration, Lens, one_subject, read_lens
 from bkind3d.errors import InputError
 
@@ -34,36 +32,16 @@ _RAT7M = {
 _DANNCE = {"matrix": "K", "rotation": "r", "translation": "t"}
 # The variables of a file that are read: what else is in it may be large.
 _VARIABLES = ("params", "camParams", "camnames", "imageSize", "cameras", "K", "r", "t", "RDistort", "TDistort")
-# What h5py and scipy raise on damaged files.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, MatReadError)
 
 
 def read_mat(path: Path) -> dict[str, Any]:
     """The variables of a MATLAB file that calibrations are made of: structs as dictionaries, cells as lists.
 
     Raises:
-        ValueError: the file cannot be read.
+        InputError: the file cannot be read.
     """
-    try:
-        if h5py.is_hdf5(path):
-            with h5py.File(path) as file:
-                wanted = [name for name in file if name in _VARIABLES or name.startswith("subject")]
-                return {name: _plain(file, file[name]) for name in wanted}
-        return scipy.io.loadmat(path, simplify_cells=True, variable_names=_VARIABLES)
-    except _UNREADABLE as error:
-        raise ValueError(" ".join(str(error).split())) from None
-
-
-def _plain(file: h5py.File, item: h5py.Group | h5py.Dataset) -> Any:
-    """HDF5 holds a MATLAB array with its axes reversed, text as numbers, and a cell as references."""
-    if isinstance(item, h5py.Group):
-        return {name: _plain(file, child) for name, child in item.items()}
-    if item.dtype == h5py.ref_dtype:
-        return [_plain(file, file[reference]) for reference in item[()].ravel()]
-    value = np.asarray(item[()]).T
-    if value.dtype == np.uint16:
-        return "".join(map(chr, value.ravel()))
-    return value
+    content = foreign.read_mat(path)
+    return {name: value for name, value in content.items() if name in _VARIABLES or name.startswith("subject")}
 
 
 def read_dannce(path: Path, content: dict[str, Any]) -> Calibration | None:

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from bkind3d.cameras.lens import Calibration, Lens, read_lens
+from bkind3d.documents import yaml_of
 from bkind3d.errors import InputError
 
 _JARVIS = {
@@ -45,7 +46,7 @@ def parse_yaml(text: str) -> dict[str, Any]:
         ValueError: it is none.
     """
     try:
-        content = yaml.load(text.removeprefix("%YAML:1.0"), _Loader)  # a safe loader; the directive is OpenCV's own
+        content = yaml_of(text.removeprefix("%YAML:1.0"), _Loader)  # the directive is OpenCV's own
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
     if not isinstance(content, dict):

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from bkind3d.cameras import Cameras
+from bkind3d.data.arrays import map_npy, read_npz
 from bkind3d.errors import InputError
 
 
@@ -53,7 +54,7 @@ class CachedRecording:
     @cached_property
     def frames(self) -> np.memmap:
         """The frames, (T, M, H, W, 3) uint8 RGB, mapped read-only on first use."""
-        return np.load(self.path, mmap_mode="r")
+        return map_npy(self.path, self.shape)
 
     @cached_property
     def masks(self) -> np.memmap:
@@ -62,7 +63,7 @@ class CachedRecording:
         Raises:
             InputError: they were not built.
         """
-        return np.load(self.masks_file(), mmap_mode="r")
+        return map_npy(self.masks_file(), self.shape[:-1])
 
     def backgrounds(self) -> np.ndarray | None:
         """The empty room as each camera sees it, (M, H, W, 3) uint8; None where the project brings its own masks.
@@ -73,8 +74,7 @@ class CachedRecording:
         path = self.masks_file().with_suffix(".npz")
         if not path.exists():
             return None
-        with np.load(path) as file:
-            return file["pictures"]
+        return read_npz(path, ("pictures",))["pictures"]
 
     def masks_file(self) -> Path:
         """The ``.npy`` file of the masks.

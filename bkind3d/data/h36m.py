@@ -14,12 +14,11 @@ OpenCV's in the tangential terms of xy and x², by less than a pixel of 1000 at 
 
 from __future__ import annotations
 
-import json
 import re
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
@@ -30,7 +29,9 @@ from bkind3d.data.index import Index
 from bkind3d.data.project import Source
 from bkind3d.data.truth import Truth
 from bkind3d.data.volume import Triple
+from bkind3d.documents import broken_file, read_json
 from bkind3d.errors import InputError
+from bkind3d.foreign import is_hdf5, read_hdf5
 
 TRAIN = ("S1", "S5", "S6", "S7", "S8")
 TEST = ("S9", "S11")
@@ -122,10 +123,11 @@ def h36m_project(
         if missing:
             print(f"left out: {folder}, which has nothing of camera {missing[0]}")
             continue
-        frames = _common_frames(folder, annotation)
-        if subject not in rigs:
-            rigs[subject] = _cameras(lenses[subject], folder, int(frames[0]))
-        takes.append(_take(folder, rigs[subject], annotation, frames, behaviours).thinned(every, gap))
+        with broken_file(f"{folder}: not a take of Human3.6M"):
+            frames = _common_frames(folder, annotation)
+            if subject not in rigs:
+                rigs[subject] = _cameras(lenses[subject], folder, int(frames[0]))
+            takes.append(_take(folder, rigs[subject], annotation, frames, behaviours).thinned(every, gap))
     if not takes:
         raise InputError(f"{root}: no take S#/<Action>-#/annot.h5 with all cameras is there")
     return write_takes(out, "Human3.6M", takes, rigs, center, side)
@@ -141,15 +143,10 @@ def _action(folder: Path) -> str:
 
 
 def _read_annotation(path: Path) -> Annotation:
-    try:
-        with h5py.File(path) as file:
-            absent = [key for key in _KEYS if key not in file]
-            if absent:
-                raise InputError(f"{path}: lacks {absent[0]!r}; extract it with a current h36m-fetch")
-            camera, frame, pixels, points = (file[key][()] for key in _KEYS)
-    except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({error})") from None
-    if not len(camera) == len(frame) == len(pixels) == len(points) or points.shape[1:] != (32, 3):
+    content = read_hdf5(path)
+    camera, frame, pixels, points = (_numbers(path, key, content) for key in _KEYS)
+    count = len(camera)
+    if (camera.shape, frame.shape, pixels.shape, points.shape) != ((count,), (count,), (count, 32, 2), (count, 32, 3)):
         shapes = ", ".join(f"{key} {array.shape}" for key, array in zip(_KEYS, (camera, frame, pixels, points)))
         raise InputError(f"{path}: expected one row per camera and frame, with 32 joints, not {shapes}")
     joints = list(JOINTS.values())
@@ -159,6 +156,17 @@ def _read_annotation(path: Path) -> Annotation:
         rows = rows[np.argsort(frame[rows], kind="stable")]
         found[str(number)] = {"frame": frame[rows], "2d": pixels[rows][:, joints], "3d": points[rows][:, joints]}
     return found
+
+
+def _numbers(path: Path, key: str, content: Any) -> np.ndarray:
+    """The array of numbers under a key such as pose/2d, with at least one axis."""
+    for name in key.split("/"):
+        content = content.get(name) if isinstance(content, dict) else None
+    if content is None:
+        raise InputError(f"{path}: lacks {key!r}; extract it with a current h36m-fetch")
+    if not isinstance(content, np.ndarray) or content.dtype.kind not in "iuf" or not content.ndim:
+        raise InputError(f"{path}: {key} must be an array of numbers")
+    return content
 
 
 def _common_frames(folder: Path, annotation: Annotation) -> np.ndarray:
@@ -228,14 +236,12 @@ def _read_calibration(root: Path, path: Path | None) -> dict[str, dict[str, Lens
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise InputError(f"{root}: no {' or '.join(_CALIBRATIONS)} there or above; give it with --calibration")
-    try:
-        return _read_hdf5(path) if h5py.is_hdf5(path) else _read_json(path)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not the cameras of Human3.6M ({error})") from None
+    with broken_file(f"{path}: not the cameras of Human3.6M"):
+        return _read_hdf5(path) if is_hdf5(path) else _read_json(path)
 
 
 def _read_json(path: Path) -> dict[str, dict[str, Lens]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     lenses = {
         camera: {"K": np.array(lens["calibration_matrix"]), "distortion": np.array(lens["distortion"])}
         for camera, lens in content["intrinsics"].items()
@@ -252,20 +258,19 @@ def _read_json(path: Path) -> dict[str, dict[str, Lens]]:
 def _read_hdf5(path: Path) -> dict[str, dict[str, Lens]]:
     """MATLAB lays matrices out by columns, so that R arrives transposed; T is the camera's centre."""
     subjects: dict[str, dict[str, Lens]] = {}
-    with h5py.File(path) as file:
-        for name, group in file.items():
-            cameras = {}
-            for lens in group.values():
-                rotation = lens["R"][()].T
-                (fx, fy), (cx, cy) = lens["f"][()].ravel(), lens["c"][()].ravel()
-                (k1, k2, k3), (p1, p2) = lens["k"][()].ravel(), lens["p"][()].ravel()
-                cameras["".join(map(chr, lens["Name"][()].ravel()))] = {
-                    "K": np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]),
-                    "distortion": np.array([k1, k2, p1, p2, k3]),
-                    "R": rotation,
-                    "t": -rotation @ lens["T"][()].ravel(),
-                }
-            subjects[name.replace("subject", "S")] = cameras
+    for name, group in read_hdf5(path).items():
+        cameras = {}
+        for lens in group.values():
+            rotation = lens["R"].T
+            (fx, fy), (cx, cy) = lens["f"].ravel(), lens["c"].ravel()
+            (k1, k2, k3), (p1, p2) = lens["k"].ravel(), lens["p"].ravel()
+            cameras["".join(map(chr, lens["Name"].ravel()))] = {
+                "K": np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]),
+                "distortion": np.array([k1, k2, p1, p2, k3]),
+                "R": rotation,
+                "t": -rotation @ lens["T"].ravel(),
+            }
+        subjects[name.replace("subject", "S")] = cameras
     return subjects
 
 

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bkind3d.errors import InputError
+from bkind3d.data.arrays import read_npz
+from bkind3d.documents import broken_file
+from bkind3d.errors import InputError, brief
 
 _ARRAYS = ("frames", "cameras", "clock", "fps")
+_LARGEST = 1 << 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,8 @@ class Index:
         for name in ("frames", "clock"):
             if not np.issubdtype(getattr(self, name).dtype, np.integer):
                 raise InputError(f"{name} must hold whole numbers, not {getattr(self, name).dtype}")
+            if np.abs(getattr(self, name).astype(np.float64)).max() > _LARGEST:
+                raise InputError(f"{name} must hold numbers of frames, none above {_LARGEST}")
             object.__setattr__(self, name, getattr(self, name).astype(np.int64))
         if (self.frames < 0).any():
             row, place = np.argwhere(self.frames < 0)[0]
@@ -77,18 +82,13 @@ def load_index(path: Path, cameras: tuple[str, ...]) -> Index:
     Raises:
         InputError: the file cannot be read, lacks an array, has other cameras, or :class:`Index` refuses it.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in _ARRAYS}
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not an npz file of arrays ({error})") from None
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]}; expected {', '.join(_ARRAYS)}") from None
+    arrays = read_npz(path, _ARRAYS)
     names = [str(name) for name in np.atleast_1d(arrays["cameras"])]
     if sorted(names) != sorted(cameras):
-        raise InputError(f"{path}: its cameras are {', '.join(names)}; the recording has {', '.join(cameras)}")
+        raise InputError(f"{path}: its cameras are {brief(', '.join(names))}; the recording has {', '.join(cameras)}")
     try:
-        index = Index(tuple(names), arrays["frames"], arrays["clock"], float(arrays["fps"]))
+        with broken_file("not an index"):
+            index = Index(tuple(names), arrays["frames"], arrays["clock"], float(arrays["fps"]))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     order = [names.index(camera) for camera in cameras]

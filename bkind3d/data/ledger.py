@@ -6,11 +6,14 @@ may be deleted at any time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bkind3d.documents import read_json
+from bkind3d.errors import InputError
 from bkind3d.files import write_text
 
 
@@ -25,12 +28,9 @@ class Ledger:
         self.path = path
         self._findings: dict[str, list[Any]] = {}
         self._changed = False
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return
-        if isinstance(content, dict):
-            self._findings = content
+        with contextlib.suppress(InputError):
+            content = read_json(path) if path.exists() else {}
+            self._findings = {key: entry for key, entry in content.items() if _is_finding(entry)}
 
     @classmethod
     def of_cache(cls, directory: Path) -> Ledger:
@@ -55,6 +55,16 @@ class Ledger:
         if self._changed:
             write_text(self.path, json.dumps(self._findings))
             self._changed = False
+
+
+def _is_finding(entry: Any) -> bool:
+    """Whether an entry is a stamp and what was found: a digest, or what a video holds."""
+    if not (isinstance(entry, list) and len(entry) == 2):
+        return False
+    found = entry[1]
+    return isinstance(found, str) or (
+        isinstance(found, list) and len(found) == 4 and all(isinstance(value, int | float) for value in found)
+    )
 
 
 def _key(kind: str, file: Path) -> str:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bkind3d.cameras import UNITS, Cameras, load_calibration, read_calibration
 from bkind3d.data.images import image_size, is_images
 from bkind3d.data.video import video_size
 from bkind3d.data.volume import Triple, Volume, propose_volume
-from bkind3d.errors import InputError
+from bkind3d.documents import dump_yaml, read_yaml
+from bkind3d.errors import InputError, brief, reason, shown
 from bkind3d.files import write_text
 
 SPLITS = ("train", "test", "both")
+
+_LONGEST_NAME = 100
+_MOST_FRAMES = 1 << 40
 
 _PROJECT_KEYS = ("name", "units", "calibration", "up", "volume", "recordings")
 _VOLUME_KEYS = ("center", "size")
@@ -128,7 +131,7 @@ class Project:
         for recording in self.recordings:
             if recording.name == name:
                 return recording
-        raise InputError(f"{self.path}: there is no recording {name!r}; it has {', '.join(self.names())}")
+        raise InputError(f"{self.path}: there is no recording {name!r}; it has {brief(', '.join(self.names()))}")
 
 
 def load_project(path: Path | str) -> Project:
@@ -139,11 +142,11 @@ def load_project(path: Path | str) -> Project:
             a recording and those of the calibration are not the same.
     """
     path = Path(path)
-    content = _read_yaml(path)
+    content = read_yaml(path)
     _check_keys(f"{path}", content, _PROJECT_KEYS, ("name", "units", "calibration", "recordings"))
     units = content["units"]
     if units not in UNITS:
-        raise InputError(f"{path}: units: {units!r} is not a unit of length; expected one of {', '.join(UNITS)}")
+        raise InputError(f"{path}: units: {shown(units)} is not a unit of length; expected one of {', '.join(UNITS)}")
     rows = content["recordings"]
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: recordings: expected a list of at least one recording")
@@ -155,8 +158,8 @@ def load_project(path: Path | str) -> Project:
         _require_file_name(f"{calibration}", f"camera {camera!r}", camera)
     recordings = _with_cameras(path, [_recording(path, index, row, cameras) for index, row in enumerate(rows)], cameras)
     names = [recording.name for recording in recordings]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    twice, times = Counter(names).most_common(1)[0]
+    if times > 1:
         raise InputError(f"{path}: two recordings are named {twice!r}; give every recording its own name")
     return Project(
         path=path,
@@ -214,37 +217,27 @@ def save_project(project: Project, path: Path | str) -> None:
             row["masks"] = sources(recording.masks)
         content["recordings"].append(row)
     try:
-        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        write_text(path, dump_yaml(content))
     except OSError as error:
         raise InputError(f"{path}: the project file cannot be written ({error.strerror})") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: the project file cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
-    return content if isinstance(content, dict) else {}
-
-
 def _check_keys(where: str, content: Any, known: tuple[str, ...], required: Iterable[str] = ()) -> None:
     if not isinstance(content, dict):
-        raise InputError(f"{where}: expected the keys {', '.join(known)}, not {content!r}")
+        raise InputError(f"{where}: expected the keys {', '.join(known)}, not {shown(content)}")
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key)[:_LONGEST_NAME], known, n=1, cutoff=0.5)
             mend = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-            raise InputError(f"{where}: unknown key {key!r}; {mend}")
+            raise InputError(f"{where}: unknown key {shown(key)}; {mend}")
     for key in required:
         if content.get(key) is None:
             raise InputError(f"{where}: the key {key!r} is required")
 
 
 def _text(where: str, value: Any) -> str:
-    if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value):
-        raise InputError(f"{where}: expected text, not {value!r}")
+    if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value).strip():
+        raise InputError(f"{where}: expected text, not {shown(value)}")
     return str(value)
 
 
@@ -279,6 +272,14 @@ def _sizes(project: Path, footage: Mapping[str, Any]) -> Callable[[str], tuple[i
         return image_size(first) if is_images(first) else video_size(first)
 
     return size
+def _path(project: Path, where: str, value: Any) -> Path:
+    text = _text(f"{project}: {where}", value)
+    try:
+        path = project.parent / Path(text).expanduser()
+        path.exists()
+    except (RuntimeError, OSError, ValueError) as error:  # ~nobody, a name too long, a zero byte
+        raise InputError(f"{project}: {where}: {shown(text)} is not a path ({reason(error)})") from None
+    return path
 
 
 def _volume(path: Path, content: Any) -> Volume | None:
@@ -293,11 +294,11 @@ def _volume(path: Path, content: Any) -> Volume | None:
 
 def _up(path: Path, value: Any) -> Triple:
     try:
-        x, y, z = (float(number) for number in value)
-    except (TypeError, ValueError):
-        raise InputError(f"{path}: up must be three numbers such as [0, 0, 1], not {value!r}") from None
+        x, y, z = (float(number) for number in value if not isinstance(number, bool))
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{path}: up must be three numbers such as [0, 0, 1], not {shown(value)}") from None
     if not 0 < math.hypot(x, y, z) < math.inf:
-        raise InputError(f"{path}: up must be a direction such as [0, 0, 1], not {value!r}")
+        raise InputError(f"{path}: up must be a direction such as [0, 0, 1], not {shown(value)}")
     return x, y, z
 
 
@@ -305,15 +306,15 @@ def _recording(path: Path, index: int, row: Any, cameras: Cameras) -> Recording:
     where = f"{path}: recordings[{index}]"
     _check_keys(where, row, _RECORDING_KEYS, ("name", "split", "videos"))
     name = _text(f"{where}: name", row["name"])
-    _require_file_name(where, f"name {name!r}", name)
+    _require_file_name(where, f"name {shown(name)}", name)
     where = f"{path}: recording {name!r}"
     if row["split"] not in SPLITS:
-        raise InputError(f"{where}: split {row['split']!r} must be one of {', '.join(SPLITS)}")
+        raise InputError(f"{where}: split {shown(row['split'])} must be one of {', '.join(SPLITS)}")
     videos = _camera_mapping(f"{where}: videos", row["videos"])
     _match_cameras(where, videos, cameras)
     frames = row.get("frames")
     if frames is not None and not _is_whole(frames, least=1):
-        raise InputError(f"{where}: frames must be a whole number of at least 1, not {frames!r}")
+        raise InputError(f"{where}: frames must be a whole number of at least 1, not {shown(frames)}")
     for key in ("offsets", "frames"):
         if row.get("index") is not None and row.get(key):
             raise InputError(f"{where}: the index names each moment's frames; remove {key!r}")
@@ -351,7 +352,7 @@ def _recording(path: Path, index: int, row: Any, cameras: Cameras) -> Recording:
 def _source(project: Path, where: str, value: Any) -> Source:
     if isinstance(value, list) and value:
         return tuple(_existing_file(project, where, chunk) for chunk in value)
-    path = project.parent / Path(_text(f"{project}: {where}", value)).expanduser()
+    path = _path(project, where, value)
     if not is_images(path):
         return _existing_file(project, where, value)
     if not path.parent.is_dir():
@@ -382,7 +383,7 @@ def _require_file_name(where: str, what: str, name: str) -> None:
 
 def _camera_mapping(where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{where}: expected 'camera: value' pairs, not {value!r}")
+        raise InputError(f"{where}: expected 'camera: value' pairs, not {shown(value)}")
     return {str(camera): item for camera, item in value.items()}
 
 
@@ -391,7 +392,7 @@ def _match_cameras(where: str, footage: dict[str, Any], cameras: Cameras, key: s
     for camera in footage:
         if camera not in cameras.names:
             raise InputError(
-                f"{where}: camera {camera!r} has {what} but is not in the calibration ({known}); "
+                f"{where}: camera {shown(camera)} has {what} but is not in the calibration ({known}); "
                 f"match the names, or remove the {what.removeprefix('a ')}"
             )
     missing = next((camera for camera in cameras.names if camera not in footage), None)
@@ -410,14 +411,14 @@ def _offsets(where: str, value: Any, cameras: Cameras) -> dict[str, int]:
     for camera, offset in offsets.items():
         if camera not in cameras.names:
             known = ", ".join(cameras.names)
-            raise InputError(f"{where}: offsets: camera {camera!r} is not in the calibration ({known})")
+            raise InputError(f"{where}: offsets: camera {shown(camera)} is not in the calibration ({known})")
         if not _is_whole(offset, least=0):
             raise InputError(
                 f"{where}: the offset of camera {camera!r} must be a whole number of frames, 0 or more, not "
-                f"{offset!r}; a camera that started late is matched by raising the others"
+                f"{shown(offset)}; a camera that started late is matched by raising the others"
             )
     return offsets
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST_FRAMES

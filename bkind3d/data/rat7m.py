@@ -24,11 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-import scipy.io
 import torch
-from scipy.io.matlab import MatReadError
 
 from bkind3d.cameras import Cameras
 from bkind3d.data.importing import Take, choose, write_takes
@@ -36,7 +33,9 @@ from bkind3d.data.index import Index
 from bkind3d.data.truth import Truth
 from bkind3d.data.video import video_size
 from bkind3d.data.volume import Triple
+from bkind3d.documents import broken_file
 from bkind3d.errors import InputError
+from bkind3d.foreign import read_mat
 
 TEST_SUBJECTS = ("5",)  # of 1 to 5
 FPS = 30.0
@@ -110,7 +109,8 @@ def rat7m_project(
     videos = _by_camera(there)
     takes, rigs = [], {}
     for session in choose("sessions", sessions, mocaps):
-        take, rigs[session] = _take(session, mocaps[session], videos, fps)
+        with broken_file(f"{mocaps[session]}: not a session of Rat7M"):
+            take, rigs[session] = _take(session, mocaps[session], videos, fps)
         takes.append(take.first(moments).thinned(every, gap))
     return write_takes(out, "Rat7M", takes, rigs, center, side)
 
@@ -160,12 +160,12 @@ def _take(
 
 def _read_session(path: Path) -> tuple[dict[str, Lens], dict[str, np.ndarray]]:
     """Lenses by camera, and positions (F, 3) by marker, in the published order: HDF5 does not keep it."""
-    content = _read_mat(path)
+    content = read_mat(path)
     for key in ("cameras", "mocap"):
         if not isinstance(content.get(key), dict) or not content[key]:
             raise InputError(f"{path}: has no struct {key!r}; expected cameras.Camera1, ... and mocap.HeadF, ...")
     order = [*(name for name in MARKERS.split() if name in content["mocap"]), *content["mocap"]]
-    markers = {name: np.atleast_2d(content["mocap"][name]).astype(np.float64) for name in order}
+    markers = {name: np.atleast_2d(_numbers(path, f"mocap.{name}", content["mocap"][name])) for name in order}
     moments = len(next(iter(markers.values())))
     for name, values in markers.items():
         if values.shape != (moments, 3):
@@ -178,14 +178,24 @@ def _read_lens(path: Path, name: str, content: Any, moments: int) -> Lens:
     for key, sizes in (*_LENS.items(), ("frame", (moments,))):
         if not isinstance(content, dict) or key not in content:
             raise InputError(f"{path}: cameras.{name} lacks {key!r}")
-        lens[key] = np.atleast_1d(content[key]).astype(np.float64)
+        lens[key] = np.atleast_1d(_numbers(path, f"cameras.{name}.{key}", content[key]))
         if lens[key].size not in sizes:
             raise InputError(f"{path}: cameras.{name}.{key} has {lens[key].size} numbers, expected {sizes[0]}")
+    for key, shape in (("IntrinsicMatrix", (3, 3)), ("rotationMatrix", (3, 3))):
+        if lens[key].shape != shape:
+            raise InputError(f"{path}: cameras.{name}.{key} is {lens[key].shape}, expected {shape}")
     lens["frame"] = lens["frame"].ravel()
-    if not (lens["frame"] == np.round(lens["frame"])).all():
+    if not ((lens["frame"] == np.round(lens["frame"])) & (np.abs(lens["frame"]) < 2**53)).all():
         raise InputError(f"{path}: cameras.{name}.frame must hold whole numbers")
     lens["frame"] = lens["frame"].astype(np.int64)
     return lens
+
+
+def _numbers(path: Path, name: str, value: Any) -> np.ndarray:
+    """float64 of real numbers."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or not value.size:
+        raise InputError(f"{path}: {name} must be numbers")
+    return value.astype(np.float64)
 
 
 def _require_one_frame_a_row(path: Path, lenses: Mapping[str, Lens]) -> None:
@@ -219,23 +229,3 @@ def _cameras(lenses: Mapping[str, Lens], sizes: list[tuple[int, int]]) -> Camera
         image_size=torch.tensor(sizes),
         units="mm",
     )
-
-
-def _read_mat(path: Path) -> dict[str, Any]:
-    """A MATLAB file as nested dictionaries of arrays in MATLAB's orientation."""
-    try:
-        if h5py.is_hdf5(path):  # version 7.3
-            with h5py.File(path) as file:
-                return _plain(file)
-        return scipy.io.loadmat(path, simplify_cells=True)
-    except (OSError, ValueError, TypeError, MatReadError) as error:
-        raise InputError(f"{path}: not a readable MATLAB file ({error})") from None
-
-
-def _plain(group: h5py.Group) -> dict[str, Any]:
-    """HDF5 holds a MATLAB array with its axes reversed."""
-    return {
-        name: _plain(item) if isinstance(item, h5py.Group) else np.asarray(item[()]).T
-        for name, item in group.items()
-        if not name.startswith("#")
-    }

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from bkind3d.data.arrays import read_npz
 from bkind3d.data.project import Project, Recording
+from bkind3d.documents import broken_file
 from bkind3d.errors import InputError
 
 
@@ -56,16 +58,14 @@ def load_truth(recording: Recording, project: Project) -> Truth:
     if recording.truth is None:
         raise InputError(f"{project.path}: recording {recording.name!r} has no 'truth' to evaluate against")
     path = recording.truth
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("points3d", "names", "edges", "fps", "units")}
-            note = str(file["note"]) if "note" in file else ""
-            behaviour = file["behaviour"].astype(np.int64) if "behaviour" in file else None
-            behaviours = [str(name) for name in file["behaviours"]] if behaviour is not None else []
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not an npz file of arrays ({error})") from None
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]}; expected points3d, names, edges, fps and units") from None
+    with broken_file(f"{path}: not the true joints of a recording"):
+        return _truth(path, read_npz(path, ("points3d", "names", "edges", "fps", "units")), project)
+
+
+def _truth(path: Path, arrays: dict[str, np.ndarray], project: Project) -> Truth:
+    note = str(arrays["note"]) if "note" in arrays else ""
+    behaviour = arrays["behaviour"].astype(np.int64) if "behaviour" in arrays else None
+    behaviours = [str(name) for name in arrays["behaviours"]] if behaviour is not None else []
     points, names = arrays["points3d"], [str(name) for name in arrays["names"]]
     if points.ndim != 3 or points.shape[1:] != (len(names), 3):
         raise InputError(f"{path}: points3d {points.shape} must be (frames, {len(names)} names, 3)")
@@ -76,10 +76,13 @@ def load_truth(recording: Recording, project: Project) -> Truth:
         behaviour.shape != points.shape[:1] or not ((behaviour >= -1) & (behaviour < len(behaviours))).all()
     ):
         raise InputError(f"{path}: behaviour must be a place in 'behaviours', or -1, for each of {len(points)} frames")
+    edges = arrays["edges"].astype(np.int64).reshape(-1, 2)
+    if points.dtype.kind not in "iuf" or ((edges < 0) | (edges >= len(names))).any():
+        raise InputError(f"{path}: points3d must be numbers, edges places in 'names'")
     return Truth(
         points3d=points.astype(np.float64),
         names=names,
-        edges=arrays["edges"].astype(np.int64).reshape(-1, 2),
+        edges=edges,
         fps=float(arrays["fps"]),
         note=note,
         behaviour=behaviour,

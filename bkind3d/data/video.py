@@ -59,7 +59,7 @@ def probe_video(path: Path, *, even: bool = True) -> VideoInfo:
             declared = _declared_duration(container, stream)
             tick = float(stream.time_base or 0)
             width, height = stream.codec_context.width, stream.codec_context.height
-    except (av.error.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable video ({reason(error)}); copy it again or re-encode it") from None
     broken = next((index for index, packet in enumerate(packets) if packet.is_corrupt), None)
     if broken is not None:
@@ -102,7 +102,7 @@ def video_size(path: Path) -> tuple[int, int]:
         with av.open(str(path)) as container:
             context = _video_stream(path, container).codec_context
             return context.width, context.height
-    except (av.error.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable video ({reason(error)}); copy it again or re-encode it") from None
 
 
@@ -131,7 +131,7 @@ def read_frames(info: VideoInfo, wanted: np.ndarray | None = None) -> Iterator[n
                 index += 1
                 if last < index < info.frames:
                     return
-    except (av.error.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{info.path}: decoding failed after {index} of {info.frames} frames ({reason(error)}); "
             "copy it again or re-encode it"
@@ -146,7 +146,10 @@ def read_frames(info: VideoInfo, wanted: np.ndarray | None = None) -> Iterator[n
 def _video_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise InputError(f"{path}: holds no video stream; if it should, it is truncated: copy it again")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None or not (stream.codec_context.width and stream.codec_context.height):
+        raise InputError(f"{path}: not a readable video (of an unknown coding or size); copy it again or re-encode it")
+    return stream
 
 
 def _declared_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bkind3d.cameras import Cameras
-from bkind3d.errors import InputError
+from bkind3d.errors import InputError, shown
 from bkind3d_kernels import VoxelGrid
 
 Triple = tuple[float, float, float]
@@ -41,11 +41,11 @@ class Volume:
         for field in ("center", "size"):
             value = getattr(self, field)
             try:
-                triple = tuple(float(number) for number in value)
-            except (TypeError, ValueError):
+                triple = tuple(float(number) for number in value if not isinstance(number, bool))
+            except (TypeError, ValueError, OverflowError):
                 triple = ()
             if isinstance(value, str) or len(triple) != 3 or not all(map(math.isfinite, triple)):
-                raise InputError(f"volume: {field} must be three finite numbers x, y, z, not {value!r}")
+                raise InputError(f"volume: {field} must be three finite numbers x, y, z, not {shown(value)}")
             object.__setattr__(self, field, triple)
         if min(self.size) <= 0:
             raise InputError(f"volume: every side of size {list(self.size)} must be greater than 0")

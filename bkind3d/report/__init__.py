@@ -15,8 +15,8 @@ def build_report(run: str | Path, force: bool = False, *, progress: bool = True)
         Path of the report.
 
     Raises:
-        InputError: not a run folder, a report is there and ``force`` is not set, a file of the run is corrupt, or the
-            report cannot be written.
+        InputError: not a run folder, a report is there and ``force`` is not set, or the report cannot be written. A
+            corrupt file of the run is left out, and the page says so.
     """
     # The command line imports this package for every verb; viser and jinja2, which take long, are for the report alone.
     from bkind3d.report.page import write_report

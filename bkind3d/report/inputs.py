@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import csv
-import json
-from dataclasses import dataclass
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from bkind3d.agreement import on_body
 from bkind3d.cameras import Cameras
-from bkind3d.errors import InputError
+from bkind3d.documents import broken_file, parse_json, read_json, read_text
+from bkind3d.errors import InputError, first_line, shown
 from bkind3d.health import Health, keypoint_health
 from bkind3d.labels import Labels, load_labels
 from bkind3d.poses import Poses
 from bkind3d.run import Inputs, open_inputs, open_run
+
+Part = TypeVar("Part")
 
 SPLIT_ORDER = ("test", "both", "train")  # unseen motion is shown where there is any
 
@@ -52,7 +57,10 @@ class Scene:
 
 @dataclass
 class RunFiles:
-    """The files of a run folder; None or empty where the run has not got that far."""
+    """The files of a run folder; None or empty where the run has not got that far, or where a file is corrupt.
+
+    Of each corrupt file, `missing` says in one line what is the matter.
+    """
 
     path: Path
     config: str
@@ -65,6 +73,7 @@ class RunFiles:
     poses: dict[str, Poses]
     samples: list[Path]
     labels: Labels  # poses and skeleton have its names
+    missing: list[str] = field(default_factory=list)
 
     def active_edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Keypoint pairs (E, 2) of the active edges and their weights (E,); none where there is no skeleton.
@@ -114,13 +123,28 @@ def read_run(run: Path) -> RunFiles:
     """Read a run folder.
 
     Raises:
-        InputError: no run folder, or a file that is there and cannot be read.
+        InputError: no run folder.
     """
     config = run / "config.yaml"
     if not config.is_file():
         raise InputError(f"{run}: not a run folder (no config.yaml); make one with `bkind3d train`")
-    skeleton = _json(run / "skeleton.json")
-    poses = {path.stem: Poses.load(path) for path in sorted((run / "poses").glob("*.nc"))}
+    missing: list[str] = []
+
+    def part(name: str, read: Callable[[Path], Part], without: Part) -> Part:
+        try:
+            with broken_file(f"{run / name}: not what a run writes"):
+                return read(run / name) if (run / name).is_file() else without
+        except InputError as error:
+            missing.append(str(error))
+            return without
+
+    names = sorted(f"poses/{path.name}" for path in (run / "poses").glob("*.nc"))
+    poses = {Path(name).stem: one for name in names if (one := part(name, Poses.load, None)) is not None}
+    skeleton = part("skeleton.json", _skeleton, None)
+    for name, one in poses.items():
+        if skeleton and len(one.names) != len(skeleton["keypoints"]):
+            missing.append(f"{run / 'skeleton.json'}: is not of the keypoints of poses/{name}.nc")
+            skeleton = None
     labels = load_labels(run, skeleton["keypoints"] if skeleton else next((one.names for one in poses.values()), []))
     if skeleton:
         skeleton["keypoints"] = labels.names
@@ -128,16 +152,17 @@ def read_run(run: Path) -> RunFiles:
         one.names = labels.names if len(labels.names) == len(one.names) else one.names
     return RunFiles(
         path=run,
-        config=config.read_text(encoding="utf-8"),
-        environment=_json(run / "env.json"),
-        metrics=_metrics(run / "metrics.csv"),
-        health=_health(run / "health.jsonl"),
+        config=read_text(config, 1 << 20),
+        environment=part("env.json", read_json, None),
+        metrics=part("metrics.csv", _metrics, {}),
+        health=part("health.jsonl", _health, []),
         skeleton=skeleton,
-        evaluation=_json(run / "evaluation.json"),
-        actions=_json(run / "actions.json"),
+        evaluation=part("evaluation.json", read_json, None),
+        actions=part("actions.json", read_json, None),
         poses=poses,
         samples=sorted((run / "samples").glob("*.png")),
         labels=labels,
+        missing=missing,
     )
 
 
@@ -164,38 +189,42 @@ def health_of(shown: Shown, scene: Scene) -> Health:
     return keypoint_health(poses.positions, poses.confidence, scene.center, scene.sides, scene.up, on_body=seen)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); delete it or write it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+def _skeleton(path: Path) -> dict[str, Any]:
+    """skeleton.json, whose edges join keypoints that it names."""
+    content = read_json(path)
+    names = content["keypoints"]
+    for row in (*content["edges"], *content["all_weights"]):
+        start, end, weight = row
+        if not (0 <= int(start) < len(names) and 0 <= int(end) < len(names) and math.isfinite(weight)):
+            raise InputError(f"{path}: an edge {shown(row)} is not of its {len(names)} keypoints")
+    float(content["threshold"])
+    return content | {"keypoints": [str(name) for name in names]}
 
 
 def _metrics(path: Path) -> dict[str, np.ndarray]:
     """Columns of metrics.csv; empty when there is no row yet."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(io.StringIO(read_text(path))))
     try:
-        return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]} if rows else {}
+        columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]} if rows else {}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: a row is not made of numbers ({error}); delete that row") from error
+    absent = [name for name in ("step", "seconds") if rows and not np.isfinite(columns.get(name, np.nan)).all()]
+    if absent:
+        raise InputError(f"{path}: has no numbers of {absent[0]!r}")
+    return columns
 
 
 def _health(path: Path) -> list[tuple[int, Health]]:
-    if not path.is_file():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    records: list[tuple[int, Health]] = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
-            record = json.loads(line)
-            records.append((int(record["step"]), Health.from_dict(record)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: line {number} is not a health record ({error}); delete that line") from error
+            record = parse_json(line, "the line")
+            health = Health.from_dict(record)
+            joints = len((records[0][1] if records else health).flags)
+            health.require(joints)
+            records.append((int(record["step"]), health))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise InputError(
+                f"{path}: line {number} is not a health record ({first_line(error)}); delete that line"
+            ) from error
     return records

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bkind3d.agreement import seen_on_body
+from bkind3d.documents import broken_file
 from bkind3d.errors import InputError
 from bkind3d.evaluation.action_classifier import MEASURES, spread_percent
 from bkind3d.evaluation.alignment import METRIC_TITLES, METRICS
@@ -31,6 +32,8 @@ from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, heal
 from bkind3d.report.render import upright
 from bkind3d.report.scene import SCENE_FRAMES, scene_html
 from bkind3d.tables import percent
+
+Section = TypeVar("Section")
 
 NAME = "report.html"
 HISTORY_ROWS = 12
@@ -68,6 +71,25 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress
         progress: show a progress bar while the clip is drawn.
     """
     shown = choose_recording(files, scene)
+    missing = list(files.missing)
+
+    def part(name: str, make: Callable[..., Section], *arguments: Any) -> Section | None:
+        """A section from a file of the run; none, and a line that says so, where the file is not as a run writes it."""
+        try:
+            with broken_file(f"{name}: not what a run writes"):
+                return make(*arguments)
+        except InputError as error:
+            missing.append(str(error))
+            return None
+
+    evaluation = files.evaluation
+    sections = {
+        "parts": part("evaluation.json", _parts, evaluation),
+        "results": part("evaluation.json", _results, evaluation),
+        "actions": part("actions.json", _actions, files.actions),
+        "samples": [sample for path in _three(files.samples) if (sample := part(str(path), _sample, path))],
+        "edges": part("skeleton.json", _edge_section, files.skeleton, evaluation or {}),
+    }
     edges, weights = files.active_edges()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bkind3d.report", "."),
@@ -76,28 +98,27 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(
-        title=scene.project if scene else files.path.resolve().name,
-        run=files.path.resolve().name,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        facts=_facts(files, scene),
-        obstacle=obstacle,
-        crops=_crops(shown, scene, progress) if shown and scene else None,
-        quality=_quality(shown, scene) if shown and scene else None,
-        motion=_motion(shown, scene) if shown and scene else None,
-        evaluated=files.evaluation is not None,
-        parts=_parts(files.evaluation),
-        results=_results(files.evaluation),
-        actions=_actions(files.actions),
-        clip=_clip(shown, edges, weights, progress) if shown else None,
-        scene=_scene(shown, scene, edges) if shown and scene else None,
-        losses=_panels(figures.loss_curves(files.metrics)) if files.metrics else None,
-        samples=_samples(files.samples),
-        edges=_edge_section(files.skeleton, files.evaluation or {}),
-        health=_health_section(files, shown, scene),
-        config=files.config,
-        versions=_flattened(files.environment or {}),
-    )
+    template = environment.get_template("report.html.j2")
+    with broken_file(f"{files.path}: its files are not what a run writes"):
+        return template.render(
+            **sections,
+            title=scene.project if scene else files.path.resolve().name,
+            run=files.path.resolve().name,
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            facts=_facts(files, scene),
+            obstacle=obstacle,
+            missing=list(dict.fromkeys(missing)),
+            crops=_crops(shown, scene, progress) if shown and scene else None,
+            quality=_quality(shown, scene) if shown and scene else None,
+            motion=_motion(shown, scene) if shown and scene else None,
+            evaluated=evaluation is not None,
+            clip=_clip(shown, edges, weights, progress) if shown else None,
+            scene=_scene(shown, scene, edges) if shown and scene else None,
+            losses=_panels(figures.loss_curves(files.metrics)) if files.metrics else None,
+            health=_health_section(files, shown, scene),
+            config=files.config,
+            versions=_flattened(files.environment or {}),
+        )
 
 
 # --- sections -----------------------------------------------------------------------------------------------------
@@ -262,7 +283,7 @@ def _results(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
             for row in rows
         ],
         "skipped": rows[0]["frames_skipped"],
-        "masked": evaluation["masked"],
+        "masked": {"joints": evaluation["masked"].get("joints"), "of": evaluation["masked"].get("of")},
         "joints": [
             {"name": joint, "values": [short(row["per_joint"]["mpjpe"][k]) for row in rows]}
             for k, joint in enumerate(evaluation["joints"])
@@ -350,23 +371,20 @@ def _scene(shown: Shown, scene: Scene, edges: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _samples(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    """First, middle and last sample picture, newest first: (caption, data URI)."""
-    picked = dict.fromkeys(paths[k] for k in (len(paths) - 1, len(paths) // 2, 0)) if paths else {}
-    return [(_caption(path.stem), _sample(path)) for path in picked]
+def _three(paths: Sequence[Path]) -> list[Path]:
+    """First, middle and last, newest first."""
+    return list(dict.fromkeys(paths[k] for k in (len(paths) - 1, len(paths) // 2, 0))) if paths else []
+
+
+def _sample(path: Path) -> tuple[str, str]:
+    """A sample picture: caption, data URI."""
+    with Image.open(path) as image:
+        return _caption(path.stem), _jpeg(np.asarray(image.convert("RGB")))
 
 
 def _caption(stem: str) -> str:
     """step_000300 -> step 300."""
     return re.sub(r"^step_0*(?=\d)", "step ", stem)
-
-
-def _sample(path: Path) -> str:
-    try:
-        with Image.open(path) as image:
-            return _jpeg(np.asarray(image.convert("RGB")))
-    except OSError as error:
-        raise InputError(f"{path}: not a readable picture ({error}); delete it") from error
 
 
 def _edge_section(skeleton: dict[str, Any] | None, evaluation: dict[str, Any]) -> dict[str, Any] | None:
@@ -436,7 +454,8 @@ def _history_row(step: int, health: Health, flags: list[str]) -> dict[str, Any]:
 
 
 def _names(files: RunFiles, health: Health) -> list[str]:
-    return list(files.skeleton["keypoints"]) if files.skeleton else [f"keypoint {j}" for j in range(len(health.spread))]
+    named, joints = files.skeleton["keypoints"] if files.skeleton else [], len(health.spread)
+    return list(named) if len(named) == joints else [f"keypoint {j}" for j in range(joints)]
 
 
 def _thinned(records: Sequence[tuple[int, Health]]) -> list[tuple[int, Health]]:

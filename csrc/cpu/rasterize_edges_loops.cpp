@@ -518,6 +518,11 @@ int64 backward(const RasterizeEdgesArgs& a, int64 sample, const EdgeMap& map, in
           continue;
         }
         const int64 e = ((const Index<T>*)&pixels.winner[r])[lane];
+        if (e >= a.count) {  // no edge's: not the winners of the forward pass
+          const ivec<T> w = pixels.winner[r];
+          pixels.winner[r] = select(w == ivec<T>{} + Index<T>(e), ivec<T>{} - 1, w);
+          continue;
+        }
         const Record sums = add_up(edges, inverses, e, iota<T>() + (T(x) - cx), T(y) - cy, pixels, r, rows);
         // A record of its own, or what has been found before.
         if (slot[e] < 0) {

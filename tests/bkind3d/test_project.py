@@ -152,7 +152,7 @@ def test_missing_video(project_file) -> None:
 
 
 def test_unreadable_project_files(tmp_path) -> None:
-    assert "the project file cannot be read (No such file or directory)" in refused(tmp_path / "lost.yaml")
+    assert "lost.yaml: cannot be read (No such file or directory)" in refused(tmp_path / "lost.yaml")
     (tmp_path / "bad.yaml").write_text("name: [1,\nunits: m")
     assert "not a YAML file" in refused(tmp_path / "bad.yaml")
     (tmp_path / "empty.yaml").write_text("")

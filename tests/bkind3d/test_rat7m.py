@@ -22,8 +22,9 @@ from bkind3d.data import (
     probe_recording,
     save_truth,
 )
-from bkind3d.data.rat7m import _read_mat, rat7m_project
+from bkind3d.data.rat7m import rat7m_project
 from bkind3d.errors import InputError
+from bkind3d.foreign import read_mat
 from bkind3d.sims.rat7m import write_rat7m
 
 CLOSE = 0.2  # px, at the raw size; a reader that forgets MATLAB's first pixel is 1 off
@@ -202,7 +203,7 @@ def test_bad_files(tmp_path: Path) -> None:
         assert "mocap-s1-d1.mat" in message
         return message
 
-    good = _read_mat(file)
+    good = read_mat(file)
     assert "has no struct 'mocap'" in wrong(lambda c: c.pop("mocap"))
     assert "mocap.HeadB is (5, 3), expected (6, 3)" in wrong(lambda c: c["mocap"].update(HeadB=np.zeros((5, 3))))
     lens = "cameras.Camera2"

@@ -151,3 +151,14 @@ def test_compiles_with_inductor() -> None:
         assert torch.equal(a, b)
     for a, b in zip(gradients(compiled, keypoints, weights), gradients(run, keypoints, weights)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_winners_out_of_range_are_left_out(dtype: torch.dtype) -> None:
+    """Those that the operator is given need not be its own: nothing beyond the edges is read or written."""
+    inputs = cases.scene(1, 3, (5, 60), dtype=dtype)
+    winner = torch.tensor([-7, 3, 30000, -32768, 32767] * 60, dtype=torch.int16)
+    for name in INSTRUCTION_SETS:
+        with library.use_instruction_set(name):
+            grads = cases.backward(OPERATORS, [torch.ones(1, 5, 60, dtype=dtype)], inputs, [winner], [(5, 60)], [1.0])
+        assert all((grad == 0).all() for grad in grads)

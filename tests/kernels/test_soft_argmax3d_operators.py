@@ -53,6 +53,19 @@ def test_masked_infinite_and_nan_logits(operators: Any, dtype: torch.dtype, chan
         cases.check_special(operators, last(logits) if channels_last else logits)
 
 
+@pytest.mark.parametrize("place", [-1, 10**9, 2**62, -(2**63)])
+@in_each_instruction_set
+def test_an_argmax_out_of_range_reads_and_writes_nothing_beyond(operators: Any, place: int) -> None:
+    """What the operator is given need not be its own; at most the gradient of one voxel of each volume is another."""
+    logits = logits_of(1, 2, 3, 4, 5)
+    *outputs, argmax = forward(operators, logits)
+    grads = random_grads(outputs[0])
+    good = backward(operators, grads, logits, 1.0, [*outputs, argmax])
+    got = backward(operators, grads, logits, 1.0, [*outputs, torch.full_like(argmax, place)])
+    assert (got != good).sum() <= 4
+    assert got.isfinite().all()
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @in_each_instruction_set
 def test_argmax_is_the_lowest_index(operators: Any, channels_last: bool) -> None:

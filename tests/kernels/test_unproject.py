@@ -270,6 +270,9 @@ def test_empty_batch(backend: str) -> None:
     assert counts.shape == (0, 2, 2, 2)
     volume.sum().backward()
     assert features.grad is not None
+    for weights in (torch.ones(0, 3), torch.ones(0, 3, 4)):
+        kept = {"aggregation": "weighted", "view_weights": weights, "backend": backend}
+        assert unproject(features, torch.zeros(0, 3, 3, 4), grid, **kept).shape == (0, 4, 2, 2, 2)
 
 
 def test_many_views(backend: str) -> None:
