@@ -68,10 +68,11 @@ def read_netcdf(path: Path | str) -> dict[str, Any]:
 
 
 def is_hdf5(path: Path) -> bool:
-    """Whether a file begins as HDF5 files do; one that cannot be read does not."""
+    """Whether a file begins as HDF5 files do, or does so after a block of the user's own, such as MATLAB's header."""
     try:
         with path.open("rb") as file:
-            return file.read(8) == b"\x89HDF\r\n\x1a\n"
+            head = file.read(2048 + 8)
+        return any(head[at : at + 8] == b"\x89HDF\r\n\x1a\n" for at in (0, 512, 1024, 2048))
     except OSError:
         return False
 

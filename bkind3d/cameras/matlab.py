@@ -48,7 +48,7 @@ def read_dannce(path: Path, content: dict[str, Any]) -> Calibration | None:
     """One file of all cameras, or the files of single cameras beside one of them."""
     files: tuple[Path, ...] = (path,)
     rows = _list(content.get("params", content.get("camParams")))
-    names = [str(name) for name in _list(content.get("camnames"))] or [f"Camera{i + 1}" for i in range(len(rows))]
+    names = [_text(name) for name in _list(content.get("camnames"))] or [f"Camera{i + 1}" for i in range(len(rows))]
     if not rows and {"K", "r", "t"} <= set(content):
         singles = {file: read_mat(file) for file in sorted(path.parent.glob("*_params.mat"))} or {path: content}
         files, rows = tuple(singles), list(singles.values())
@@ -115,8 +115,14 @@ def read_h36m_hdf5(path: Path, content: dict[str, Any]) -> Calibration | None:
             }
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path}: not the cameras of Human3.6M ({error})") from None
-        lenses.append(read_lens(f"{path}", str(row["Name"]), fields))
+        lenses.append(read_lens(f"{path}", _text(row["Name"]), fields))
     return Calibration((path,), "Human3.6M", lenses, "mm")
+
+
+def _text(value: Any) -> str:
+    """A text; HDF5 that MATLAB has not marked as one holds its letters as numbers."""
+    letters = isinstance(value, np.ndarray) and value.dtype == np.uint16
+    return "".join(map(chr, value.ravel())) if letters else str(value)
 
 
 def _list(value: Any) -> list[Any]:

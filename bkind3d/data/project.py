@@ -272,6 +272,8 @@ def _sizes(project: Path, footage: Mapping[str, Any]) -> Callable[[str], tuple[i
         return image_size(first) if is_images(first) else video_size(first)
 
     return size
+
+
 def _path(project: Path, where: str, value: Any) -> Path:
     text = _text(f"{project}: {where}", value)
     try:
@@ -377,8 +379,8 @@ def _with_cameras(path: Path, recordings: list[Recording], cameras: Cameras) -> 
 
 
 def _require_file_name(where: str, what: str, name: str) -> None:
-    if not re.fullmatch(r"\w[\w.-]*", name, flags=re.ASCII):
-        raise InputError(f"{where}: {what} names files: use letters, digits, '_', '-' and '.' only")
+    if not re.fullmatch(r"\w[\w.-]*", name, flags=re.ASCII) or len(name) > _LONGEST_NAME:
+        raise InputError(f"{where}: {what} names files: use at most {_LONGEST_NAME} letters, digits, '_', '-' and '.'")
 
 
 def _camera_mapping(where: str, value: Any) -> dict[str, Any]:

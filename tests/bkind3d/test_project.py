@@ -173,14 +173,6 @@ def test_impossible_calibration_names_file_and_camera(project_file) -> None:
     assert "camera 'cam2' has a video but is not in the calibration (cam0, cam1)" in refused(project_file)
 
 
-@pytest.mark.parametrize("name", ["cam/3", "..", "=cam3", "cam 3", ""])
-def test_cameras_whose_names_no_file_could_have(project_file, name: str) -> None:
-    calibration = project_file.parent / "calibration.toml"
-    calibration.write_text(calibration.read_text().replace('"cam0"', f'"{name}"'))
-    message = refused(project_file)
-    assert f"{calibration}: camera: name {name!r} names files: use letters, digits, '_', '-' and '.' only" in message
-
-
 def test_unwritable_project(project_file) -> None:
     with pytest.raises(InputError, match="the project file cannot be written"):
         save_project(load_project(project_file), project_file / "below" / "a file.yaml")
@@ -210,7 +202,7 @@ def test_bad_truth(project_file) -> None:
     with pytest.raises(InputError, match=r"points3d \(2, 1, 3\) must be \(frames, 2 names, 3\)"):
         load_truth(recording, project)
     np.savez(truth, points3d=points)
-    with pytest.raises(InputError, match="names is not a file in the archive; expected points3d, names, edges, fps"):
+    with pytest.raises(InputError, match="lacks 'names'; expected points3d, names, edges, fps"):
         load_truth(recording, project)
     truth.write_text("not an archive")
     with pytest.raises(InputError, match="not an npz file of arrays"):
@@ -219,10 +211,10 @@ def test_bad_truth(project_file) -> None:
         load_truth(dataclasses.replace(recording, truth=None), project)
 
 
-@pytest.mark.parametrize("name", ["cam/1", "top cam", "..", "=cam"])
+@pytest.mark.parametrize("name", ["cam/1", "top cam", "..", "=cam", "c" * 101])
 def test_camera_names_that_name_no_file(project_file, name: str) -> None:
     """They are in the names of pictures and tables that the check and the report write."""
     calibration = project_file.parent / "calibration.toml"
     calibration.write_text(calibration.read_text().replace('"cam1"', f'"{name}"'))
     text = refused(project_file)
-    assert f"calibration.toml: camera {name!r} names files: use letters, digits" in text
+    assert f"calibration.toml: camera {name!r} names files: use at most 100 letters, digits" in text
