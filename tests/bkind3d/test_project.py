@@ -211,7 +211,7 @@ def test_bad_truth(project_file) -> None:
         load_truth(dataclasses.replace(recording, truth=None), project)
 
 
-@pytest.mark.parametrize("name", ["cam/1", "top cam", "..", "=cam", "c" * 101])
+@pytest.mark.parametrize("name", ["cam/1", "top cam", "..", "=cam"])
 def test_camera_names_that_name_no_file(project_file, name: str) -> None:
     """They are in the names of pictures and tables that the check and the report write."""
     calibration = project_file.parent / "calibration.toml"
