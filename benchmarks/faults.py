@@ -28,7 +28,7 @@ import numpy as np
 import scipy.io
 import torch
 
-from bkind3d.cameras import load_toml
+from bkind3d.cameras import read_calibration
 from bkind3d.checkpoints import load_weights, pairs_per_step
 from bkind3d.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, load_config
 from bkind3d.data import h36m, load_project, load_truth, rat7m
@@ -127,6 +127,53 @@ def make(folder: Path) -> None:
     pose = {"R": np.eye(3).tolist(), "t": [[0.0], [0], [1]]}
     cameras = {"intrinsics": {"1": lens_json}, "extrinsics": {"S1": {"1": pose}}}
     (folder / "camera-parameters.json").write_text(json.dumps(cameras))
+    make_calibrations(folder)
+
+
+def make_calibrations(folder: Path) -> None:
+    """A calibration of two cameras as several tools write it."""
+    for name in ("lenses", "easymocap", "colmap", "dannce", "dannce-7.3"):
+        (folder / name).mkdir()
+    matrix, turn, place = [[90.0, 0, 32], [0, 90, 24], [0, 0, 1]], np.eye(3).tolist(), [0.1, 0.2, 3.0]
+    row = {"size": [64, 48], "K": matrix, "dist": [0.0] * 5, "R": turn, "t": place}
+    rows = [{"name": name, **row} for name in ("a", "b")]
+    (folder / "lenses/calibration.json").write_text(json.dumps({"units": "m", "cameras": rows}))
+
+    def written(key: str, value: Any) -> str:
+        array = np.atleast_2d(np.asarray(value, float))
+        size = f"  rows: {array.shape[0]}\n  cols: {array.shape[1]}\n  dt: d\n"
+        return f"{key}: !!opencv-matrix\n{size}  data: {array.ravel().tolist()}\n"
+
+    head = '%YAML:1.0\n---\nnames:\n  - "a"\n  - "b"\n'
+    inner = "".join(written(f"K_{name}", matrix) + written(f"dist_{name}", [0.0] * 5) for name in "ab")
+    column = [[value] for value in place]
+    outer = "".join(written(f"R_{name}", [[0.1], [0.2], [0.3]]) + written(f"T_{name}", column) for name in "ab")
+    (folder / "easymocap/intri.yml").write_text(head + inner)
+    (folder / "easymocap/extri.yml").write_text(head + outer)
+    lines = [f"{number} OPENCV 64 48 90 90 32.5 24.5 0 0 0 0" for number in (1, 2)]
+    (folder / "colmap/cameras.txt").write_text("\n".join(["# Camera list with one line of data per camera:", *lines]))
+    images = [f"{number} 1 0 0 0 0.1 0.2 3 {number} images/{number}.png\n12.5 3.5 -1" for number in (1, 2)]
+    images.insert(0, "# Image list with two lines of data per image:")
+    (folder / "colmap/images.txt").write_text("\n".join(images))
+    lens = {"K": np.array(matrix).T, "r": np.eye(3), "t": np.array([place]), "RDistort": np.zeros((1, 2))}
+    lens["TDistort"] = np.zeros((1, 2))
+    cell = np.empty((2, 1), object)
+    cell[:, 0] = [lens, lens]
+    scipy.io.savemat(folder / "dannce/dannce.mat", {"params": cell, "camnames": np.array([["a"], ["b"]], object)})
+    with h5py.File(folder / "dannce-7.3/dannce.mat", "w") as file:
+        groups = [file.create_group(f"#refs#/{number}") for number in (1, 2)]
+        for group in groups:
+            for key, value in lens.items():
+                group[key] = value.T
+        references = np.array([[group.ref for group in groups]], object)
+        file.create_dataset("params", data=references, dtype=h5py.ref_dtype)
+
+
+def calibration(path: Path) -> object:
+    """A calibration of any format; sizes and units where it has none."""
+    found = read_calibration(path)
+    sized = all(lens.size is not None for lens in found.lenses)
+    return found.cameras(found.units or "m", None if sized else (64, 48))
 
 
 def of_run(path: Path) -> object:
@@ -182,7 +229,12 @@ def weights(path: Path) -> object:
 
 KINDS = {
     "project.yaml": Kind("rig/project.yaml", project_of, text=True),
-    "calibration.toml": Kind("rig/calibration.toml", lambda path: load_toml(path, "m"), text=True),
+    "calibration.toml": Kind("rig/calibration.toml", calibration, text=True),
+    "calibration .json": Kind("lenses/calibration.json", calibration, text=True),
+    "EasyMocap intri.yml": Kind("easymocap/intri.yml", calibration, text=True),
+    "COLMAP images.txt": Kind("colmap/images.txt", calibration, text=True),
+    "DANNCE .mat, version 5": Kind("dannce/dannce.mat", calibration),
+    "DANNCE .mat, version 7.3": Kind("dannce-7.3/dannce.mat", calibration),
     "truth.npz": Kind("rig/train/truth.npz", truth_of),
     "index.npz": Kind("index.npz", lambda path: load_index(path, ("a", "b"))),
     "video .mp4": Kind("rig/train/cam0.mp4", frames),

@@ -43,6 +43,7 @@ FORMATS = (
 )
 _SUFFIXES = (".toml", ".yml", ".yaml", ".json", ".txt", ".xml", ".mat", ".h5")  # that are looked at in a folder
 _LARGEST = 64 << 20  # bytes of a text that may be a calibration
+_LONGEST_MESSAGE = 600
 _PICKLE = b"\x80"
 
 
@@ -108,9 +109,8 @@ def _read(path: Path, layout: str, content: Any, subject: str | None) -> Calibra
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: the calibration cannot be read ({reason(error)})") from None
         except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: the calibration cannot be read ({error})") from None
+            told = str(error) if isinstance(error, InputError) else f"{path}: the calibration cannot be read ({error})"
+            raise InputError(brief(" ".join(told.split()), _LONGEST_MESSAGE)) from None  # it may quote the file
         if found is not None:
             return found
     return None

@@ -260,3 +260,14 @@ def test_fisheye_frames_are_undistorted_as_opencv_does_it() -> None:
     inside = np.s_[60:-60, 60:-60]
     assert np.abs(got[inside].astype(int) - expected[inside]).max() <= 3
     assert np.abs(picture[inside].astype(int) - expected[inside]).max() > 50
+
+
+def test_what_a_message_quotes_of_a_file_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "cameras.txt").write_text(
+        "# Camera list with one line of data per camera:\n1 OPENCV 64 48 90 90 32 24 0 0 0 0"
+    )
+    images = tmp_path / "images.txt"
+    images.write_text(f"# Image list with two lines of data per image:\n1 {'a.' * 5000} 0 0 0 0 0 3 1 a.png\n")
+    with pytest.raises(InputError, match=r"images\.txt: ") as caught:
+        read_calibration(images)
+    assert len(str(caught.value)) <= 600
