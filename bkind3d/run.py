@@ -42,7 +42,7 @@ CONTENT = (
     "evaluation.json", "evaluation.csv", "actions.json", "exports", "report.html", "render.gif", "overlay.mp4",
     "tensorboard",
 )  # fmt: skip
-EARLIER, LOCK = ".earlier", ".lock"
+EARLIER, LOCK, OLD_LABELS = ".earlier", ".lock", "keypoints.old.yaml"
 
 
 @dataclass
@@ -209,7 +209,7 @@ def create_run(path: Path, config: Config, *, force: bool) -> None:
         path.mkdir(parents=True, exist_ok=True)
         bring_back(path)
         if (path / LABELS).exists():  # a user's own work, but its names are those of other keypoints
-            (path / LABELS).replace(path / "keypoints.old.yaml")
+            (path / LABELS).replace(path / OLD_LABELS)
         if checkpoints(path):
             let_go(path)
             _move(path, path / EARLIER)
@@ -240,6 +240,8 @@ def bring_back(path: Path) -> None:
         if (earlier / name).exists():
             _remove(path / name)
             (earlier / name).rename(path / name)
+    if (path / OLD_LABELS).exists() and not (path / LABELS).exists():
+        (path / OLD_LABELS).rename(path / LABELS)
     shutil.rmtree(earlier)
 
 

@@ -20,6 +20,7 @@ from run_folder import VIEWS, caterpillar, make_scene, write_filmed_run
 from scipy.io import loadmat
 
 from bkind3d.cli import main
+from bkind3d.config import Config
 from bkind3d.data import load_project
 from bkind3d.data.index import Index, save_index
 from bkind3d.data.matching import frame_numbers
@@ -28,7 +29,7 @@ from bkind3d.exports import FORMATS, Track, export
 from bkind3d.exports import c3d as c3d_export
 from bkind3d.labels import load_labels
 from bkind3d.poses import Poses
-from bkind3d.run import create_run
+from bkind3d.run import bring_back, create_run
 
 MISSED = 7  # the moment without poses
 OFFSETS = [0, 3, 0, 1]
@@ -376,6 +377,18 @@ def test_a_new_training_sets_the_names_aside(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").touch()
     (tmp_path / "run" / "keypoints.yaml").write_text("kp00: {name: nose}\n")
-    create_run(tmp_path / "run", force=True)
+    create_run(tmp_path / "run", Config(), force=True)
     assert (tmp_path / "run" / "keypoints.old.yaml").read_text() == "kp00: {name: nose}\n"
     assert load_labels(tmp_path / "run", ["kp00"]).names == ["kp00"]
+
+
+def test_names_come_back_with_the_run_that_they_are_of(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints/step_000003").mkdir(parents=True)
+    (run / "checkpoints/step_000003/model.safetensors").touch()
+    (run / "config.yaml").touch()
+    (run / "keypoints.yaml").write_text("kp00: {name: nose}\n")
+    create_run(run, Config(), force=True)
+    (run / "config.yaml").unlink()  # killed before the new settings were there
+    bring_back(run)
+    assert load_labels(run, ["kp00"]).names == ["nose"]

@@ -157,7 +157,7 @@ def trainer(rig: Path, tmp_path: Path) -> Callable[..., Trainer]:
 # node of the backward pass.
 REASONS = {
     "UpsampleBilinear2DBackward0": "the gradient of a part of a joined tensor has gaps, which torch's kernel closes",
-    "GeneratedBackwardFor_bkind3d_group_norm_act_defaultBackward": "descriptors are sampled from contiguous features",
+    "group_norm_actBackward": "descriptors are sampled from contiguous features",
     "SliceBackward0": "similarities of descriptors without those of a picture with itself",
     "SelectBackward0": "maps of one channel without it",
     "_LeadingBackward": "zeros for the frames t + gap",
