@@ -35,6 +35,7 @@ def on_body(positions: np.ndarray, projections: np.ndarray, masks: np.ndarray) -
     """Share of the views that see foreground at the pixel nearest to each keypoint, (F, J).
 
     A view counts where the keypoint is in front of the camera and inside the picture; with no such view the share is 0.
+
     Args:
         positions: (F, J, 3) keypoints, finite, world units.
         projections: (M, 3, 4) world to pixels of the masks.

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from bkind3d.documents import parse_yaml, read_text
 from bkind3d.errors import InputError
 from bkind3d.pictures import palette
 
@@ -62,10 +62,7 @@ def load_labels(run: Path, keypoints: Sequence[str]) -> Labels:
 
 
 def _read(path: Path) -> dict[Any, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
+    content = parse_yaml(read_text(path), str(path))
     if not isinstance(content, dict | None):
         raise InputError(f"{path}: expected one line for each keypoint, such as kp00: {{name: nose}}")
     return content or {}

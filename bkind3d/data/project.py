@@ -243,7 +243,7 @@ def _text(where: str, value: Any) -> str:
 
 def _existing(project: Path, where: str, value: Any) -> Path:
     """A file, or a folder."""
-    path = project.parent / Path(_text(f"{project}: {where}", value)).expanduser()
+    path = _path(project, where, value)
     if not path.exists():
         raise InputError(f"{project}: {where}: the file {path} does not exist; paths are relative to the project file")
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -15,6 +14,7 @@ import numpy as np
 
 from bkind3d.data import Project, load_project
 from bkind3d.data.matching import frame_numbers
+from bkind3d.documents import read_json
 from bkind3d.errors import InputError
 from bkind3d.exports.formats import FORMATS, Export
 from bkind3d.exports.track import Files, Track, Views
@@ -146,7 +146,9 @@ def _edges(run: Path) -> np.ndarray:
     if not path.is_file():
         return np.zeros((0, 2), dtype=np.int64)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["edges"]
+        rows = read_json(path)["edges"]
         return np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
-    except (ValueError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: not a skeleton ({error}); run `bkind3d train --resume` to write it again") from error

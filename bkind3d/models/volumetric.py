@@ -55,35 +55,32 @@ class VolumetricModel(DiscoveryModel):
     def lift(self, maps: Tensor, projections: Tensor, size: tuple[int, int], grid: VoxelGrid) -> Lifted:
         """Aggregate the maps in the volume and find each keypoint there; arguments as `DiscoveryModel.lift`."""
         to_maps = rescale_projections(projections, size, (maps.shape[-2], maps.shape[-1]))
-        coarse = self._coarse_moments(len(maps), maps.device)
-        found = Lifted(*self._locate(maps, to_maps, grid, coarse))
+        found = Lifted(*self._locate(maps, to_maps, grid, len(maps) // 2))
         if self.training and len(grid.affine) > 1:
-            found.penalties["equivariance"] = self._turn_error(found.positions, maps, to_maps, grid, coarse)
+            found.penalties["equivariance"] = self._turn_error(found.positions, maps, to_maps, grid)
         return found
 
-    def _coarse_moments(self, moments: int, device: torch.device) -> Tensor:
-        """Which of the moments, (2N,) bool, keep the keypoints of a cascade's coarse volume: both of a pair.
-
-        The coarse volume learns nothing from the fine one, which only looks where the coarse one has found the body. So
-        a part of the pairs of a training step draws the coarse keypoints; the others, and all outside of training, the
-        fine ones. Skeleton and descriptors are the same for both, which makes keypoint j one part in both.
-        """
-        pairs = max(1, moments // 2)
-        return torch.arange(moments, device=device) % pairs < (math.ceil(COARSE * pairs) if self.training else 0)
-
-    def _locate(self, maps: Tensor, to_maps: Tensor, grid: VoxelGrid, coarse: Tensor) -> tuple[Tensor, Tensor]:
+    def _locate(self, maps: Tensor, to_maps: Tensor, grid: VoxelGrid, pairs: int) -> tuple[Tensor, Tensor]:
         """Positions (N, J, 3) and confidence (N, J) of the keypoints in one grid, or in the cascade that begins there.
+
+        The cascade's coarse volume learns nothing from the fine one, which only looks where the coarse one has found
+        the body. So a part of the pairs of a training step, the first, keeps the coarse keypoints; the others, and all
+        outside of training, the fine ones. Skeleton and descriptors are the same for both, which makes keypoint j one
+        part in both.
 
         Args:
             maps: (N, M, C, h, w).
             to_maps: (N, M, 3, 4), world to pixels of the maps.
             grid: Where to look.
-            coarse: Moments (N,) that keep the keypoints of a cascade's first volume.
+            pairs: Number of pairs of the step: moment n is of pair n modulo this.
         """
         first = self._look(self.volume, maps, to_maps, grid)
         if self.fine is None:
             return first
         second = self._look(self.fine, maps, to_maps, self.fine_grid(first[0].detach(), grid))
+        if not self.training:
+            return second
+        coarse = torch.arange(len(maps), device=maps.device) % max(1, pairs) < math.ceil(COARSE * max(1, pairs))
         positions, confidence = zip(first, second, strict=True)
         return torch.where(coarse[:, None, None], *positions), torch.where(coarse[:, None], *confidence)
 
@@ -100,15 +97,12 @@ class VolumetricModel(DiscoveryModel):
         Returns:
             A grid for each moment, affine (N, 3, 4).
         """
-        config, steps = self.config, self.config.cascade_voxels - 1
+        config = self.config
         center, side = positions.quantile(0.5, dim=1), config.cascade * grid.side
         if self.training:
             center = center + (2 * torch.rand_like(center) - 1) * config.cascade_margin * side
-        linear = torch.nn.functional.normalize(grid.affine[..., :3], dim=-2) * (side / steps)
-        origin = center - linear.sum(-1) * (steps / 2)
-        return VoxelGrid(
-            torch.cat([linear.expand(len(origin), -1, -1), origin[..., None]], dim=-1), (config.cascade_voxels,) * 3
-        )
+        axes = torch.nn.functional.normalize(grid.affine[..., :3], dim=-2)
+        return VoxelGrid.box(center, side.expand(3), (config.cascade_voxels,) * 3, rotation=axes)
 
     def _look(self, network: VolumeNetwork, maps: Tensor, to_maps: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor]:
         """Positions (N, J, 3) and confidence (N, J) of the keypoints that one network finds in one grid."""
@@ -136,7 +130,7 @@ class VolumetricModel(DiscoveryModel):
         angles = 2 * math.pi * torch.rand(moments, generator=generator)
         return turned(grid, up, angles, SHIFT * (2 * torch.rand(moments, 3, generator=generator) - 1))
 
-    def _turn_error(self, positions: Tensor, maps: Tensor, to_maps: Tensor, grid: VoxelGrid, coarse: Tensor) -> Tensor:
+    def _turn_error(self, positions: Tensor, maps: Tensor, to_maps: Tensor, grid: VoxelGrid) -> Tensor:
         r"""How far keypoints depend on the turn of the volume that they are found in.
 
         .. math:: \frac{1}{J} \sum_j
@@ -152,14 +146,13 @@ class VolumetricModel(DiscoveryModel):
             maps: (2N, M, C, h, w).
             to_maps: (2N, M, 3, 4), world to pixels of the maps.
             grid: One for each moment.
-            coarse: Moments (2N,) that keep the keypoints of a cascade's first volume.
 
         Returns:
             Scalar: 0 where all looks agree, about 1 where they have nothing in common.
         """
         looks = math.ceil(self.equivariance_share * (len(maps) // 2))
         other = VoxelGrid(grid.affine.roll(1, 0)[:looks], grid.shape)
-        again, _ = self._locate(leading(maps, looks), to_maps[:looks], other, coarse[:looks])
+        again, _ = self._locate(leading(maps, looks), to_maps[:looks], other, len(maps) // 2)
         error = (again - positions[:looks]).square().sum(-1).mean(0)
         spread = (positions - positions.mean(0)).square().sum(-1).mean(0)
         return (error / (2 * spread + (STILL * grid.side) ** 2)).mean()

@@ -110,6 +110,7 @@ def test_required_keys(project_file, key: str) -> None:
         ({"volume": {"center": [0, 0, 0], "size": [1, 0, 1]}}, "every side of size [1.0, 0.0, 1.0] must be greater"),
         ({"volume": {"center": [0, 0, ".nan"], "size": [1, 1, 1]}}, "center must be three finite numbers"),
         ({"volume": {"center": [0, 0, 0]}}, "the key 'size' is required"),
+        ({"calibration": "~nosuchuser/calibration.toml"}, "calibration: '~nosuchuser/calibration.toml' is not a path"),
     ],
 )
 def test_bad_values(project_file, changes: dict, message: str) -> None:
