@@ -20,6 +20,7 @@ from bkind3d.data.matching import Footage, probe_masks
 from bkind3d.data.remap import Remap, network_cameras, volume_boxes
 from bkind3d.data.window import HALF
 from bkind3d.errors import InputError
+from bkind3d.files import replacing
 
 _PLACES = 40  # in the recording, two moments each
 _LONGEST = 6000  # moments from the start that they are taken from: every frame up to the last has to be decoded
@@ -193,7 +194,8 @@ def _draw(
         scale = max(1, _PICTURE // max(mask.shape))
         try:
             out.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(both.repeat(scale, 0).repeat(scale, 1)).save(path)
+            with replacing(path) as scratch:
+                Image.fromarray(both.repeat(scale, 0).repeat(scale, 1)).save(scratch, format="PNG")
         except OSError as error:
             raise InputError(f"{path}: the picture cannot be written ({error.strerror})") from None
         paths.append(path)

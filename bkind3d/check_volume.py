@@ -13,6 +13,7 @@ from bkind3d.cameras import Cameras
 from bkind3d.data import Project, RecordingInfo, Volume, load_truth
 from bkind3d.data.volume import BOX_EDGES
 from bkind3d.errors import InputError
+from bkind3d.files import replacing
 
 _EDGE_SAMPLES = 64
 
@@ -31,7 +32,8 @@ def draw_volume(project: Project, recordings: dict[str, RecordingInfo], volume: 
         figure = _volume_figure(frame, project.cameras_of(recording), index, volume, project.up, joints)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
+            with replacing(path) as scratch:
+                figure.savefig(scratch, format="png")
         except OSError as error:
             raise InputError(f"{path}: the picture cannot be written ({error.strerror})") from None
         paths.append(path)

@@ -18,6 +18,9 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     Args:
         path: of the file.
         durable: the file is whole or absent even after a power cut.
+
+    Raises:
+        OSError: the file cannot be written; the error names ``path``, which that of a failed write does not.
     """
     remove_leftovers(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
@@ -26,8 +29,10 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             _flush(scratch)
         os.replace(scratch, path)
-    except BaseException:
+    except BaseException as error:
         scratch.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename != str(path):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     if durable:
         _flush(path.parent)

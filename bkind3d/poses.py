@@ -14,8 +14,8 @@ import xarray
 
 from bkind3d.documents import broken_file
 from bkind3d.errors import InputError
-from bkind3d.files import replacing
 from bkind3d.foreign import read_netcdf
+from bkind3d.hdf5 import write_netcdf
 
 SPACE = ("x", "y", "z")
 INDIVIDUAL = "individual_0"
@@ -126,8 +126,7 @@ class Poses:
         """
         path = Path(path)
         try:
-            with replacing(path) as scratch:
-                self.to_xarray().to_netcdf(scratch, engine="h5netcdf")
+            write_netcdf(path, self.to_xarray())
         except OSError as error:
             raise InputError(f"{path}: cannot write the poses ({error.strerror or error})") from error
 

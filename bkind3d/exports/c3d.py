@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from functools import partial
 from pathlib import Path
 
@@ -49,5 +50,17 @@ def write(track: Track, first: int, last: int, path: Path) -> None:
     file["data"]["analogs"] = confidence
     with replacing(path) as scratch:
         written = scratch.with_name(f"{scratch.name}.c3d")  # the only ending that the library writes to
-        file.write(str(written))
-        written.replace(scratch)
+        try:
+            file.write(str(written))
+            _check_whole(written, 4 * (positions.size // 3 * 4 + confidence.size))
+            written.replace(scratch)
+        finally:
+            written.unlink(missing_ok=True)
+
+
+def _check_whole(path: Path, data: int) -> None:
+    """Raise where a file has fewer bytes than its header and ``data``: the library tells of no write that failed."""
+    with path.open("rb") as file:
+        block = int.from_bytes(file.read(18)[16:], "little")  # where the data begins, in blocks of 512, counted from 1
+    if path.stat().st_size < 512 * max(block - 1, 1) + data:
+        raise OSError(errno.EIO, "the disk is full or its file system failed")

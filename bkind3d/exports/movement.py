@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bkind3d.exports.track import Files, Track
-from bkind3d.files import replacing
+from bkind3d.hdf5 import write_netcdf
 
 PLURAL = {"keypoint": "keypoints", "individual": "individuals"}
 
@@ -22,5 +22,4 @@ def files_before(track: Track) -> Files:
 
 def write_before(track: Track, path: Path) -> None:
     """Write the poses with the dimensions of movement before 0.17."""
-    with replacing(path) as scratch:
-        track.poses.to_xarray().rename(PLURAL).to_netcdf(scratch, engine="h5netcdf")
+    write_netcdf(path, track.poses.to_xarray().rename(PLURAL))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bkind3d.exports.track import Files, Track
-from bkind3d.files import replacing
+from bkind3d.hdf5 import new_hdf5
 
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3, "um": 1e-6}
 
@@ -63,8 +63,5 @@ def write(track: Track, path: Path) -> None:
     )
     module = content.create_processing_module(name="behavior", description="Keypoints of the body.")
     module.add([ndx_pose.Skeletons(skeletons=[skeleton]), estimation])
-    with replacing(path) as scratch:
-        written = scratch.with_name(f"{scratch.name}.nwb")  # another ending is warned of
-        with pynwb.NWBHDF5IO(written, "w") as file:
-            file.write(content)
-        written.replace(scratch)
+    with new_hdf5(path) as file:
+        pynwb.NWBHDF5IO(file=file, mode="w").write(content)

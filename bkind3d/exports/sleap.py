@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from bkind3d.exports.track import Files, Track, placed
-from bkind3d.files import replacing
+from bkind3d.hdf5 import new_hdf5
 from bkind3d.poses import INDIVIDUAL
 
 
@@ -26,7 +26,7 @@ def write_points(track: Track, path: Path) -> None:
     which the format has no place, are attributes of ``tracks``.
     """
     poses = track.poses
-    with replacing(path) as scratch, h5py.File(scratch, "w") as file:
+    with new_hdf5(path) as file:
         tracks = _dataset(file, "tracks", track.gapless(poses.positions)[:, None])
         tracks.attrs["Description"] = "Shape: (n_frames, n_tracks, n_nodes, 3)."
         tracks.attrs["units"], tracks.attrs["fps"], tracks.attrs["node_names"] = poses.units, poses.fps, poses.names
@@ -60,7 +60,7 @@ def write_analysis(track: Track, m: int, path: Path) -> None:
     shown = np.isfinite(tracks).any(axis=(1, 2))  # (1, T)
     means = np.nansum(scores, axis=1) / np.maximum(np.isfinite(scores).sum(axis=1), 1)
     edges = [(poses.names[i], poses.names[j]) for i, j in track.edges]
-    with replacing(path) as scratch, h5py.File(scratch, "w") as file:
+    with new_hdf5(path) as file:
         _dataset(file, "tracks", tracks)
         _dataset(file, "point_scores", scores)
         _dataset(file, "track_occupancy", shown.T.astype(np.uint8))

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -145,11 +146,12 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     make_poses().save(path)
     before = path.read_bytes()
 
-    def full_disk(self, target, **_):
-        target.write_bytes(b"half")
+    def full_disk(self, content):
+        with self.open("wb") as file:
+            file.write(content[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(xarray.Dataset, "to_netcdf", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(InputError, match=r"a\.nc: cannot write the poses \(No space left on device\)"):
         make_poses(frames=9).save(path)
     assert path.read_bytes() == before

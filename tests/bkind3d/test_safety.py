@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from command_line import TINY as TINY_LINE
+from command_line import refused
 from tiny_model import TINY
 
 import bkind3d.train as training
 from bkind3d import files
 from bkind3d.checkpoints import checkpoints
+from bkind3d.cli import main
 from bkind3d.config import Config, DataConfig, LossConfig, TrainConfig, load_config
 from bkind3d.errors import InputError
+from bkind3d.exports import FORMATS
 from bkind3d.predict import predict
 from bkind3d.run import CONTENT, EARLIER, LOCK, create_run, open_inputs, open_run
 from bkind3d.train import resume, train
@@ -202,6 +207,66 @@ def test_a_full_disk_while_predicting_is_one_line(config: Make, tmp_path: Path) 
             assert "No space left on device" in message_of(lambda: predict(run, recordings=["test"], progress=False))
         assert not (run / "poses").exists() or not list((run / "poses").iterdir())
         predict(run, recordings=["test"], progress=False)
+
+
+VERBS = {
+    "check": "check {project} --out {new}/check",
+    "init": "init {folder} --out {new}/project.yaml --units m",
+    "cache": "cache --project {project} --cache {new}/cache",
+    "calib": "calib convert {folder}/calibration.toml {new}/rig.toml",
+    "predict": "predict {run} --force",
+    "evaluate": "evaluate {run} --force",
+    "report": "report {run}",
+    "render": "render {run}",
+    "overlay": "render {run} --overlay",
+} | {
+    to: f"export {{run}} --to {to}" + (" --recordings [test] --start 2026-03-01T14:30:00Z" if to == "nwb" else "")
+    for to in FORMATS
+}
+
+
+@pytest.fixture(scope="module")
+def finished(rig: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a training of one step, with poses and an evaluation."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    main(["train", "--project", str(rig), "--cache", str(run.parent / "cache"), "--out", str(run), *TINY_LINE])
+    main(["predict", str(run)])
+    main(["evaluate", str(run)])
+    return run
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system lets no file grow beyond that: every library's writes fail, in Python or not."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is in its files, but for the cache's lock and its notes of what it has seen."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if path.name not in (".lock", ".ledger")}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_write_that_fails_is_one_line_in_every_verb(
+    verb: str, own_rig: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, new = tmp_path / "run", tmp_path / "new"
+    shutil.copytree(finished, run)
+    new.mkdir()
+    before = contents(tmp_path)
+    line = VERBS[verb].format(project=own_rig, folder=own_rig.parent, run=run, new=new)
+    arguments = [*line.split(), *(TINY_LINE if verb == "cache" else [])]
+    with files_of_at_most(200):
+        error = refused(arguments, capsys)
+    assert str(tmp_path) in error, error
+    assert re.search("File too large|disk is full", error), error
+    assert contents(tmp_path) == before
 
 
 def test_one_process_trains_a_run(config: Make, tmp_path: Path) -> None:
