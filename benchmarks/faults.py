@@ -195,8 +195,7 @@ def of_log(path: Path) -> object:
 
 def session(path: Path) -> object:
     """A session of Rat7M."""
-    lenses, _ = rat7m._read_session(path)
-    return rat7m._cameras(lenses, [(100, 100)] * len(lenses))
+    return rat7m._read_session(path)[0].cameras(sizes=(100, 100))
 
 
 def project_of(path: Path) -> object:
@@ -251,9 +250,9 @@ KINDS = {
     "Rat7M .mat, version 5": Kind("mocap.mat", session),
     "Rat7M .mat, version 7.3": Kind("mocap-7.3.mat", session),
     "Human3.6M annot.h5": Kind("annot.h5", h36m._read_annotation),
-    "Human3.6M cameras.h5": Kind("cameras.h5", lambda path: h36m._read_calibration(path.parent, path)),
+    "Human3.6M cameras.h5": Kind("cameras.h5", lambda path: read_calibration(path, "S1").cameras(sizes=(100, 100))),
     "Human3.6M cameras .json": Kind(
-        "camera-parameters.json", lambda path: h36m._read_calibration(path.parent, path), text=True
+        "camera-parameters.json", lambda path: read_calibration(path, "S1").cameras(sizes=(100, 100)), text=True
     ),
 }
 

@@ -122,7 +122,7 @@ def _of_subject(path: Path, content: dict[str, Any], subject: str) -> dict[str, 
     wanted = [name for name in names if name.replace("subject", "S") == subject]
     if not wanted:
         known = ", ".join(name.replace("subject", "S") for name in names)
-        raise InputError(f"{path}: --subject: there is no {subject!r} in it; it has {known or 'no subjects'}")
+        raise InputError(f"{path}: subject: has no cameras of {subject}, only of {known or 'no subject'}")
     if "extrinsics" in content:
         return {**content, "extrinsics": {subject: content["extrinsics"][subject]}}
     return {wanted[0]: content[wanted[0]]}

@@ -93,6 +93,8 @@ def _matlab_lens(path: Path, name: str, row: Any, radial: str, tangential: str, 
     k, p = (np.asarray(row[key]).reshape(-1) for key in (radial, tangential))
     if len(k) not in (2, 3) or len(p) != 2:
         raise InputError(f"{path}: camera {name!r}: {radial} must be 2 or 3 numbers, {tangential} 2")
+    if np.shape(row.get(keys["rotation"], np.eye(3))) != (3, 3):
+        raise InputError(f"{path}: camera {name!r}: {keys['rotation']!r} must be 3 × 3")
     content = {**row, "distortion": [*k[:2], *p, *k[2:]]}
     return read_lens(f"{path}", name, content, keys, transposed=True)
 

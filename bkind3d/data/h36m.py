@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from bkind3d.cameras import Cameras
+from bkind3d.cameras import Calibration, Cameras, read_calibration
 from bkind3d.data.images import read_image
 from bkind3d.data.importing import Take, choose, write_takes
 from bkind3d.data.index import Index
 from bkind3d.data.project import Source
 from bkind3d.data.truth import Truth
 from bkind3d.data.volume import Triple
-from bkind3d.documents import broken_file, read_json
+from bkind3d.documents import broken_file
 from bkind3d.errors import InputError
-from bkind3d.foreign import is_hdf5, read_hdf5
+from bkind3d.foreign import read_hdf5
 
 TRAIN = ("S1", "S5", "S6", "S7", "S8")
 TEST = ("S9", "S11")
@@ -110,16 +110,17 @@ def h36m_project(
     folders = [path.parent for subject in subjects for path in sorted((root / subject).glob("*/annot.h5"))]
     behaviours = sorted({_action(folder) for folder in folders})
     wanted = choose("actions", actions, [*behaviours, *sorted({folder.name for folder in folders})])
-    lenses = _read_calibration(root, calibration)
+    calibration = _calibration(root, calibration)
+    lenses: dict[str, Calibration] = {}
     takes, rigs = [], {}
     for folder in folders:
         subject = folder.parent.name
         if not {folder.name, _action(folder)} & set(wanted):
             continue
         if subject not in lenses:
-            raise InputError(f"calibration: has no cameras of {subject}, only of {', '.join(lenses)}")
+            lenses[subject] = read_calibration(calibration, subject)
         annotation = _read_annotation(folder / "annot.h5")
-        missing = [name for name in lenses[subject] if name not in annotation]
+        missing = [lens.name for lens in lenses[subject].lenses if lens.name not in annotation]
         if missing:
             print(f"left out: {folder}, which has nothing of camera {missing[0]}")
             continue
@@ -133,7 +134,6 @@ def h36m_project(
     return write_takes(out, "Human3.6M", takes, rigs, center, side)
 
 
-Lens = dict[str, np.ndarray]  # K (3, 3), distortion (5,), R (3, 3), t (3,): x_cam = R X + t
 Annotation = dict[str, dict[str, np.ndarray]]  # camera -> frame (n,), 2d (n, 17, 2), 3d (n, 17, 3), by increasing frame
 
 
@@ -229,65 +229,22 @@ def _to_world(path: Path, cameras: Cameras, points: np.ndarray, pixels: np.ndarr
 # --- calibration --------------------------------------------------------------------------------------------------
 
 
-def _read_calibration(root: Path, path: Path | None) -> dict[str, dict[str, Lens]]:
-    """Subject -> camera -> lens."""
-    if path is None:
-        places = [folder / name for folder in (root, root.absolute().parent) for name in _CALIBRATIONS]
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            raise InputError(f"{root}: no {' or '.join(_CALIBRATIONS)} there or above; give it with --calibration")
-    with broken_file(f"{path}: not the cameras of Human3.6M"):
-        return _read_hdf5(path) if is_hdf5(path) else _read_json(path)
+def _calibration(root: Path, path: Path | None) -> Path:
+    """The file of the cameras."""
+    if path is not None:
+        return path
+    places = [folder / name for folder in (root, root.absolute().parent) for name in _CALIBRATIONS]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise InputError(f"{root}: no {' or '.join(_CALIBRATIONS)} there or above; give it with --calibration")
+    return found
 
 
-def _read_json(path: Path) -> dict[str, dict[str, Lens]]:
-    content = read_json(path)
-    lenses = {
-        camera: {"K": np.array(lens["calibration_matrix"]), "distortion": np.array(lens["distortion"])}
-        for camera, lens in content["intrinsics"].items()
-    }
-    return {
-        subject: {
-            camera: {**lenses[camera], "R": np.array(pose["R"]), "t": np.array(pose["t"]).reshape(3)}
-            for camera, pose in poses.items()
-        }
-        for subject, poses in content["extrinsics"].items()
-    }
+def _cameras(calibration: Calibration, folder: Path, frame: int) -> Cameras:
+    """The cameras, for images of the size that those of one frame have."""
 
+    def size(camera: str) -> tuple[int, int]:
+        image = read_image(folder / "imageSequence" / camera / f"img_{frame:06d}.jpg")
+        return image.shape[1], image.shape[0]
 
-def _read_hdf5(path: Path) -> dict[str, dict[str, Lens]]:
-    """MATLAB lays matrices out by columns, so that R arrives transposed; T is the camera's centre."""
-    subjects: dict[str, dict[str, Lens]] = {}
-    for name, group in read_hdf5(path).items():
-        cameras = {}
-        for lens in group.values():
-            rotation = lens["R"].T
-            (fx, fy), (cx, cy) = lens["f"].ravel(), lens["c"].ravel()
-            (k1, k2, k3), (p1, p2) = lens["k"].ravel(), lens["p"].ravel()
-            cameras["".join(map(chr, lens["Name"].ravel()))] = {
-                "K": np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]),
-                "distortion": np.array([k1, k2, p1, p2, k3]),
-                "R": rotation,
-                "t": -rotation @ lens["T"].ravel(),
-            }
-        subjects[name.replace("subject", "S")] = cameras
-    return subjects
-
-
-def _cameras(lenses: dict[str, Lens], folder: Path, frame: int) -> Cameras:
-    """Cameras of a subject, for images of the size that those of one frame have."""
-    names = tuple(sorted(lenses))
-    images = [read_image(folder / "imageSequence" / name / f"img_{frame:06d}.jpg") for name in names]
-
-    def stacked(key: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([lenses[name][key] for name in names]).astype(np.float64))
-
-    return Cameras(
-        names=names,
-        intrinsics=stacked("K"),
-        distortion=stacked("distortion"),
-        rotation=stacked("R"),
-        translation=stacked("t"),
-        image_size=torch.tensor([image.shape[1::-1] for image in images]),
-        units="mm",
-    )
+    return calibration.cameras(sizes=size)

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from bkind3d.cameras import Cameras
+from bkind3d.cameras import Calibration, Cameras
+from bkind3d.cameras.matlab import read_rat7m
 from bkind3d.data.importing import Take, choose, write_takes
 from bkind3d.data.index import Index
 from bkind3d.data.truth import Truth
@@ -53,18 +53,7 @@ BONES = (
 
 _MOCAP = re.compile(r"mocap-(s\d+-d\d+)\.mat")
 _VIDEO = re.compile(r"(s\d+-d\d+)-camera(\d+)-(\d+)\.mp4")
-# Fields of a camera, and how many numbers each holds.
-_LENS = {
-    "IntrinsicMatrix": (9,),
-    "rotationMatrix": (9,),
-    "translationVector": (3,),
-    "RadialDistortion": (2, 3),
-    "TangentialDistortion": (2,),
-}
-PIXEL_ORIGIN = 1.0  # MATLAB's index of the first pixel
 _STEP = 1.4  # factor by which frames may advance faster or slower than rows, on average: dropped frames, no other rate
-
-Lens = dict[str, np.ndarray]
 
 
 def rat7m_project(
@@ -131,9 +120,9 @@ def _by_camera(files: list[Path]) -> dict[tuple[str, str], tuple[Path, ...]]:
 def _take(
     session: str, path: Path, videos: Mapping[tuple[str, str], tuple[Path, ...]], fps: float | None
 ) -> tuple[Take, Cameras]:
-    lenses, markers = _read_session(path)
+    calibration, frames, markers = _read_session(path)
     footage = {}
-    for name in lenses:
+    for name in frames:
         number = re.sub(r"\D", "", name)
         if (session, number) not in videos:
             raise InputError(f"{path}: of its {name} there is no video {session}-camera{number}-<start>.mp4")
@@ -141,25 +130,24 @@ def _take(
     names, points = list(markers), np.stack(list(markers.values()), axis=1)
     bones = [bone.split("-") for bone in BONES.split() if set(bone.split("-")) <= set(names)]
     if fps is None:
-        _require_one_frame_a_row(path, lenses)
+        _require_one_frame_a_row(path, frames)
     truth = Truth(
         points3d=points,
         names=names,
         edges=np.array([[names.index(start), names.index(end)] for start, end in bones], dtype=np.int64).reshape(-1, 2),
         fps=fps or FPS,
     )
-    sizes = [video_size(chunks[0]) for chunks in footage.values()]
     split = "test" if session[1:].split("-")[0] in TEST_SUBJECTS else "train"
     try:
-        frames = np.stack([lens["frame"] for lens in lenses.values()], axis=1)
-        index = Index(tuple(lenses), frames, np.arange(len(points)), fps or FPS)
-        return Take(session, split, session, footage, index, truth), _cameras(lenses, sizes)
+        index = Index(tuple(frames), np.stack(list(frames.values()), axis=1), np.arange(len(points)), fps or FPS)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    cameras = calibration.cameras(sizes=lambda name: video_size(footage[name][0]))
+    return Take(session, split, session, footage, index, truth), cameras
 
 
-def _read_session(path: Path) -> tuple[dict[str, Lens], dict[str, np.ndarray]]:
-    """Lenses by camera, and positions (F, 3) by marker, in the published order: HDF5 does not keep it."""
+def _read_session(path: Path) -> tuple[Calibration, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Cameras, frames (F,) by camera, and positions (F, 3) by marker, in the published order: HDF5 does not keep it."""
     content = read_mat(path)
     for key in ("cameras", "mocap"):
         if not isinstance(content.get(key), dict) or not content[key]:
@@ -170,25 +158,26 @@ def _read_session(path: Path) -> tuple[dict[str, Lens], dict[str, np.ndarray]]:
     for name, values in markers.items():
         if values.shape != (moments, 3):
             raise InputError(f"{path}: mocap.{name} is {values.shape}, expected ({moments}, 3)")
-    return {name: _read_lens(path, name, lens, moments) for name, lens in content["cameras"].items()}, markers
+    calibration = read_rat7m(path, content)
+    if calibration is None:
+        raise InputError(f"{path}: no camera of it has an IntrinsicMatrix")
+    frames = {
+        lens.name: _read_frames(path, lens.name, content["cameras"][lens.name], moments) for lens in calibration.lenses
+    }
+    return calibration, frames, markers
 
 
-def _read_lens(path: Path, name: str, content: Any, moments: int) -> Lens:
-    lens = {}
-    for key, sizes in (*_LENS.items(), ("frame", (moments,))):
-        if not isinstance(content, dict) or key not in content:
-            raise InputError(f"{path}: cameras.{name} lacks {key!r}")
-        lens[key] = np.atleast_1d(_numbers(path, f"cameras.{name}.{key}", content[key]))
-        if lens[key].size not in sizes:
-            raise InputError(f"{path}: cameras.{name}.{key} has {lens[key].size} numbers, expected {sizes[0]}")
-    for key, shape in (("IntrinsicMatrix", (3, 3)), ("rotationMatrix", (3, 3))):
-        if lens[key].shape != shape:
-            raise InputError(f"{path}: cameras.{name}.{key} is {lens[key].shape}, expected {shape}")
-    lens["frame"] = lens["frame"].ravel()
-    if not ((lens["frame"] == np.round(lens["frame"])) & (np.abs(lens["frame"]) < 2**53)).all():
-        raise InputError(f"{path}: cameras.{name}.frame must hold whole numbers")
-    lens["frame"] = lens["frame"].astype(np.int64)
-    return lens
+def _read_frames(path: Path, name: str, content: Any, moments: int) -> np.ndarray:
+    """(F,) int64: a camera's frame of each row."""
+    where = f"{path}: cameras.{name}"
+    if not isinstance(content, dict) or "frame" not in content:
+        raise InputError(f"{where} lacks 'frame'")
+    frames = _numbers(path, f"cameras.{name}.frame", content["frame"]).ravel()
+    if frames.size != moments:
+        raise InputError(f"{where}.frame has {frames.size} numbers, expected {moments}")
+    if not ((frames == np.round(frames)) & (np.abs(frames) < 2**53)).all():
+        raise InputError(f"{where}.frame must hold whole numbers")
+    return frames.astype(np.int64)
 
 
 def _numbers(path: Path, name: str, value: Any) -> np.ndarray:
@@ -198,34 +187,11 @@ def _numbers(path: Path, name: str, value: Any) -> np.ndarray:
     return value.astype(np.float64)
 
 
-def _require_one_frame_a_row(path: Path, lenses: Mapping[str, Lens]) -> None:
-    for name, lens in lenses.items():
-        step = np.diff(lens["frame"]).mean() if len(lens["frame"]) > 1 else 1.0
+def _require_one_frame_a_row(path: Path, frames: Mapping[str, np.ndarray]) -> None:
+    for name, numbers in frames.items():
+        step = np.diff(numbers).mean() if len(numbers) > 1 else 1.0
         if not 1 / _STEP < step < _STEP:
             raise InputError(
                 f"{path}: cameras.{name}.frame advances by {step:.3g} per row of mocap, not by one; give the rows per "
                 "second with --fps"
             )
-
-
-def _cameras(lenses: Mapping[str, Lens], sizes: list[tuple[int, int]]) -> Cameras:
-    """Cameras in OpenCV's form from those of MATLAB."""
-
-    def stacked(key: str) -> np.ndarray:
-        return np.stack([lens[key] for lens in lenses.values()])
-
-    intrinsics = stacked("IntrinsicMatrix").transpose(0, 2, 1).copy()
-    intrinsics[:, :2, 2] -= PIXEL_ORIGIN
-    radial, tangential = (
-        [lens[key].ravel() for lens in lenses.values()] for key in ("RadialDistortion", "TangentialDistortion")
-    )
-    lens_models = [np.concatenate([k[:2], p, k[2:], np.zeros(3 - len(k))]) for k, p in zip(radial, tangential)]
-    return Cameras(
-        names=tuple(lenses),
-        intrinsics=torch.from_numpy(intrinsics),
-        distortion=torch.from_numpy(np.stack(lens_models)),
-        rotation=torch.from_numpy(stacked("rotationMatrix").transpose(0, 2, 1).copy()),
-        translation=torch.from_numpy(stacked("translationVector").reshape(-1, 3)),
-        image_size=torch.tensor(sizes),
-        units="mm",
-    )

@@ -13,7 +13,7 @@ import scipy.io
 from bkind3d.cameras import Cameras
 from bkind3d.data.matching import probe_recording
 from bkind3d.data.project import Project
-from bkind3d.data.rat7m import PIXEL_ORIGIN, TEST_SUBJECTS, Lens
+from bkind3d.data.rat7m import TEST_SUBJECTS
 from bkind3d.data.truth import load_truth
 from bkind3d.errors import InputError
 from bkind3d.sims.studio import h264_video
@@ -83,10 +83,10 @@ def _write_session(project: Project, name: str, out: Path, session: str, chunk: 
         raise InputError(f"{error.filename or out}: cannot be written ({error.strerror or error})") from None
 
 
-def _matlab_lens(cameras: Cameras, place: int, scale: float) -> Lens:
+def _matlab_lens(cameras: Cameras, place: int, scale: float) -> dict[str, np.ndarray]:
     """One camera in MATLAB's form."""
     intrinsics = cameras.intrinsics[place].numpy().copy()
-    intrinsics[:2, 2] += PIXEL_ORIGIN
+    intrinsics[:2, 2] += 1  # MATLAB's index of the first pixel
     k1, k2, p1, p2, k3 = cameras.distortion[place].tolist()
     return {
         "IntrinsicMatrix": intrinsics.T,

@@ -185,7 +185,7 @@ def test_subjects_of_human36m(tmp_path: Path) -> None:
     path = layout.write(tmp_path, poses_of(layout))
     with pytest.raises(InputError, match=r"stood elsewhere for each of S1, S5: .* --subject NAME"):
         read_calibration(path)
-    with pytest.raises(InputError, match="there is no 'S7' in it; it has S1, S5"):
+    with pytest.raises(InputError, match="has no cameras of S7, only of S1, S5"):
         read_calibration(path, "S7")
 
 

@@ -245,7 +245,7 @@ def test_bad_files(h36m, tmp_path: Path) -> None:
     (folder / "S1/Walking-1/annot.h5").write_text("nothing")
     assert "annot.h5: not a readable HDF5 file" in refused(h36m_project, folder, tmp_path / "more")
     (folder / "camera-parameters.json").write_text("[]")
-    assert "camera-parameters.json: expected keys and values, not []" in refused(
+    assert "camera-parameters.json: not a calibration; those that are read are" in refused(
         h36m_project, folder, tmp_path / "more"
     )
     (folder / "camera-parameters.json").write_text('{"intrinsics": {}, "extrinsics": {"S5": {}}}')

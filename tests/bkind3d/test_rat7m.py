@@ -218,7 +218,7 @@ def test_bad_files(tmp_path: Path) -> None:
         lambda c: c["cameras"]["Camera2"].update(frame=np.array([7, 7, 7, 7, 7, 8]))
     )
     assert "is -1; frames are counted from 0" in wrong(lambda c: c["cameras"]["Camera2"].update(frame=np.arange(6) - 1))
-    assert f"{lens}.rotationMatrix has 3 numbers, expected 9" in wrong(
+    assert "camera 'Camera2': 'rotationMatrix' must be 3 × 3" in wrong(
         lambda c: c["cameras"]["Camera2"].update(rotationMatrix=np.zeros(3))
     )
     assert "camera 'Camera2': the rotation is mirrored" in wrong(
