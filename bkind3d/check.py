@@ -99,22 +99,44 @@ class CheckReport:
         """Print the report as a table."""
         print("\n".join(self.lines()))
 
-    def lines(self) -> list[str]:
-        """The report, line by line."""
-        units = self.project.units
-        count = len(self.cameras)
-        lines = [f"project {self.project.name}: {count} cameras, {len(self.recordings)} recording(s), units {units}"]
+    @property
+    def all_findings(self) -> list[Finding]:
+        """Findings and warnings, the worst last."""
+        return in_order([*self.findings, *(Finding("amber", warning) for warning in self.warnings)])
+
+    def recording_rows(self) -> list[list[str]]:
+        """A table of the recordings, its head first."""
         rows = [["recording", "split", "frames", "fps", "gap"]]
         for recording in self.project.recordings:
             info, gap = self.recordings[recording.name], self.gaps.get(recording.name)
             effective = f"{gap} frames = {gap / info.fps:.3f} s" if gap else "-"
             rows.append([recording.name, recording.split, str(info.frames), f"{info.fps:.6g}", effective])
-        lines += aligned(rows)
+        return rows
+
+    def camera_rows(self) -> list[list[str]]:
+        """A table of the cameras, its head first."""
+        units = self.project.units
         rows = [["camera", "image", "to volume", "to next camera", "voxels seen"]]
         for camera in self.cameras:
             distances = [f"{camera.distance:.4g} {units}", f"{camera.nearest:.4g} {units}"]
             rows.append([camera.name, f"{camera.width}×{camera.height}", *distances, f"{camera.share:.1%}"])
-        lines += aligned(rows)
+        return rows
+
+    def foreground_rows(self) -> list[list[str]]:
+        """A table of the masks, its head first; empty where none were looked at."""
+        if not self.foreground:
+            return []
+        return [
+            ["camera", "foreground", "empty", "overlap", "agrees"],
+            *(
+                [row.camera, f"{row.share:.1%}", f"{row.empty:.0%}", f"{row.steady:.0%}", f"{row.agreeing:.0%}"]
+                for row in self.foreground
+            ),
+        ]
+
+    def volume_lines(self) -> list[str]:
+        """Where the volume is, what the cameras see of it, and what memory a step takes."""
+        count, lines = len(self.cameras), []
         rigs = list(self.project.rigs())
         if len(rigs) > 1:
             lines.append(f"{len(rigs)} calibrations; the cameras and voxels told of are those of {rigs[0].name}")
@@ -123,21 +145,32 @@ class CheckReport:
         follows = " around the body; those of the volume are" if self.window else ";"
         seen = f"0 cameras {self.seen_by[0]:.1%}, 1 {self.seen_by[1]:.1%}, 2 or more {self.seen_by_two:.1%}"
         lines += [
-            f"volume: center {list(self.volume.center)}, size {list(self.volume.size)} {units}{origin}",
+            f"volume: center {list(self.volume.center)}, size {list(self.volume.size)} {self.project.units}{origin}",
             f"voxels: {shape}{follows} seen by {seen}, all {count} {self.seen_by[-1]:.1%}",
         ]
         if self.memory is not None:
             lines.append(f"memory for training: about {self.memory.line()}")
-        if self.foreground:
-            rows = [["camera", "foreground", "empty", "overlap", "agrees"]]
-            rows += [
-                [row.camera, f"{row.share:.1%}", f"{row.empty:.0%}", f"{row.steady:.0%}", f"{row.agreeing:.0%}"]
-                for row in self.foreground
-            ]
-            lines += aligned(rows)
-        lines += [f"picture: {path}" for path in self.pictures]
-        amber = [Finding("amber", warning) for warning in self.warnings]
-        return lines + [finding.line() for finding in in_order([*self.findings, *amber])]
+        return lines
+
+    def head(self) -> str:
+        """What was checked, in one line."""
+        project = self.project
+        return (
+            f"project {project.name}: {len(self.cameras)} cameras, {len(self.recordings)} recording(s), "
+            f"units {project.units}"
+        )
+
+    def lines(self) -> list[str]:
+        """The report, line by line."""
+        return [
+            self.head(),
+            *aligned(self.recording_rows()),
+            *aligned(self.camera_rows()),
+            *self.volume_lines(),
+            *(aligned(self.foreground_rows()) if self.foreground else []),
+            *(f"picture: {path}" for path in self.pictures),
+            *(finding.line() for finding in self.all_findings),
+        ]
 
 
 def check_project(

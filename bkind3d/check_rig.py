@@ -56,7 +56,7 @@ FINE = {
 # And where nothing of the kind could be looked at.
 NOT_LOOKED_AT = {
     "clocks": "not compared: that takes 4 s without gaps in which cameras see the same movements",
-    "views": "not compared: something must move in every camera, and what is red above be mended",
+    "views": "not compared: something must move in every camera, and what is red be mended",
 }
 
 

@@ -44,6 +44,10 @@ def run_check(config: Namespace) -> None:
     """Look at a project before training: files, frame counts, calibration, what the cameras see, memory."""
     report = check_run(load_project(config.file), settings_of(config), config.out)
     report.print()
+    if config.out is not None:
+        from bkind3d.report.check_page import write_check_page  # jinja2 is for pages alone
+
+        print(f"page: {write_check_page(report, config.out)}")
     if report.fails:
         sys.exit(FAILED)
 

@@ -299,7 +299,7 @@ def validate(config: Config) -> None:
         rules.append((f"train.{name}", getattr(train, name), getattr(train, name) >= 1, "1 or more"))
     for name, value, holds, expected in rules:
         if not holds:
-            raise InputError(f"{name}: expected {expected}, got {value}")
+            raise InputError(f"{name}: expected {expected}, got {brief(str(value))}")
 
 
 def _sizes(config: Config) -> Iterator[tuple[str, int, int]]:

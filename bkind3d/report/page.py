@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jinja2
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -31,6 +30,7 @@ from bkind3d.report.crops import crop_grid
 from bkind3d.report.inputs import RunFiles, Scene, Shown, choose_recording, health_of, read_run, run_inputs
 from bkind3d.report.render import upright
 from bkind3d.report.scene import SCENE_FRAMES, scene_html
+from bkind3d.report.templates import template_of
 from bkind3d.tables import percent
 
 Section = TypeVar("Section")
@@ -91,14 +91,7 @@ def render(files: RunFiles, scene: Scene | None, obstacle: str = "", *, progress
         "edges": part("skeleton.json", _edge_section, files.skeleton, evaluation or {}),
     }
     edges, weights = files.active_edges()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bkind3d.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("report.html.j2")
+    template = template_of("report.html.j2")
     with broken_file(f"{files.path}: its files are not what a run writes"):
         return template.render(
             **sections,
