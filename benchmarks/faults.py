@@ -193,6 +193,11 @@ def of_log(path: Path) -> object:
     return read_run(path.parent)
 
 
+def human36m(path: Path) -> object:
+    """The cameras of a subject of Human3.6M."""
+    return read_calibration(path, "S1").cameras(sizes=(100, 100))
+
+
 def session(path: Path) -> object:
     """A session of Rat7M."""
     return rat7m._read_session(path)[0].cameras(sizes=(100, 100))
@@ -250,10 +255,8 @@ KINDS = {
     "Rat7M .mat, version 5": Kind("mocap.mat", session),
     "Rat7M .mat, version 7.3": Kind("mocap-7.3.mat", session),
     "Human3.6M annot.h5": Kind("annot.h5", h36m._read_annotation),
-    "Human3.6M cameras.h5": Kind("cameras.h5", lambda path: read_calibration(path, "S1").cameras(sizes=(100, 100))),
-    "Human3.6M cameras .json": Kind(
-        "camera-parameters.json", lambda path: read_calibration(path, "S1").cameras(sizes=(100, 100)), text=True
-    ),
+    "Human3.6M cameras.h5": Kind("cameras.h5", human36m),
+    "Human3.6M cameras .json": Kind("camera-parameters.json", human36m, text=True),
 }
 
 

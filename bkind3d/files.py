@@ -31,7 +31,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         os.replace(scratch, path)
     except BaseException as error:
         scratch.unlink(missing_ok=True)
-        if isinstance(error, OSError) and str(error.filename) in ("None", str(scratch)):
+        if isinstance(error, OSError) and (error.filename is None or str(error.filename) == str(scratch)):
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     if durable:
